@@ -1,0 +1,107 @@
+# Everything a user or a CI job runs. Each target sets up .venv by itself when that is missing or out of date.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# PROFILE: how large the plan is, a section of settings.ini: smoke, quick, standard, paper
+PROFILE ?= quick
+# RESULTS: the folder for records, executed notebooks and figures
+RESULTS ?= results
+# ARGS: handed on to kimi-nb, pytest, jupyter or sphinx-build, e.g. ARGS="--only norm"
+ARGS ?=
+# PYTHON: the interpreter .venv is made with; found by itself when empty
+PYTHON ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PY   := $(BIN)/python
+NBS  := $(sort $(wildcard nbs/*.ipynb nbs/phases/*.ipynb))
+# nbdev-test starts a worker per core; with more threads each, they fight for the cores
+ONE  := env -u VIRTUAL_ENV OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# one timed part of a test run: $(call part,NAME,COMMAND); a failure is noted in $$bad and the next part still runs
+part = start=$$SECONDS; echo "== $(1)"; if $(2); then end=passed; else end=FAILED; bad="$$bad $(1)"; fi; \
+	echo "== $(1): $$end in $$((SECONDS - start)) s";
+
+# A stamp holds the folder it was made for: a moved or copied checkout would otherwise run the old one's code.
+ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
+.PHONY: $(VENV)/.installed
+endif
+
+.PHONY: help setup plan test test-slow check lint lab docs bench export readme clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo '  variables: PROFILE=$(PROFILE) RESULTS=$(RESULTS) ARGS="…" PYTHON=/path/to/python3.11'
+
+setup: $(VENV)/.installed ## build .venv (every target does it when needed)
+
+# .installing marks a set-up that did not end: such an environment is thrown away. A lock lets two makes start at once.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@set -e; start=$$SECONDS; \
+	if command -v flock >/dev/null; then exec 9<Makefile; flock 9; fi; \
+	if [ "$$(cat $@ 2>/dev/null)" = '$(CURDIR)' ] && [ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ]; then exit 0; fi; \
+	new_enough() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	python='$(PYTHON)'; \
+	if [ -z "$$python" ]; then \
+		for p in python3.11 python3.12 python3.13 python3 python; do if new_enough $$p; then python=$$p; break; fi; done; fi; \
+	if [ -z "$$python" ] || ! new_enough "$$python"; then \
+		echo "kimi_nb needs Python 3.11 or newer, found $$($${python:-python3} --version 2>&1 | head -n 1): install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	if [ -e $(VENV)/.installing ] || ! { $(PY) -m pip --version && new_enough $(PY); } >/dev/null 2>&1; then rm -rf $(VENV); "$$python" -m venv $(VENV); fi; \
+	touch $(VENV)/.installing; rm -f $@; \
+	echo "== set-up: installing into $(VENV) (a few minutes the first time)"; \
+	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	rm $(VENV)/.installing; echo '$(CURDIR)' > $@; echo "== set-up: done in $$((SECONDS - start)) s"
+
+plan: $(VENV)/.installed ## run the plan and write records, executed notebooks and figures to RESULTS
+	$(BIN)/kimi-nb plan --profile $(PROFILE) --results $(RESULTS) $(ARGS)
+
+test: $(VENV)/.installed ## all quick checks: tree is current, notebooks, tests
+	@bad=; $(call part,check,$(MAKE) --no-print-directory check) \
+	$(call part,notebooks,$(ONE) $(BIN)/nbdev-test) \
+	[ -z "$$bad" ] || echo "FAILED before the tests:$$bad" >&2; \
+	$(ONE) $(PY) -m pytest -q -m 'not slow' $(ARGS) || bad="$$bad pytest"; [ -z "$$bad" ]
+
+test-slow: $(VENV)/.installed ## the slow checks: notebooks with `#| slow` cells, and the tests marked slow
+	@bad=; slow=$$(grep -lE '"#\| *slow' $(NBS) /dev/null | sed 's,.*/,,; s,\.,[.],' | paste -sd '|' -); \
+	if [ -n "$$slow" ]; then $(call part,slow notebooks,$(ONE) $(BIN)/nbdev-test --flags slow --file-re "^($$slow)\$$") fi; \
+	[ -z "$$bad" ] || echo "FAILED before the tests:$$bad" >&2; \
+	$(ONE) $(PY) -m pytest -q -m slow $(ARGS); code=$$?; \
+	[ $$code = 0 ] || [ $$code = 5 ] || bad="$$bad pytest"; [ -z "$$bad" ]
+
+# Done in a copy, so that a check never changes the tree; modules whose notebook is gone are missing from the copy.
+check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, ruff passes
+	@bad=; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	cp -R nbs pyproject.toml "$$copy"; mkdir -p "$$copy"/kimi_nb/phases; \
+	for f in __init__.py phases/__init__.py; do cp kimi_nb/$$f "$$copy"/kimi_nb/$$f; done; \
+	(unset IN_TEST; cd "$$copy" && '$(CURDIR)'/$(BIN)/nbdev-export && '$(CURDIR)'/$(BIN)/nbdev-clean) || bad=1; \
+	for d in nbs kimi_nb; do diff -rq -x __pycache__ -x '.ipynb_checkpoints' -x '.last_checked' $$d "$$copy"/$$d || bad=1; done; \
+	[ -z "$$bad" ] || echo 'notebooks and kimi_nb/ disagree, or a notebook is not clean: edit in nbs/, then run make export' >&2; \
+	$(MAKE) --no-print-directory lint || bad=1; [ -z "$$bad" ]
+
+lint: $(VENV)/.installed ## ruff over what is written by hand
+	@$(BIN)/ruff check --quiet tests docs
+
+lab: $(VENV)/.installed ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs $(ARGS)
+
+docs: $(VENV)/.installed ## build the site into _docs/
+	$(BIN)/sphinx-build -W --keep-going -q -c docs nbs _docs $(ARGS)
+
+bench: $(VENV)/.installed ## the measurements the README quotes
+	$(BIN)/kimi-nb bench $(ARGS)
+
+export: $(VENV)/.installed ## write kimi_nb/ and README.md from the notebooks, and clean them
+	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace $(NBS)
+	$(BIN)/nbdev-clean
+	find kimi_nb -name '*.py' ! -name __init__.py -delete
+	$(BIN)/nbdev-export
+	@$(MAKE) --no-print-directory readme
+
+readme: $(VENV)/.installed ## write README.md from nbs/index.ipynb
+	$(PY) docs/readme.py
+
+clean: ## remove caches and built pages; records in RESULTS and .venv stay
+	rm -rf _docs _proc docs/_build build dist .pytest_cache .ruff_cache .hypothesis .jupyter_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv and the downloaded MathJax as well
+	rm -rf $(VENV) docs/_static/vendor

@@ -1,0 +1,348 @@
+"""What holds for the repository as a whole: layout, notebooks against modules, import order, pins, README."""
+
+import ast
+import configparser
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = "kimi_nb"
+LIBRARY = sorted(p for p in (REPO / "nbs").glob("*.ipynb") if p.name != "index.ipynb")
+PHASES = sorted((REPO / "nbs" / "phases").glob("*.ipynb"))
+NOTEBOOKS = LIBRARY + PHASES
+WITHOUT_TORCH = ("config", "tinyworld", "corpora", "data", "study", "store", "stats", "plots")
+TRAINING_PACKAGES = {"torch", "numpy", "pydantic", "safetensors", "tokenizers", "tqdm", "yaml", "filelock"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPO / "nbs").as_posix()
+
+
+def cells(path: Path, kind: str = "code") -> list[dict]:
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def default_exps(path: Path) -> list[str]:
+    return [m for c in cells(path) for m in re.findall(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)]
+
+
+def modules() -> dict[str, Path]:
+    """Exported modules in the order of their notebooks; one may import only those before it."""
+    names = [name for p in NOTEBOOKS for name in default_exps(p)]
+    return {name: REPO / PACKAGE / (name.replace(".", "/") + ".py") for name in names}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(node: ast.AST, importer: str) -> list[str]:
+    """Absolute dotted names that an import statement of module kimi_nb.`importer` may load; nbdev writes relative ones."""
+    if isinstance(node, ast.Import):
+        return [a.name for a in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parents = f"{PACKAGE}.{importer}".split(".")[: -node.level] if node.level else []
+        start = ".".join(parents + ([node.module] if node.module else []))
+        return [start] + [f"{start}.{a.name}" for a in node.names]
+    return []
+
+
+def at_load(body: list[ast.stmt]):
+    """Statements that run when a module is loaded: everything but the inside of functions and of `if TYPE_CHECKING`."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody"):
+                yield from at_load(getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                yield from at_load(handler.body)
+
+
+def tracked() -> list[Path]:
+    """Files git knows or would add; without git, those of the folders that are tracked."""
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True, check=False)
+    if listing.returncode == 0:
+        found = [REPO / line for line in listing.stdout.splitlines()]
+    else:
+        found = [p for d in ("nbs", PACKAGE, "tests", "docs", "data", "figures") for p in (REPO / d).rglob("*")] + list(REPO.glob("*"))
+    return [p for p in found if p.is_file() and "__pycache__" not in p.parts]
+
+
+# --- notebooks ---------------------------------------------------------------------------------------------------
+
+
+def test_there_are_notebooks():
+    assert LIBRARY and PHASES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_exports_the_one_module_it_is_named_after(path):
+    stem = re.sub(r"^\d+[a-z]?_", "", path.stem)
+    wanted = f"phases.{stem}" if path.parent.name == "phases" else stem
+    assert default_exps(path) == [wanted]
+
+
+def test_no_two_notebooks_share_a_module():
+    owners = defaultdict(list)
+    for path in NOTEBOOKS:
+        for name in default_exps(path):
+            owners[name].append(name_of(path))
+    assert {name: paths for name, paths in owners.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, REPO / "nbs" / "index.ipynb"], ids=name_of)
+def test_notebook_is_stored_without_outputs(path):
+    assert [source(c)[:60] for c in cells(path) if c["outputs"] or c["execution_count"] is not None] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_parameters_tag(path):
+    """papermill puts its values after the cell tagged `parameters`; without the tag they land above the defaults."""
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == (1 if path in PHASES else 0)
+    for cell in tagged:
+        assert all(isinstance(node, ast.Assign | ast.AnnAssign) for node in ast.parse(source(cell)).body), "a parameters cell only assigns"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_begins_with_a_title_and_a_blurb(path):
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    assert first["cell_type"] == "markdown"
+    lines = [line for line in source(first).splitlines() if line.strip()]
+    assert re.match(r"# [^\W_]", lines[0]) and lines[1].startswith("> "), lines[:2]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, REPO / "nbs" / "index.ipynb"], ids=name_of)
+def test_only_the_title_is_a_heading_of_the_first_level(path):
+    """A text form of a notebook may put `# ` before each line of prose; left in, each paragraph shows as a title."""
+    fenced = [re.sub(r"^```.*?^```", "", source(c), flags=re.M | re.S) for c in cells(path, "markdown")]
+    assert [line[:80] for text in fenced for line in text.splitlines() if re.match(r"#\s", line)][1:] == []
+
+
+# --- modules -----------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_a_notebook():
+    """A deleted notebook must not leave its module behind."""
+    generated = {p for p in (REPO / PACKAGE).rglob("*.py") if p.name not in ("__init__.py", "_modidx.py") and "__pycache__" not in p.parts}
+    assert generated == set(modules().values())
+
+
+def test_no_public_name_is_defined_by_two_modules():
+    owners = defaultdict(list)
+    for name, path in modules().items():
+        if name.startswith("phases."):
+            continue  # each phase has its own `study`; they are used as `attention.study`
+        for node in tree(path).body:
+            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+                for public in ast.literal_eval(node.value):
+                    owners[public].append(name)
+    assert owners, "no module has an __all__"
+    assert {public: names for public, names in owners.items() if len(names) > 1} == {}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_up_the_list_only(name):
+    order = list(modules())
+    allowed = set(order[: order.index(name)])
+    for node in ast.walk(tree(modules()[name])):
+        used = {n.removeprefix(f"{PACKAGE}.") for n in imported(node, name) if n.startswith(f"{PACKAGE}.")}
+        assert used & set(order) <= allowed, f"line {node.lineno}: {ast.unparse(node)} is not above {name} in the list"
+
+
+def training_path() -> list[str]:
+    names = list(modules())
+    return names[: names.index("train") + 1] if "train" in names else names
+
+
+@pytest.mark.parametrize("name", training_path())
+def test_training_loads_few_packages(name):
+    """A bare GPU machine trains with these packages alone; whatever else is used, is imported where it is used."""
+    loaded = {n.split(".")[0] for node in at_load(tree(modules()[name]).body) for n in imported(node, name)}
+    assert loaded - set(sys.stdlib_module_names) - TRAINING_PACKAGES - {PACKAGE} == set()
+
+
+@pytest.mark.parametrize("name", ["", *[n for n in WITHOUT_TORCH if n in modules()]])
+def test_loads_without_torch(name):
+    code = f"import sys, {'.'.join(filter(None, (PACKAGE, name)))}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
+# --- packaging ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()]
+    parsed = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][^\s;+*]*)", line) for line in lines if line]
+    assert all(parsed), "each line is name==version, without a local part such as +cpu"
+    return {canonicalize_name(m[1]): m[2] for m in parsed}
+
+
+def test_settings_file_parses():
+    settings = configparser.ConfigParser()
+    settings.read_string((REPO / "settings.ini").read_text(encoding="utf-8"))
+    assert {"smoke", "quick", "standard", "paper"} <= set(settings.sections())
+
+
+def test_packages_found_are_the_packages_there_are(project):
+    from setuptools import find_packages
+
+    found = set(find_packages(str(REPO), **project["tool"]["setuptools"]["packages"]["find"]))
+    assert found == {PACKAGE, f"{PACKAGE}.phases"}
+
+
+def test_cell_tags_survive_cleaning(project):
+    nbdev = project["tool"]["nbdev"]
+    assert nbdev["allowed_cell_metadata_keys"] == ["tags"] and nbdev["clear_all"] is False
+    assert {"slow", "cuda"} <= set(nbdev["tst_flags"].split())
+
+
+def test_every_dependency_is_pinned(project, pins):
+    """All that the extras can reach, as far as it is installed here, stands in constraints.txt with a version that fits."""
+    extras, seen, wanted = project["project"]["optional-dependencies"], defaultdict(set), {}
+    todo = [Requirement(r) for r in project["project"]["dependencies"] + [r for group in extras.values() for r in group]]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        wanted[name] = wanted.get(name, requirement.specifier) & requirement.specifier
+        new = ({""} | requirement.extras) - seen[name]
+        seen[name] |= new
+        if not new or name == canonicalize_name(PACKAGE):
+            continue
+        try:
+            more = importlib.metadata.requires(requirement.name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that is not installed here: its own name must still be pinned
+        todo += [r for r in map(Requirement, more) if any(r.marker is None or r.marker.evaluate({"extra": e}) for e in new)]
+    wanted.pop(canonicalize_name(PACKAGE))
+    assert sorted(set(wanted) - set(pins)) == []
+    assert {n: f"{pins[n]}, wanted {s}" for n, s in wanted.items() if not s.contains(pins[n], prereleases=True)} == {}
+
+
+def test_torch_is_the_version_the_measurements_were_made_with(pins):
+    assert pins["torch"] == "2.13.0"
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_the_index_notebook(tmp_path):
+    made = tmp_path / "README.md"
+    done = subprocess.run([sys.executable, "docs/readme.py", str(made)], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same = made.read_text(encoding="utf-8") == (REPO / "README.md").read_text(encoding="utf-8")
+    assert same, "README.md is not what nbs/index.ipynb gives: run make readme"
+
+
+def test_readme_links_lead_somewhere():
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", (REPO / "README.md").read_text(encoding="utf-8")):
+        assert target.startswith("http") or (REPO / target).exists(), f"[{text}]({target})"
+
+
+def test_the_usual_files_are_there():
+    wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt settings.ini .ci/run .pre-commit-config.yaml"
+    empty = [name for name in wanted.split() if not (REPO / name).is_file() or not (REPO / name).stat().st_size]
+    assert empty == []
+    assert os.access(REPO / ".ci" / "run", os.X_OK)
+
+
+UNWANTED = {
+    "a path of one machine": r"(?<![\w.~$}/-])/(?:work|home|root|Users)/[\w.-]",
+    "a note to oneself": r"\b(?:TODO|FIXME|XXX)\b",
+    "a conflict marker": r"^(?:<{7}|>{7}) ",
+}
+
+
+def test_tracked_files_are_fit_for_strangers():
+    found = []
+    for path in tracked():
+        if path == Path(__file__).resolve() or path.stat().st_size > 2_000_000:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # figures and other binary files
+        found += [f"{path.relative_to(REPO)}: {what}: {m[0]!r}" for what, pattern in UNWANTED.items() for m in re.finditer(pattern, text, re.M)]
+    assert found == []
+
+
+def test_no_large_or_generated_file_is_tracked():
+    bad = [p for p in tracked() if p.stat().st_size > 1_500_000 or {"results", ".venv", "_docs", "_proc"} & set(p.relative_to(REPO).parts)]
+    assert [str(p.relative_to(REPO)) for p in bad] == []
+
+
+# --- make --------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments: str, cwd: Path = REPO, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=clean | env, capture_output=True, text=True, check=False)
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["plan", "test", "test-slow", "lab", "docs", "bench", "clean", "export"])
+def test_make_lists_the_target(target):
+    assert re.search(rf"^  make {target} ", make("help").stdout, re.M)
+
+
+@needs_make
+def test_make_hands_variables_on():
+    shown = make("-n", "plan", "PROFILE=smoke", "RESULTS=elsewhere", "ARGS=--only norm").stdout
+    assert "kimi-nb plan --profile smoke --results elsewhere --only norm" in shown
+
+
+@needs_make
+def test_an_old_python_is_refused_in_one_line(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.9.1;; *) exit 1;; esac\n')
+    old.chmod(0o755)
+    done = make("setup", f"PYTHON={old}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if not line.startswith("make")] == [
+        "kimi_nb needs Python 3.11 or newer, found Python 3.9.1: install one, or name it: make PYTHON=/path/to/python3.11"
+    ]
+    assert not (tmp_path / ".venv").exists()
+
+
+# --- site --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings_and_shows_no_directives(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", "-d", str(tmp_path / "trees"), "nbs", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {name_of(p): (tmp_path / "site" / name_of(p)).with_suffix(".html") for p in [*NOTEBOOKS, REPO / "nbs" / "index.ipynb"]}
+    assert [name for name, page in pages.items() if not page.exists()] == []
+    plain = {name: re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")) for name, page in pages.items()}
+    assert [name for name, text in plain.items() if re.search(r"^\s*#\s*\|", text, re.M)] == []
+    assert [name for name in map(name_of, LIBRARY) if "Everything kimi_nb." not in plain[name]] == []
