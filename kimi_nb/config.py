@@ -27,7 +27,7 @@ class ConfigError(KimiError):
         detail:str, # the value, what is allowed, what to do
     ):
         self.path, self.detail = path, detail
-        super().__init__(f"{path} {detail}".strip())
+        super().__init__(" ".join(f"{path} {detail}".split()))
 
 def near(word:str,  # what was given
          known,     # iterable of the names that exist

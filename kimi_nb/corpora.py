@@ -321,7 +321,8 @@ def _take(docs, chars=math.inf, number=math.inf):
     seen, n, total = set(), 0, 0
     for doc in docs:
         if n >= number or total >= chars: return
-        digest = hashlib.sha256(doc.encode("utf-8", "replace")).digest()
+        if not doc.strip(): continue
+        digest = hashlib.sha256(f"{doc.split}:{doc}".encode("utf-8", "replace")).digest()  # a text given to two splits is for `split_documents` to refuse
         if digest in seen: continue
         seen.add(digest)
         if total + len(doc) > chars and n == 0 and not doc.group: doc = Document.of(doc[:int(chars)], doc.source, doc.group, doc.split)  # one long text: its beginning

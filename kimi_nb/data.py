@@ -61,8 +61,9 @@ def split_documents(
                 if spare and size[k] <= 2 * need: place[k], need, spare = s, need - size[k], spare - 1
             if s not in place.values(): place[min(free, key=lambda k: (size[k], k))] = s  # all are too long: the shortest
         for k, s in place.items(): out[s] += groups[k]
-    for docs in out.values(): docs.sort(key=lambda d: (d.key, _sha(d.encode("utf-8", "replace"))))
-    if {*out["train"]} & {*out["val"], *out["test"]} or {*out["val"]} & {*out["test"]}: raise DataError("a document stands in two splits: remove it from one of the files given")
+    for docs in out.values(): docs.sort(key=lambda d: (d.key, d))
+    given = [str(d) for docs in out.values() for d in docs if d.split]
+    if len(set(given)) < len(given): raise DataError(f"a document stands in two splits ({next(d for d in given if given.count(d) > 1)[:40]!r}…): remove it from one of the files given")
     return out
 
 # %% ../nbs/01_data.ipynb #cde28070

@@ -115,6 +115,24 @@ class _Unpad(torch.autograd.Function):
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
+# torch.compile traces grouped_mm in bfloat16 only; as an operator of our own it may be anything
+@torch.library.custom_op("kimi_nb::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(a:Tensor, b:Tensor, ends:Tensor) -> Tensor: return _grouped_mm(a, b, offs=ends)
+
+@_opaque_grouped_mm.register_fake
+def _(a, b, ends): return a.new_empty((a.shape[0], b.shape[2]) if b.dim() == 3 else (ends.shape[0], a.shape[0], b.shape[1]))
+
+def _grouped_backward(ctx, grad):
+    (a, b, ends), grad = ctx.saved_tensors, grad.contiguous()
+    return _opaque_grouped_mm(grad, b.transpose(1, 2), ends), _opaque_grouped_mm(a.t(), grad, ends), None
+
+_opaque_grouped_mm.register_autograd(_grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+def _grouped_product(rows, stack, ends):
+    "(R, I), (E, I, J) -> (R, J): every slice of rows by its own matrix."
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16: return _opaque_grouped_mm(rows, stack, ends)
+    return _grouped_mm(rows, stack, offs=ends)
+
 def expert_backend(
     device,            # torch device or its name
     dtype:torch.dtype, # of the products
@@ -146,8 +164,8 @@ def run_experts(
     rows = _Dispatch.apply(x, plan.token, plan.inverse)                               # (N*S, D)
     if backend == "grouped":
         ends = plan.counts.cumsum(0).to(torch.int32)
-        inside = _activate(_grouped_mm(rows, w_in.transpose(1, 2), offs=ends), activation)
-        rows = _grouped_mm(inside, w_out.transpose(1, 2), offs=ends)
+        inside = _activate(_grouped_product(rows, w_in.transpose(1, 2), ends), activation)
+        rows = _grouped_product(inside, w_out.transpose(1, 2), ends)
     else:
         longest = int(plan.counts.max())
         starts = plan.counts.cumsum(0) - plan.counts

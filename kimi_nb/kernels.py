@@ -122,11 +122,18 @@ def call_flash_attn(
     "The flash-attn package's function, in this project's layout."
     return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, softmax_scale=scale, causal=causal).transpose(1, 2)
 
+def _one_width(q, k, v):
+    "The three with zeros added to the width of the widest."
+    width = max(q.shape[-1], v.shape[-1])
+    return [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
+
 def fused_attention(q, k, v, scale, causal=True, mask=None, dropout=0.0):
     "`F.scaled_dot_product_attention` with the causal mask in the lower right corner."
+    out = v.shape[-1]
+    if q.is_cpu and not dropout: q, k, v = _one_width(q, k, v)          # PyTorch's CPU kernel would be out of the question for unequal widths
     whole = causal and mask is None and q.shape[-2] > 1                 # a single query sees every key
     if whole and q.shape[-2] != k.shape[-2]: mask, whole = causal_lower_right(q.shape[-2], k.shape[-2]), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole, scale=scale)[..., :out]
 
 def flash_attention(q, k, v, scale, causal=True, mask=None, dropout=0.0):
     """`fused_attention` by a flash kernel.
@@ -134,8 +141,8 @@ def flash_attention(q, k, v, scale, causal=True, mask=None, dropout=0.0):
     Raises: AttentionError where none takes these tensors.
     """
     if why := flash_refusal(q, v, mask, dropout): raise AttentionError(f"attention.implementation 'flash' cannot run: {why}; use sdpa or eager")
-    out, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    q, k, v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    out = v.shape[-1]
+    q, k, v = _one_width(q, k, v)
     if flash_provider(q) != "torch": y = call_flash_attn(flash_attn_package()[0], q, k, v, scale, causal and mask is None, dropout)
     else:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -136,7 +136,8 @@ class Runs:
         name:str|None=None, # in words, where the run has no folder yet
     ) -> Path:
         "Where a run lives, or would live; makes nothing."
-        found = [f for f, i, _ in self._folders() if i == run_id]
+        names = (n for n in list_folder(self.path / "experiments") if n.endswith(f"_{run_id}"))
+        found = [self.path / "experiments" / n for n in names]
         return next((f for f in found if (f / "result.json").exists()), found[0] if found else self.path / "experiments" / f"{_slug(name)}_{run_id}")
 
     def begin(self,

@@ -202,7 +202,7 @@ def forest(
         else: ax.annotate(str(r.get("note") or "no interval"), (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#555555", zorder=6,
                           bbox=dict(facecolor="white", lw=0, pad=1))
         if r.get("n_failed"): text += f"  ({int(r['n_failed'])} lost)"
-        ax.annotate(text.replace("-", "−", 1) if text.startswith("-") else text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#333333", annotation_clip=False)
+        ax.annotate(text.replace("-", "−", 1) if text.startswith("-") else text, (1.03, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#333333", annotation_clip=False)
     ax.set_yticks(range(k - 1, -1, -1), [f"{r['arm']}" + (f"  [{r['block']}]" if len(blocks) > 1 else "") for r in rows])
     ax.set_ylim(-0.7, k - 0.3)
     ax.grid(axis="y", visible=False)

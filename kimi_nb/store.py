@@ -30,6 +30,17 @@ def _tokens_per_step(config):
     try: return int(config["train"]["batch_size"] * (config["train"]["seq_len"] or config["model"]["max_seq_len"]))
     except (KeyError, TypeError): return 0
 
+def _aligned(curves, tokens_per_step):
+    "Columns over the union of the curves' steps."
+    steps = sorted({s for c in curves.values() for s in c["step"]})
+    at, step = {s: i for i, s in enumerate(steps)}, np.array(steps, dtype=np.int64)
+    columns = {"step": step, "tokens": step * tokens_per_step}
+    for k, c in curves.items():
+        nested = any(isinstance(v, list) for v in c["value"])
+        column = columns[k] = np.full(len(steps), None if nested else np.nan, dtype=object if nested else float)
+        for s, v in zip(c["step"], c["value"]): column[at[s]] = v
+    return columns
+
 def _columns(head):
     "(metrics, provenance, config) of a record as flat dictionaries."
     prov = head["provenance"]
@@ -108,16 +119,10 @@ class _Tables(Ledger):
             if folder not in loaded:
                 file = folder / "result.json"
                 curves = unseal(read_text(file), str(file))["curves"]
-                known |= dict.fromkeys(curves)
-                curves = {k: c for k, c in curves.items() if wanted is None or k in wanted}
-                steps = sorted({s for c in curves.values() for s in c["step"]})
-                at = {s: i for i, s in enumerate(steps)}
-                columns = {"step": np.array(steps, dtype=np.int64), "tokens": np.array(steps, dtype=np.int64) * _tokens_per_step(head.config)}
-                for k, c in curves.items():
-                    nested = any(isinstance(v, list) for v in c["value"])
-                    column = columns[k] = np.full(len(steps), None if nested else np.nan, dtype=object if nested else float)
-                    for s, v in zip(c["step"], c["value"]): column[at[s]] = v
-                loaded[folder] = columns
+                try:
+                    known |= dict.fromkeys(curves)
+                    loaded[folder] = _aligned({k: c for k, c in curves.items() if wanted is None or k in wanted}, _tokens_per_step(head.config))
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError): raise StoreError(f"{file} holds curves that cannot be read: restore it or remove it") from None
             parts.append((loaded[folder], (run_id, name, arm, block, seed)))
         for n in wanted or ():
             if known and n not in known: raise StoreError(f"curve {n!r} is in no run: {near(n, known)}")

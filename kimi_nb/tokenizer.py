@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import near
-from .corpora import END_OF_TEXT, DataError, hub_reachable, load_corpus, write_atomic
+from .corpora import END_OF_TEXT, DataError, hub_reachable, write_atomic
 
 # %% ../nbs/00c_tokenizer.ipynb #09d8a8cc
 class Tokenizer:

@@ -148,6 +148,12 @@ def test_shares_are_met_and_text_that_shares_a_module_stays_together():
     assert overlap(splits["train"], splits["test"]) < 0.1
 
 
+def test_a_text_given_to_two_splits_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one{END_OF_TEXT}two")
+    (tmp_path / "b.txt").write_text(f"two{END_OF_TEXT}three{END_OF_TEXT}three")
+    assert "two splits" in refused(prepare, dict(corpus=f"files:train={tmp_path}/a.txt,val={tmp_path}/b.txt", tokenizer="byte"))
+
+
 def test_overlap_sees_a_leak(tiny):
     splits = split_documents(tiny)
     leak = max(splits["test"], key=len)
@@ -202,8 +208,9 @@ def test_an_epoch_meets_no_token_twice_and_nearly_all(n, seq, seed, epoch):
 def test_seeds_and_epochs_differ():
     first = Batches(np.arange(5000), 8, 16, 0)
     assert (first.batch(0)[0] != Batches(np.arange(5000), 8, 16, 1).batch(0)[0]).any()
-    per_epoch = first.n_windows // 8
-    assert sorted(map(tuple, first.batch(0)[0])) != sorted(map(tuple, first.batch(per_epoch)[0]))
+    one = Batches(np.arange(5000), 1, 16, 0)
+    epochs = [[int(one.starts(e * one.n_windows + i)[0]) for i in range(one.n_windows)] for e in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] and len({min(e) for e in epochs}) > 1, "order and offset change with the epoch"
 
 
 def test_the_order_of_batches_never_changes():

@@ -1,0 +1,264 @@
+"""Configuration: every setting matters or is refused, and what is refused is refused in one line."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kimi_nb.config import PHASES, PRESETS, ConfigError, DataConfig, KimiError, ModelConfig, RunConfig, load_profile, profile_names
+
+# What each setting needs to be awake, and another value for it. `MLA` and `MOE` are bases in which those parts are in use.
+MLA = {"model.attention.kind": "mla", "model.attention.kv_lora_rank": 16, "model.attention.qk_nope_head_dim": 4, "model.attention.qk_rope_head_dim": 4, "model.attention.v_head_dim": 8}
+MOE = {"model.ffn.kind": "moe", "model.moe.n_experts": 4, "model.moe.d_expert": 16}
+NOAUX = MOE | {"model.moe.router": "noaux_tc"}
+GROUPS = NOAUX | {"model.moe.n_experts": 8, "model.moe.n_group": 4, "model.moe.topk_group": 2}
+LATENT = {"model.attention.kind": "latent", "model.attention.chunk_size": 4, "model.attention.n_latents": 2}
+MUON = {"train.optimizer.name": "muon"}
+WALK = {
+    "model.d_model": ({}, 48),
+    "model.n_layers": ({}, 1),
+    "model.n_heads": ({}, 2),
+    "model.d_ff": ({}, 40),
+    "model.vocab_size": ({"model.vocab_size": 300}, 400),
+    "model.max_seq_len": ({"model.position.kind": "learned", "train.seq_len": 16}, 24),
+    "model.dropout": ({}, 0.3),
+    "model.tie_embeddings": ({}, False),
+    "model.first_dense_layers": (MOE, 1),
+    "model.norm.kind": ({}, "rmsnorm"),
+    "model.norm.eps": ({}, 0.1),
+    "model.norm.bias": ({}, True),
+    "model.position.kind": ({}, "learned"),
+    "model.position.theta": ({}, 100.0),
+    "model.position.yarn_factor": ({}, 4.0),
+    "model.attention.kind": (MLA | {"model.attention.kind": "mha"}, "mla"),
+    "model.attention.implementation": ({}, "eager"),
+    "model.attention.qk_norm": ({}, True),
+    "model.attention.q_lora_rank": (MLA, 8),
+    "model.attention.kv_lora_rank": (MLA, 8),
+    "model.attention.qk_nope_head_dim": (MLA, 6),
+    "model.attention.qk_rope_head_dim": (MLA, 6),
+    "model.attention.v_head_dim": (MLA, 6),
+    "model.attention.n_latents": (LATENT, 3),
+    "model.attention.chunk_size": (LATENT, 8),
+    "model.ffn.kind": (MOE | {"model.ffn.kind": "dense"}, "moe"),
+    "model.ffn.activation": ({}, "relu"),
+    "model.moe.router": (MOE, "aux_tc"),
+    "model.moe.n_experts": (MOE, 5),
+    "model.moe.top_k": (MOE, 1),
+    "model.moe.n_shared_experts": (MOE, 1),
+    "model.moe.d_expert": (MOE, 24),
+    "model.moe.n_group": (GROUPS, 2),
+    "model.moe.topk_group": (GROUPS, 1),
+    "model.moe.routed_scaling_factor": (MOE, 2.5),
+    "model.moe.norm_topk_prob": (MOE, False),
+    "model.moe.aux_loss_weight": (MOE, 0.5),
+    "model.moe.seq_loss_weight": (NOAUX, 0.5),
+    "model.moe.bias_update_speed": (NOAUX, 0.1),
+    "train.steps": ({}, 5),
+    "train.batch_size": ({}, 2),
+    "train.micro_batch_size": ({}, 2),
+    "train.seq_len": ({}, 8),
+    "train.lr": ({}, 5e-3),
+    "train.min_lr": ({}, 1e-4),
+    "train.schedule": ({}, "linear"),
+    "train.warmup_steps": ({}, 2),
+    "train.grad_clip": ({}, 0.1),
+    "train.precision": ({}, "bf16"),
+    "train.compile": ({}, True),
+    "train.eval_every": ({}, 1),
+    "train.eval_tokens": ({}, 64),
+    "train.save_every": ({}, 1),
+    "train.optimizer.name": ({}, "adam"),
+    "train.optimizer.weight_decay": ({}, 1.0),
+    "train.optimizer.betas": ({}, (0.5, 0.9)),
+    "train.optimizer.momentum": (MUON, 0.5),
+    "train.optimizer.ns_steps": (MUON, 2),
+    "train.optimizer.scaling": (MUON, "original"),
+    "train.optimizer.muon_router": (MUON | MOE, True),
+    "train.optimizer.expert_lr_scale": (MOE, 3.0),
+    "train.optimizer.qk_clip_threshold": ({"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0}, 1e-4),
+    "data.corpus": ({}, "tinyworld:0.9,pydocs:0.1"),
+    "data.tokenizer": ({}, "bpe:300"),
+    "data.max_tokens": ({}, 400),
+    "data.num_documents": ({}, 20),
+    "data.val_fraction": ({}, 0.3),
+    "data.test_fraction": ({}, 0.3),
+    "seed": ({}, 1),
+    "repeat": ({}, 1),
+}
+CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
+
+
+def tiny(changes=()):
+    base = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 30, "model.d_model": 32, "model.n_heads": 4, "model.max_seq_len": 16,
+            "train.steps": 4, "train.batch_size": 4, "train.eval_tokens": 200, "train.lr": 1e-2}
+    return RunConfig()._changed(base | dict(changes))[0]
+
+
+def what_happens(run, folder):
+    "Everything about a run that is not its name or its time."
+    from kimi_nb.train import fit
+
+    saved = []
+    record = fit(run, folder, progress=False, on_step=lambda step, line: saved.append(sorted(p.name for p in (folder / "checkpoints").glob("step_*"))))
+    chosen = {k: record.provenance[k] for k in ("kernel", "micro_batch_size", "precision", "expert_backend", "data")}
+    return {k: v for k, v in record.metrics.items() if k not in CLOCK}, record.curves, chosen, saved
+
+
+def test_the_walk_is_complete():
+    assert set(WALK) == set(RunConfig().flat())
+
+
+@pytest.mark.parametrize("path", WALK)
+def test_changing_a_setting_changes_the_run(path, tmp_path):
+    base, value = WALK[path]
+    before = tiny(base)
+    after = before.override({path: value})
+    assert after.run_id != before.run_id and after != before
+    if path == "repeat":  # tells identical runs apart: the numbers must be the same
+        assert what_happens(before, tmp_path / "a") == what_happens(after, tmp_path / "b")
+    elif path == "train.compile":  # compiling takes too long here
+        from kimi_nb.data import prepare
+        from kimi_nb.train import Trainer, pick_device
+
+        made = [Trainer(r, prepare(r.data), pick_device("cpu")) for r in (before, after)]
+        assert made[0].forward is made[0].model and made[1].forward is not made[1].model
+    else:
+        assert what_happens(before, tmp_path / "a") != what_happens(after, tmp_path / "b")
+
+
+@pytest.mark.parametrize("path", [p for p, (base, _) in WALK.items() if base and p not in ("model.vocab_size", "model.max_seq_len", "model.attention.kind", "model.ffn.kind", "model.moe.topk_group")])
+def test_a_sleeping_setting_is_refused(path):
+    value, run = WALK[path][1], RunConfig()
+    if path == "model.first_dense_layers" or path not in run.dormant():
+        with pytest.raises(ConfigError):
+            run.override({path: value})
+    else:
+        with pytest.raises(ConfigError, match="would have no effect"):
+            run.override({path: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: ModelConfig(attention={"kind": "mlaa"}), "attention.kind 'mlaa' is unknown: one of mha, mla, latent"),
+        (lambda: RunConfig(model={"attention": {"kind": "mlaa"}}), "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent"),
+        (lambda: ModelConfig(d_model=64, n_heads=6), "n_heads 6 does not divide d_model 64"),
+        (lambda: ModelConfig(ffn={"kind": "moe"}, moe={"n_experts": 2, "top_k": 4}), "moe.top_k 4 is over moe.n_experts 2"),
+        (lambda: ModelConfig(attention={"kind": "mla"}), "attention.kv_lora_rank is missing"),
+        (lambda: ModelConfig(d_model="wide"), "d_model 'wide' is not a whole number"),
+        (lambda: ModelConfig(d_model=1.5), "d_model 1.5 is not a whole number"),
+        (lambda: ModelConfig(d_model=True), "d_model True is not allowed: true or false is not a number"),
+        (lambda: ModelConfig(d_model=0), "d_model 0 is out of range: at least 1"),
+        (lambda: RunConfig(modle={}), "modle is not a setting: did you mean model?"),
+        (lambda: RunConfig().override({"train.lr": "nan"}), "train.lr 'nan' is not a finite number"),
+        (lambda: RunConfig().override({"train.optimizer.name": "muonclip", "model.attention.qk_norm": True}), "muonclip is not possible with model.attention.qk_norm"),
+        (lambda: RunConfig(train={"seq_len": 128}), "train.seq_len 128 is over model.max_seq_len 64"),
+        (lambda: RunConfig(train={"batch_size": 8, "micro_batch_size": 3}), "train.micro_batch_size 3 does not divide batch_size 8"),
+        (lambda: DataConfig(tokenizer="bpe:100"), "tokenizer 'bpe:100' is not possible"),
+        (lambda: ModelConfig.preset("nanokimi"), "preset 'nanokimi' is unknown: one of nano"),
+        (lambda: load_profile("enormous"), "profile 'enormous' is unknown: one of smoke"),
+    ],
+)
+def test_refusals_are_one_line(make, line):
+    with pytest.raises(ConfigError) as e:
+        make()
+    assert line in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_names_for_the_same_things():
+    c = ModelConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, moe={"use_moe": True, "num_experts": 8, "top_k": 2})
+    assert (c.n_layers, c.n_heads, c.d_model, c.max_seq_len, c.ffn.kind, c.moe.n_experts, c.moe.top_k) == (12, 12, 768, 1024, "moe", 8, 2)
+    with pytest.raises(ConfigError, match="give one of the two"):
+        ModelConfig(n_embd=64, d_model=64)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_files(name, tmp_path):
+    run = RunConfig.preset(name)
+    for ending in ("yaml", "json"):
+        run.save(tmp_path / f"run.{ending}")
+        assert RunConfig.load(tmp_path / f"run.{ending}") == run
+        assert RunConfig.load(tmp_path / f"run.{ending}").run_id == run.run_id
+
+
+def test_presets_have_the_sizes_they_are_known_by():
+    from kimi_nb.model import KimiModel, count_parameters
+
+    def count(name):
+        return count_parameters(KimiModel(ModelConfig.preset(name), seed=None))
+
+    assert 9e6 < count("nano")["non_embedding"] < 11e6
+    assert 123e6 < count("small")["total"] < 125e6
+    assert 335e6 < count("medium")["total"] < 345e6
+    plan, kimi = ModelConfig.preset("plan"), ModelConfig.preset("kimi")
+    plan_width = plan.moe.top_k * 2 * plan.expert_width
+    kimi_width = (kimi.moe.top_k + kimi.moe.n_shared_experts) * 3 * kimi.expert_width
+    assert abs(kimi_width / plan_width - 1) < 0.01  # equal active feed-forward FLOPs
+
+
+def test_the_run_id_follows_the_bytes_of_a_file(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    run = RunConfig(data={"corpus": str(text)})
+    first = run.run_id
+    text.write_text("two")
+    assert run.run_id != first
+    text.write_text("one")
+    assert run.run_id == first
+
+
+def test_yaml_reads_the_numbers_people_write(tmp_path):
+    (tmp_path / "r.yaml").write_text("train: {lr: 1e-4, steps: 20, optimizer: {betas: [0.9, 0.99]}}\n")
+    run = RunConfig.load(tmp_path / "r.yaml")
+    assert (run.train.lr, run.train.steps, run.train.optimizer.betas) == (1e-4, 20, (0.9, 0.99))
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "standard", "paper"])
+def test_profiles_load(name):
+    profile = load_profile(name)
+    assert profile.name == name and profile.base.model.max_seq_len >= 64 and profile.base.model.n_layers >= 2 and profile.base.model.n_heads >= 4
+    assert name in profile_names()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[p]\ntrain.lrr = 1", "train.lrr is not a setting: did you mean train.lr"),
+        ("[p]\nnorm.train.lr = fast", "norm.train.lr 'fast' is not allowed"),
+        ("[p]\nnorm.seeds = 0", "norm.seeds 0 is not a whole number of at least 1"),
+        ("[p]\nseeds = many", "seeds 'many' is not a whole number"),
+        ("[p]\ntrain.steps = -1", "train.steps -1 is out of range"),
+        ("no section", "is not a valid INI file"),
+        ("[p]\nbudget_minutes = 1\nbudget_minutes = 2", "is not a valid INI file"),
+    ],
+)
+def test_a_broken_settings_file_names_itself_and_the_line(text, part, tmp_path):
+    path = tmp_path / "settings.ini"
+    path.write_text(text if "budget" in text or "section" in text else text.replace("[p]", "[p]\nbudget_minutes = 1"))
+    with pytest.raises(ConfigError) as e:
+        load_profile("p", path)
+    assert part in str(e.value) and str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+PATHS = sorted(RunConfig().flat())
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-5, 2000), st.floats(allow_nan=True), st.sampled_from(["mla", "moe", "muon", "auto", "", "1e-3", "none", "a: b", "[1"]), st.lists(st.floats(0, 1), max_size=3))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.one_of(st.sampled_from(PATHS), st.text(max_size=12)), VALUES, max_size=4))
+def test_override_gives_a_run_or_one_line(changes):
+    base = RunConfig()
+    try:
+        run = base.override(changes)
+    except KimiError as e:
+        assert "\n" not in str(e)
+    else:
+        assert RunConfig(**json.loads(run.to_json())) == run
+        assert (run == base) == (run.run_id == base.run_id)
+        assert {k for k, v in run.flat().items() if v != base.flat()[k]} <= set(changes)
+
+
+def test_phases_are_known_by_name():
+    assert PHASES[0] == "baseline" and "combined" in PHASES and len(set(PHASES)) == len(PHASES)

@@ -1,0 +1,467 @@
+"""Optimizers on real models: against float64 references and PyTorch's own, resumed from files, clipped on several ranks."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from kimi_nb import optim
+from kimi_nb.config import KimiError, ModelConfig, OptimizerConfig, TrainConfig
+from kimi_nb.model import KimiModel
+from kimi_nb.optim import (
+    Muon,
+    attention_modules,
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    load_optimizer_tensors,
+    newton_schulz,
+    optimizer_tensors,
+    param_groups,
+    qk_clip_,
+    set_logit_tracking,
+    set_lr,
+)
+
+MLA = dict(kind="mla", kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
+MODELS = {
+    "mha dense tied": dict(),
+    "mha learned untied": dict(position=dict(kind="learned"), tie_embeddings=False, ffn=dict(activation="gelu")),
+    "mha moe": dict(ffn=dict(kind="moe"), moe=dict(n_experts=4, d_expert=24, n_shared_experts=1)),
+    "mha moe relu": dict(ffn=dict(kind="moe", activation="relu"), moe=dict(n_experts=4, d_expert=24)),
+    "mla moe": dict(attention=MLA | dict(q_lora_rank=10), ffn=dict(kind="moe"), moe=dict(n_experts=4, d_expert=24, router="noaux_tc"), first_dense_layers=1),
+    "mla": dict(attention=MLA),
+    "latent": dict(attention=dict(kind="latent", n_latents=2, chunk_size=4)),
+    "layernorm with bias": dict(norm=dict(kind="layernorm", bias=True)),
+}
+
+
+def make_model(name="mha moe", **more):
+    return KimiModel(ModelConfig(**(dict(d_model=32, n_layers=2, n_heads=4, d_ff=48, vocab_size=40, max_seq_len=16) | MODELS[name] | more)))
+
+
+def make_config(lr=1e-2, **optimizer):
+    return TrainConfig(lr=lr, optimizer=OptimizerConfig(**optimizer))
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        tokens = torch.randint(0, 40, (4, 17), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        out = model(tokens[:, :-1], targets=tokens[:, 1:])
+        (out.loss + out.aux_loss).backward()
+        optimizer.step()
+    return out.loss.item()
+
+
+def orthogonalised(matrix, steps=5):
+    """The polynomial on the singular values, in float64: shares nothing with the iteration on matrices."""
+    U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / (s.square().sum().sqrt() + 1e-7)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return U * s @ Vh
+
+
+def reference_muon(p, grads, lr, decay, mu, nesterov, scaling, cut=1):
+    p, buffer = p.double(), torch.zeros_like(p, dtype=torch.float64)
+    for g in grads:
+        buffer = mu * buffer + (1 - mu) * g.double()
+        u = mu * buffer + (1 - mu) * g.double() if nesterov else buffer
+        p = p * (1 - lr * decay)
+        experts = []
+        for pe, ue in zip(p.unbind() if p.ndim == 3 else [p], u.unbind() if u.ndim == 3 else [u], strict=True):
+            rows, cols = ue.shape[0] // cut, ue.shape[1]
+            factor = math.sqrt(max(1, rows / cols)) if scaling == "original" else 0.2 * math.sqrt(max(rows, cols))
+            experts.append(pe - lr * factor * torch.cat([orthogonalised(part) for part in ue.split(rows)]))
+        p = torch.stack(experts) if p.ndim == 3 else experts[0]
+    return p
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-7), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_the_float64_reference(dtype, tolerance, scaling, nesterov):
+    torch.manual_seed(0)
+    cases = [((12, 12), 1), ((12, 5), 1), ((5, 12), 1), ((7, 40), 1), ((3, 8, 6), 1), ((3, 8, 6), 2), ((18, 6), 3)]
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, _ in cases]
+    start = [p.detach().clone() for p in params]
+    optimizer = Muon([dict(params=[p], splits=cut) for p, (_, cut) in zip(params, cases, strict=True)], lr=0.05, weight_decay=0.3, momentum=0.9, nesterov=nesterov, scaling=scaling)
+    grads = []
+    for _ in range(4):
+        grads.append([torch.randn_like(p) for p in params])
+        for p, g in zip(params, grads[-1], strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for i, (p, (_, cut)) in enumerate(zip(params, cases, strict=True)):
+        expected = reference_muon(start[i], [g[i] for g in grads], 0.05, 0.3, 0.9, nesterov, scaling, cut)
+        torch.testing.assert_close(p.detach().double(), expected, atol=tolerance, rtol=0)
+
+
+def test_unequal_splits_are_orthogonalised_apart():
+    p, g = torch.zeros(10, 4, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
+    p.grad = g
+    Muon([dict(params=[p], splits=(6, 2, 2))], lr=1.0, momentum=0.0, scaling="match_rms_adamw").step()
+    expected = torch.cat([0.2 * math.sqrt(max(len(part), 4)) * orthogonalised(part) for part in g.split((6, 2, 2))])
+    torch.testing.assert_close(p, -expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (16, 160)])
+def test_newton_schulz_and_torch_muon_agree_within_bf16(shape):
+    """torch.optim.Muon computes in bf16; its distance from the float64 answer bounds what can be asked."""
+    torch.manual_seed(1)
+    g = torch.randn(shape)
+    theirs = torch.zeros(shape)
+    theirs.grad = g.clone()
+    torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    theirs = -theirs / (0.2 * math.sqrt(max(shape)))
+    exact = orthogonalised(g)
+    bf16_error = (theirs - exact).norm() / exact.norm()
+    assert (newton_schulz(g) - exact).norm() / exact.norm() < 1e-4 < bf16_error < 0.03
+    ours = newton_schulz(g, dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - theirs).norm() / exact.norm() < 0.03
+
+
+def test_one_batched_call_per_shape(monkeypatch):
+    """All layers' matrices of one shape, tall or wide, in one group or several, are one batch."""
+    calls = []
+    monkeypatch.setattr(optim, "newton_schulz", lambda G, *a, **k: calls.append(tuple(G.shape)) or newton_schulz(G, *a, **k))
+    params = [torch.randn(s) for s in [(8, 8)] * 5 + [(16, 8), (8, 16), (3, 8, 8), (2, 32, 8)]]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    Muon([dict(params=params[:4], lr=1e-3), dict(params=params[4:-1]), dict(params=params[-1:], splits=2)]).step()
+    assert sorted(calls) == [(6, 8, 16), (8, 8, 8)]
+
+
+def test_no_gradient_moves_nothing_and_zero_gradient_only_decays():
+    p, q = torch.ones(4, 4), torch.ones(4, 4)
+    q.grad = torch.zeros(4, 4)
+    Muon([p, q], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(p, torch.ones(4, 4))
+    assert torch.allclose(q, torch.full((4, 4), 0.95))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Muon([torch.zeros(3)]), "shape (3,)"),
+        (lambda: Muon([dict(params=[torch.zeros(5, 3)], splits=2)]), "cannot be cut into splits 2"),
+        (lambda: Muon([torch.zeros(3, 3)], scaling="best"), "one of original, match_rms_adamw"),
+        (lambda: Muon([torch.zeros(3, 3)], momentum=1.0), "momentum 1.0"),
+        (lambda: Muon([torch.zeros(3, 3)], lr=-1), "lr -1"),
+        (lambda: build_optimizer(torch.nn.LayerNorm(4), make_config(name="muon")), "finds no hidden matrix"),
+        (lambda: build_optimizer(torch.nn.Identity(), make_config()), "no parameter"),
+        (lambda: qk_clip_(make_model(), 1.0), "set_logit_tracking"),
+    ],
+)
+def test_refusals_are_one_line(make, words):
+    with pytest.raises(KimiError, match=re.escape(words)) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+HIDDEN = re.compile(r"layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?\.weight|mlp\.((shared_experts\.)?(gate|up|down)_proj\.weight|experts\.(gate_up|up|down)_proj))")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon", "muonclip"])
+def test_every_parameter_is_in_one_right_group(name, kind):
+    model = make_model(name)
+    groups = param_groups(model, make_config(name=kind, weight_decay=0.1))
+    where = {n: g for g in groups for n, _ in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(where)
+    assert where.keys() == {n for n, _ in model.named_parameters()}
+    assert len({g["name"] for g in groups}) == len(groups)
+    for n, p in model.named_parameters():
+        expected = "muon" if kind.startswith("muon") and HIDDEN.fullmatch(n) else "adam" if kind == "adam" else "adamw"
+        assert where[n]["kind"] == expected, n
+        assert where[n]["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0), n
+        assert where[n].get("splits", 1) == (2 if expected == "muon" and n.endswith("gate_up_proj") else 1), n
+    optimizer = build_optimizer(model, make_config(name=kind))
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    assert describe_groups(optimizer).count("|") == len(groups) - 1
+
+
+def test_described_in_words():
+    text = describe_groups(build_optimizer(make_model("mha moe"), make_config(lr=1e-3, name="muon", expert_lr_scale=0.5)))
+    assert "muon: 14 matrices, 12.8K parameters, lr 0.001, decay 0.01" in text
+    assert "muon fused experts: 16 matrices, 12.3K parameters, lr 0.0005, decay 0.01" in text
+    assert "adamw without decay: " in text
+
+
+def test_frozen_parameters_are_left_out():
+    model = make_model()
+    model.embed_tokens.weight.requires_grad_(False)
+    assert "embed_tokens.weight" not in {n for g in param_groups(model, make_config()) for n, _ in g["params"]}
+
+
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        ("adam", dict(weight_decay=0.5)),
+        ("adamw", dict(weight_decay=0.5)),
+        ("adamw", dict(betas=(0.8, 0.9))),
+        ("adamw", dict(expert_lr_scale=0.5)),
+        ("adamw", dict(name="adam")),
+        ("adamw", dict(name="muon")),
+        ("muon", dict(weight_decay=0.5)),
+        ("muon", dict(momentum=0.5)),
+        ("muon", dict(ns_steps=3)),
+        ("muon", dict(scaling="original")),
+        ("muon", dict(muon_router=True)),
+        ("muon", dict(betas=(0.8, 0.9))),
+        ("muon", dict(expert_lr_scale=0.5)),
+    ],
+)
+def test_every_setting_changes_the_training(base, change):
+    model, other = make_model(), make_model()
+    train(model, build_optimizer(model, make_config(name=base, weight_decay=0.01)), 3)
+    train(other, build_optimizer(other, make_config(**(dict(name=base, weight_decay=0.01) | change))), 3)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_expert_learning_rate_is_that_of_experts_only():
+    model = make_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, make_config(name="muon", expert_lr_scale=1e-9, weight_decay=0.0))
+    set_lr(optimizer, 0.01)
+    train(model, optimizer, 1)
+    for n, p in model.named_parameters():
+        assert (".experts." in n) == (p - before[n]).abs().max().lt(1e-7).item(), n
+
+
+def test_adamw_beside_original_muon_steps_as_far_as_match_rms_adamw():
+    """In square matrices both scalings are one optimizer, up to what the learning rate means."""
+    lr = 0.2 * 32**0.5 * 1e-3
+    finals = []
+    for scaling, rate in (("match_rms_adamw", 1e-3), ("original", lr)):
+        model = make_model("mha dense tied", d_ff=32)
+        train(model, build_optimizer(model, make_config(lr=rate, name="muon", scaling=scaling, weight_decay=0.0)), 3)
+        finals.append(model)
+    for (n, a), (_, b) in zip(finals[0].named_parameters(), finals[1].named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=n)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon", "muonclip"])
+def test_resumed_from_a_file_it_steps_bitwise_alike(kind, tmp_path):
+    config = make_config(name=kind, expert_lr_scale=0.5)
+    model = make_model("mla moe")
+    optimizer = build_optimizer(model, config)
+    train(model, optimizer, 3)
+    set_lr(optimizer, 3e-3)
+    tensors, meta = optimizer_tensors(optimizer)
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    meta = json.dumps(meta)
+    resumed = make_model("mla moe")
+    resumed.load_state_dict(model.state_dict())
+    other = build_optimizer(resumed, config)
+    load_optimizer_tensors(other, load_file(tmp_path / "optimizer.safetensors"), json.loads(meta))
+    plain = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert plain == [{k: v for k, v in g.items() if k != "params"} for g in other.param_groups]
+    again, _ = optimizer_tensors(other)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k], tensors[k]) and again[k].dtype == tensors[k].dtype for k in tensors)
+    assert not {t.data_ptr() for t in again.values()} & {t.data_ptr() for t in tensors.values()}
+    train(model, optimizer, 3, seed=1)
+    train(resumed, other, 3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    # and through torch's own state_dict
+    third = make_model("mla moe")
+    third.load_state_dict(model.state_dict())
+    copy = build_optimizer(third, config)
+    copy.load_state_dict(deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2, seed=2)
+    train(third, copy, 2, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), third.parameters(), strict=True))
+
+
+def test_state_of_another_run_is_refused():
+    model = make_model()
+    optimizer = build_optimizer(model, make_config(name="muon"))
+    train(model, optimizer, 1)
+    tensors, meta = optimizer_tensors(optimizer)
+    with pytest.raises(KimiError, match="grouped differently"):
+        load_optimizer_tensors(build_optimizer(make_model(), make_config(name="adamw")), tensors, meta)
+    with pytest.raises(KimiError, match="in one only"):
+        load_optimizer_tensors(build_optimizer(make_model("mha dense tied"), make_config(name="muon")), tensors, meta)
+    with pytest.raises(KimiError, match="has shape"):
+        load_optimizer_tensors(build_optimizer(make_model(vocab_size=41), make_config(name="muon")), tensors, meta)
+    with pytest.raises(KimiError, match="belongs to no parameter"):
+        load_optimizer_tensors(optimizer, tensors | {"ghost.weight/exp_avg": torch.zeros(2)}, meta)
+
+
+def test_training_works_and_gradscaler_can_drive_it():
+    """fp16 training scales gradients: a good step is the plain step, a step with an overflow is skipped whole."""
+    losses = {}
+    for kind in ("adam", "adamw", "muon"):
+        model = make_model()
+        optimizer = build_optimizer(model, make_config(lr=3e-3, name=kind))
+        first = train(model, optimizer, 1)
+        for _ in range(15):
+            losses[kind] = train(model, optimizer, 1)
+        assert losses[kind] < first - 0.3, (kind, first, losses[kind])
+    plain, scaled = make_model(), make_model()
+    a, b = build_optimizer(plain, make_config(name="muon")), build_optimizer(scaled, make_config(name="muon"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    train(plain, a, 1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 40, (4, 17), generator=generator)
+
+    def scaled_step(poison=False):
+        b.zero_grad(set_to_none=True)
+        out = scaled(tokens[:, :-1], targets=tokens[:, 1:])
+        scaler.scale(out.loss + out.aux_loss).backward()
+        if poison:
+            scaled.norm.weight.grad[0] = math.inf
+        scaler.unscale_(b)
+        scaler.step(b)
+        scaler.update()
+
+    scaled_step()
+    for x, y in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
+    before = [p.detach().clone() for p in scaled.parameters()]
+    scaled_step(poison=True)
+    assert all(torch.equal(x, y) for x, y in zip(before, scaled.parameters(), strict=True))
+
+
+def nanogpt_lr(it, lr, min_lr, warmup_iters, lr_decay_iters):
+    """get_lr of nanoGPT's train.py, past its warm-up."""
+    if it > lr_decay_iters:
+        return min_lr
+    ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (lr - min_lr)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_schedule_properties(data):
+    steps = data.draw(st.integers(1, 300))
+    warmup = data.draw(st.integers(0, steps))
+    lr = data.draw(st.floats(1e-6, 1.0))
+    min_lr = data.draw(st.one_of(st.none(), st.floats(0, 1).map(lambda f: f * lr)))
+    schedule = data.draw(st.sampled_from(["cosine", "linear", "constant"]))
+    c = TrainConfig(steps=steps, warmup_steps=warmup, lr=lr, min_lr=min_lr, schedule=schedule)
+    lrs = [learning_rate(s, c) for s in range(steps)]
+    slack = 1e-12 * lr
+    assert all(min(c.end_lr, lr / max(1, warmup)) - slack <= x <= lr + slack for x in lrs)
+    assert lrs[0] > 0 or min_lr == 0
+    assert all(a < b for a, b in pairwise(lrs[:warmup]))
+    assert all(a >= b - slack for a, b in pairwise(lrs[warmup:]))
+    if warmup:
+        assert math.isclose(lrs[0], lr / warmup)
+        assert math.isclose(lrs[warmup - 1], lr)
+    if steps - 1 > warmup:
+        assert math.isclose(lrs[-1], lr if schedule == "constant" else c.end_lr, abs_tol=slack)
+        if schedule == "cosine":
+            assert all(math.isclose(lrs[s], nanogpt_lr(s, lr, c.end_lr, warmup, steps - 1), abs_tol=slack) for s in range(warmup, steps))
+    past = learning_rate(steps + 50, c)
+    assert past == lr if schedule == "constant" else math.isclose(past, c.end_lr, abs_tol=slack)
+
+
+def test_set_lr_keeps_the_groups_ratios():
+    optimizer = build_optimizer(make_model(), make_config(name="muon", scaling="original", expert_lr_scale=0.25))
+    set_lr(optimizer, 0.5)
+    for group in optimizer.param_groups:
+        beside = 1.0 if group["kind"] == "muon" else 5 / 32**0.5
+        assert group["lr"] == pytest.approx(0.5 * min(1.0, beside) * (0.25 if "experts" in group["name"] else 1.0))
+
+
+# QK-clip on the real attention modules
+
+def exploding(name, implementation, scale=30.0):
+    spec = MODELS[name]
+    model = make_model(name, attention=spec.get("attention", {}) | dict(implementation=implementation))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".self_attn." in n and "norm" not in n and p.ndim == 2 and "o_proj" not in n:
+                p.mul_(scale if n.startswith("layers.0") else 1.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["mha dense tied", "mla", "mla moe"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_qk_clip_fires_on_exploded_heads_and_then_is_quiet(name, implementation):
+    model = exploding(name, implementation)
+    assert len(attention_modules(model)) == 2
+    set_logit_tracking(model)
+    tokens = torch.randint(0, 40, (6, 16), generator=torch.Generator().manual_seed(0))
+
+    def seen():
+        for part in tokens.split(2):
+            model(part)
+        return torch.cat([m.logit_max.clone() for _, m in attention_modules(model)])
+
+    before = seen()
+    tau = before[:4].median().item()
+    assert before[:4].max() > tau > before[4:].max(), "the first layer must explode and the second must not"
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    report = qk_clip_(model, tau)
+    first, second = report.per_layer.values()
+    assert report.n_heads == 8
+    assert report.n_clipped == first["n_clipped"] == int((before > tau).sum())
+    assert second == dict(n_clipped=0, max_logit=pytest.approx(before[4:].max().item()), min_gamma=1.0)
+    assert report.max_logit == pytest.approx(before.max().item())
+    assert report.min_gamma == pytest.approx(tau / before.max().item())
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if not n.startswith("layers.0.self_attn"))
+    assert all(m.logit_max.max() == -math.inf for _, m in attention_modules(model))
+    # the first layer's input has not changed: its heads stand exactly at the threshold, the others where they were
+    torch.testing.assert_close(seen()[:4], before[:4].clamp(max=tau), rtol=1e-4, atol=1e-4)
+    assert qk_clip_(model, tau * 1.001).n_clipped == 0
+
+
+@torch.no_grad()
+def test_qk_clip_leaves_a_small_model_bitwise_alone_and_survives_overflow():
+    model = make_model("mla")
+    weights = [p.clone() for p in model.parameters()]
+    set_logit_tracking(model)
+    model(torch.arange(16)[None])
+    report = qk_clip_(model, 100.0)
+    assert (report.n_clipped, report.min_gamma) == (0, 1.0)
+    assert -math.inf < report.max_logit < 100
+    attention_modules(model)[0][1].logit_max = torch.tensor([math.inf, math.nan, 1.0, 2.0])
+    assert qk_clip_(model, 100.0).n_clipped == 0
+    assert qk_clip_(model, 100.0).max_logit == -math.inf
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+RANKS = """
+    import sys, torch, torch.distributed as dist
+    from kimi_nb.config import ModelConfig
+    from kimi_nb.model import KimiModel
+    from kimi_nb.optim import attention_modules, qk_clip_, set_logit_tracking
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    model = KimiModel(ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=40, max_seq_len=16))
+    set_logit_tracking(model)
+    for i, (_, m) in enumerate(attention_modules(model)):
+        m.logit_max = torch.tensor([200.0, 1.0, 1.0, 1.0]) if rank == i else torch.ones(4)
+    report = qk_clip_(model, 100.0)
+    print(report.n_clipped, report.max_logit, report.min_gamma, *[x["n_clipped"] for x in report.per_layer.values()], round(sum(p.double().abs().sum().item() for p in model.parameters()), 9))
+    dist.destroy_process_group()
+"""
+
+
+def test_qk_clip_takes_the_maximum_over_ranks(tmp_path, repo):
+    """Each rank saw another head explode: both must clip both, and stay identical."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(RANKS), str(r), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=repo)
+        for r in range(2)
+    ]
+    outs = [p.communicate(timeout=120) for p in ranks]
+    assert all(p.returncode == 0 for p in ranks), outs[0][1] + outs[1][1]
+    assert outs[0][0] == outs[1][0]
+    assert outs[0][0].startswith("2 200.0 0.5 1 1 ")
