@@ -7,13 +7,12 @@ __all__ = ['MultiHeadAttention', 'absorbing_pays', 'MultiHeadLatentAttention', '
 
 # %% ../nbs/05_attention.ipynb #6766fa1e
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .caches import KVCache, LatentCache, MLACache, build_cache, cache_bytes, cache_bytes_per_token
+from .caches import KVCache, MLACache, build_cache, cache_bytes, cache_bytes_per_token
 from .config import ModelConfig
-from .kernels import Attention, AttentionError, attend, flash_provider
+from .kernels import Attention, AttentionError, flash_provider, flash_refusal
 from .latent import LatentAttention
 from .norm import RMSNorm
 from .rope import apply_rope
@@ -75,6 +74,11 @@ def absorbing_pays(
     R, unpacked = a.kv_lora_rank, a.qk_nope_head_dim + a.v_head_dim
     return T * R * unpacked + T * S * (2 * R + a.qk_rope_head_dim) < S * R * unpacked + T * S * (unpacked + a.qk_rope_head_dim)
 
+def _per_head(x, weight):
+    "(B, H, T, K) times (H, K, R): every head its own matrix. One bmm; einsum takes twice as long for a single token."
+    B, H, T, K = x.shape
+    return torch.bmm(x.transpose(0, 1).reshape(H, B * T, K), weight).view(H, B, T, -1).transpose(0, 1)
+
 class MultiHeadLatentAttention(Attention):
     """Attention whose keys and values are unpacked from one small latent per token.
 
@@ -118,11 +122,13 @@ class MultiHeadLatentAttention(Attention):
         form, held = self.form, None
         if cache is not None:
             held, = cache.append(torch.cat([c, k_rope], -1))                                                              # (B, 1, S, R + Kr)
-            form = form or ("absorbed" if absorbing_pays(self.config, x.shape[1], held.shape[2]) else "expanded")
+            form = form or ("absorbed" if absorbing_pays(self.config, x.shape[1], held.shape[2]) and self._kernel_takes(held) else "expanded")
             c, k_rope = held.split([self.rank, self.rope], -1)
         if form == "absorbed": y = self._absorbed(q_nope, q_rope, torch.cat([c, k_rope], -1) if held is None else held, need_weights)
         else: y = self._expanded(q_nope, q_rope, c, k_rope, need_weights)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _kernel_takes(self, held): return self.implementation != "flash" or not flash_refusal(held, held)
 
     def _expanded(self, q_nope, q_rope, c, k_rope, need_weights):
         k_nope, v = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2).split([self.nope, self.v_dim], -1)
@@ -131,14 +137,14 @@ class MultiHeadLatentAttention(Attention):
 
     def _absorbed(self, q_nope, q_rope, held, need_weights):
         w_k, w_v = self.kv_b_proj.weight.view(self.n_heads, -1, self.rank).split([self.nope, self.v_dim], 1)              # (H, Kn, R), (H, V, R)
-        q = torch.cat([torch.einsum("bhtk,hkr->bhtr", q_nope, w_k), q_rope.to(held.dtype)], -1)                           # (B, H, T, R + Kr)
+        q = torch.cat([_per_head(q_nope, w_k), q_rope], -1).to(held.dtype)                                                # (B, H, T, R + Kr)
         # the whole buffer serves as values too: equal widths are what fused kernels want, and the rotary part is cut off
         if q.shape[2] == 1 and not (need_weights or self.track_logits):
             mixed = self.attend(q.transpose(1, 2), held, held, causal=False).transpose(1, 2)                              # heads as queries of one head: the cache is read once
         else:
             every = held.expand(-1, self.n_heads, -1, -1)
             mixed = self.attend(q, every, every, need_weights)
-        return torch.einsum("bhtr,hvr->bhtv", mixed[..., :self.rank], w_v)
+        return _per_head(mixed[..., :self.rank], w_v.transpose(1, 2))
 
     @torch.no_grad()
     def clip_heads_(self,

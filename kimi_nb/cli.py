@@ -7,7 +7,7 @@ __all__ = ['setting_help', 'add_settings', 'chosen_run', 'cmd_plan', 'cmd_run', 
            'cmd_data', 'cmd_env', 'cmd_bench', 'where_it_stands', 'build_parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #73a7d487
-import argparse, inspect, json, os, re, sys, textwrap
+import argparse, inspect, json, os, re, signal, sys, textwrap, threading
 from pathlib import Path
 
 from .config import PRESETS, Config, ConfigError, KimiError, RunConfig, load_profile, near, profile_names
@@ -72,7 +72,7 @@ def _show_profiles(names, workers):
         print(textwrap.indent(_table(table.rename(columns={"minutes": "worker minutes"})), "  ") + "\n")
 
 def cmd_plan(args):
-    from kimi_nb.plan import phase_studies, plan_table, run_plan, summary
+    from kimi_nb.plan import phase_studies, plan_table, run_plan, summary, timing
     from kimi_nb.runner import default_workers, distinct, pending, predict_seconds
     profile, store = load_profile(args.profile), _store(args)
     if args.dry_run:
@@ -85,7 +85,8 @@ def cmd_plan(args):
         return 0
     report = run_plan(profile, store, args.only, args.seeds, args.executor, args.workers or profile.workers, progress=not args.quiet)
     print("\n" + summary(report, store))
-    if args.timing: print("\n" + "\n".join(f"{part}: {s:.1f} s" for part, s in report.seconds.items()))
+    if args.timing: print("\n" + timing(report))
+    for name, why in report.failed.items(): print(f"kimi-nb: error: {'' if name.startswith('run ') else 'phase '}{name}: {why.removeprefix(f'phase {name} ')}", file=sys.stderr)
     return 0 if report.ok else 1
 
 def cmd_run(args):
@@ -113,7 +114,8 @@ def cmd_train(args):
         record = run_one(run, store, args.name, args.device, args.threads, progress=not args.quiet, on_step=follow)
         folder = store.folder(run.run_id)
     shown = ("steps", "tokens", "epochs", "train_loss", "val_loss", "val_ppl", "val_bpb", "test_loss", "test_bpb", "tokens_per_second", "training_seconds", "peak_memory_mb", "total_parameters", "active_parameters")
-    print(f"{record.status}: run {record.run_id} in {folder}" + (f": {record.provenance['error']}" if record.status == "failed" else ""))
+    if record.status == "failed": raise KimiError(f"run {record.run_id} in {folder} failed: {record.provenance['error']}")
+    print(f"{record.status}: run {record.run_id} in {folder}")
     print("\n".join(f"  {k:20} {record.metrics[k]:,.4g}" if isinstance(record.metrics[k], float) and abs(record.metrics[k]) < 1e4 else f"  {k:20} {record.metrics[k]:,.0f}" for k in shown if record.metrics.get(k) is not None))
     return 0 if record.status == "done" else 1
 
@@ -267,15 +269,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Entry point: 0 done, 1 something failed, 2 the request is impossible, 130 interrupted."
     args = build_parser().parse_args(argv)
+    def terminated(number, frame): raise KeyboardInterrupt
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminated) if main_thread else None
     try:
         if args.command is None: print(where_it_stands(args.results)); return 0
         return args.function(args) or 0
     except KimiError as e:
-        print(f"kimi-nb: {'stopped' if type(e).__name__ in ('Interrupted', 'PlanInterrupted') else 'error'}: {e}", file=sys.stderr)
+        print(f"kimi-nb: {'stopped' if type(e).__name__ in ('Interrupted', 'PlanInterrupted') else 'error'}: {' '.join(str(e).split())}", file=sys.stderr)
         return 130 if type(e).__name__ in ("Interrupted", "PlanInterrupted") else 2
     except KeyboardInterrupt:
-        print("kimi-nb: interrupted", file=sys.stderr)
+        print("kimi-nb: interrupted: run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        if main_thread: signal.signal(signal.SIGTERM, before)

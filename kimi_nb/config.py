@@ -83,7 +83,7 @@ def parse_value(text):
     if not isinstance(text, str): return text
     if text.strip().lower() == "none": return None
     try: return yaml.load(text, _Loader)
-    except yaml.YAMLError: return text
+    except (yaml.YAMLError, ValueError, RecursionError): return text
 
 def _number(value):
     if isinstance(value, bool): raise ValueError("true or false is not a number")
@@ -495,6 +495,8 @@ class Profile(Config):
     budget_minutes: Annotated[Float, Field(gt=0)]     # wall time of the whole plan, set-up apart
     workers: Positive|None = None                     # training processes; none is one per core (one on a GPU)
     grids: dict[str, dict[str, tuple]] = {}           # phase -> dotted name -> values
+    tune: dict[str, tuple] = {}                       # optimizer -> learning rates that it is tuned over, as many for each
+    tuned: dict[str, float] = {}                      # optimizer -> the learning rate that tuning chose; filled in from records
 
     def grid(self,
         phase:str,     # one of `PHASES`
@@ -503,6 +505,12 @@ class Profile(Config):
     ) -> tuple:
         "The values a phase tries for one setting."
         return self.grids.get(phase, {}).get(path, tuple(default if default is not None else (self.base.flat()[path],)))
+
+    def lr(self,
+        optimizer:str, # a name of train.optimizer.name
+    ) -> float:
+        "The optimizer's tuned learning rate, the base run's before tuning."
+        return self.tuned.get(optimizer, self.base.train.lr)
 
     def n_seeds(self,
         phase:str, # one of `PHASES`
@@ -517,6 +525,8 @@ def settings_path() -> Path:
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent if "__file__" in globals() else here):
         if (folder / "settings.ini").is_file(): return folder / "settings.ini"
     raise ConfigError("settings.ini", f"is neither above {here} nor in the package's checkout: set KIMI_NB_SETTINGS to its path")
+
+_PLAIN = ("seeds", "budget_minutes", "workers")
 
 def _read_settings(path):
     path, parser = Path(path or settings_path()), configparser.ConfigParser(interpolation=None)
@@ -540,16 +550,20 @@ def load_profile(
     """
     path, parser = _read_settings(path)
     if name not in parser.sections(): raise ConfigError("profile", f"{name!r} is unknown: one of {', '.join(parser.sections())} (sections of {path})")
-    known, plain, base, grids, preset = _paths(RunConfig), {}, {}, {}, "plan"
+    known, plain, base, grids, tune, preset = _paths(RunConfig), {}, {}, {}, {}, "plan"
     where = f"{path} [{name}]"
     try:
         for key, text in parser[name].items():
             phase, _, rest = key.partition(".")
             if key == "preset": preset = text.strip()
+            elif phase == "tune":
+                if rest not in get_args(OptimizerConfig.model_fields["name"].annotation): raise ConfigError(key, f"is not an optimizer: {near(rest, get_args(OptimizerConfig.model_fields['name'].annotation))}")
+                tune[rest] = tuple(parse_value(v.strip()) for v in text.split(","))
+                for rate in tune[rest]: _check_value("train.lr", rate, key)
             elif key in known: base[key] = text
-            elif key in Profile.model_fields and key not in ("name", "base", "grids"): plain[key] = parse_value(text)
+            elif key in _PLAIN: plain[key] = parse_value(text)
             elif phase in PHASES and (rest in known or rest == "seeds"): grids.setdefault(phase, {})[rest] = tuple(parse_value(v.strip()) for v in text.split(","))
-            else: raise ConfigError(key, f"is not a setting: {near(rest if phase in PHASES else key, [*known, *(k for k in Profile.model_fields if k not in ('name', 'base', 'grids')), 'preset'])}")
+            else: raise ConfigError(key, f"is not a setting: {near(rest if phase in PHASES else key, [*known, *_PLAIN, 'preset'])}")
         run = RunConfig.preset(preset)._changed(base)[0]  # a base may hold the sizes of kinds that arms will choose
         for phase, grid in grids.items():
             for key, values in grid.items():
@@ -557,7 +571,8 @@ def load_profile(
                     if key == "seeds":
                         if not isinstance(value, int) or value < 1: raise ConfigError(f"{phase}.seeds", f"{value!r} is not a whole number of at least 1")
                     else: _check_value(key, value, f"{phase}.{key}")
-        return Profile(name=name, base=run, grids=grids, **plain)
+        if len(counts := {len(r) for r in tune.values()}) > 1: raise ConfigError("tune", f"gives the optimizers {' and '.join(map(str, sorted(counts)))} learning rates: as many trials for each, or the comparison is not fair")
+        return Profile(name=name, base=run, grids=grids, tune=tune, **plain)
     except ConfigError as e: raise ConfigError(f"{where}:", str(e)) from None
 
 def _check_value(key, value, shown):

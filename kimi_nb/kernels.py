@@ -178,15 +178,15 @@ class Attention(nn.Module):
         self.layer_idx, self.n_heads, self.implementation, self.dropout = layer_idx, config.n_heads, config.attention.implementation, config.dropout
         self.scale = qk_head_dim**-0.5 * (yarn_mscale(config.position.yarn_factor)**2 if config.position.kind == "rope" else 1.0)
         self.track_logits, self.last_weights = False, None
-        self.register_buffer("logit_max", torch.full((self.n_heads,), -math.inf), persistent=False)
+        self.reset_logit_max()
 
     def reset_logit_max(self):
         "Forget the logits seen so far."
-        self.logit_max = torch.full((self.n_heads,), -math.inf, device=self.logit_max.device)
+        self.logit_max = torch.full((self.n_heads,), -math.inf, device="cpu")  # no buffer: DDP would overwrite it with the first rank's
 
     def see_logits(self, maxima):
         "Keep the larger of what was seen and `maxima` (B, H)."
-        self.logit_max = torch.maximum(self.logit_max.to(maxima.dtype), maxima.amax(0))
+        self.logit_max = torch.maximum(self.logit_max.to(maxima), maxima.amax(0))
 
     def attend(self, q, k, v, need_weights=False, causal=True):
         "Attention by the module's kernel, with what was asked for noted on the side."

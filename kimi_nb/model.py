@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INIT_STD', 'KimiConfig', 'parameter_generator', 'init_parameters', 'Block', 'ModelOutput', 'KimiModel',
            'count_parameters', 'forward_flops_per_token', 'attention_flops_per_token', 'training_flops_per_token',
-           'measured_forward_flops_per_token', 'describe']
+           'measured_forward_flops_per_token', 'costs']
 
 # %% ../nbs/07_model.ipynb #fd98a61a
 import hashlib, math
@@ -192,7 +192,7 @@ def measured_forward_flops_per_token(
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(ids)
     return counter.get_total_flops() / seq_len
 
-def describe(
+def costs(
     model:KimiModel,
     seq_len:int|None=None, # context in tokens; none is max_seq_len
 ) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .experts import ACTIVATIONS, Experts, FeedForward, dispatch_plan, expert_backend, expert_counts, is_gated, run_experts
+from .experts import Experts, FeedForward, dispatch_plan, expert_backend, expert_counts
 
 # %% ../nbs/06_moe.ipynb #03f521ce
 class Route(NamedTuple):

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'RunnerError', 'PlanInterrupted', 'distinct', 'pending', 'run_one', 'share_of_cores', 'default_workers',
-           'Progress', 'run_studies', 'run_study', 'weight', 'step_flops', 'time_step', 'predict_seconds']
+           'Worker', 'Progress', 'run_studies', 'run_study', 'weight', 'step_flops', 'time_step', 'predict_seconds']
 
 # %% ../nbs/12_runner.ipynb #c8f7a9fd
-import json, os, queue, signal, threading, time
+import contextlib, json, os, signal, sys, threading, time, traceback
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
+from multiprocessing.connection import wait
 
-from .config import KimiError, RunConfig
+from .config import DataConfig, KimiError, RunConfig
 from .store import Store
 from .study import Planned, Record, Study
 
@@ -52,14 +51,20 @@ def run_one(
     progress:bool=False,
     on_step=None,      # function of (step, metrics)
 ) -> Record:
-    "The record of a run: the store's, or a new one."
-    from kimi_nb.train import Interrupted, fit
+    """The record of a run: the store's, or a new one.
+
+    Raises: Interrupted after SIGINT or SIGTERM; DataError, CheckpointError, DiskError for what is not the run's own fault.
+    """
+    from kimi_nb.checkpoint import CheckpointError
+    from kimi_nb.data import prepare
+    from kimi_nb.train import DiskError, Interrupted, fit
     with store.lock(run.run_id):
         record = store.get(run.run_id, fresh=True)
         if record is not None and record.status in ("done", "diverged"): return record
+        prepare(run.data, run.seq_len)  # what cannot be read is refused before there is a folder
         folder = store.begin(run, name)
         try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step)
-        except Interrupted: raise
+        except (Interrupted, CheckpointError, DiskError): raise
         except KimiError as e: reason = str(e)
         record = Record.of(run, "failed", provenance=dict(error=reason))
         store.put(record, name)
@@ -68,102 +73,196 @@ def run_one(
 # %% ../nbs/12_runner.ipynb #380d0e87
 def share_of_cores(workers:int) -> int:
     "CPU threads per worker."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
+    return max(1, _cores() // workers)
+
+def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def default_workers() -> int:
     "One per core, one when there is a GPU."
     import torch
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return 1 if torch.cuda.is_available() else _cores()
 
-_reports = None
+def _watch(parent):
+    "End this process when its parent has gone, in whatever way."
+    while os.getppid() == parent: time.sleep(0.25)
+    os.kill(os.getpid(), signal.SIGTERM)  # `fit` saves and leaves
+    time.sleep(20); os._exit(1)
 
-def _start_worker(reports, threads, parent):
-    global _reports
-    _reports = reports
+def _worker(pipe, store, threads, device, parent, born):
+    "A worker's life: runs come in through the pipe as (config, name), what became of them goes back."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; `fit` listens while it trains
-    import torch
-    torch.set_num_threads(threads)
-    def watch():
-        while os.getppid() == parent: time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)  # `fit` saves and leaves
-        time.sleep(20); os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def _work(config, store_path, name, device, threads):
-    run, last = RunConfig(**config), 0.0
-    def report(step, line):
-        nonlocal last
-        if (now := time.monotonic()) - last > 0.2: last = now; _reports.put((run.run_id, step, line["train_loss"]))
-    return run_one(run, Store(store_path), name, device, threads, on_step=report).status
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    try:
+        import torch
+        from tqdm.auto import tqdm
+        from kimi_nb.train import Interrupted
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes, and is left behind by one that is killed
+        torch.set_num_threads(threads)
+        pipe.send(("ready", time.time() - born, None))
+        while True:
+            config, name = pipe.recv()
+            run, last, start = RunConfig(**config), 0.0, time.perf_counter()
+            def report(step, line):
+                nonlocal last
+                if (now := time.monotonic()) - last > 0.2: last = now; pipe.send(("step", step, line["train_loss"]))
+            try: record = run_one(run, store, name, device, threads, on_step=report)
+            except Interrupted: pipe.send(("interrupted", None, None)); continue
+            except KimiError as e: pipe.send(("refused", str(e), None)); continue
+            except Exception: pipe.send(("broken", traceback.format_exc(), None)); continue
+            spent = dict(total=time.perf_counter() - start, training=record.metrics.get("training_seconds") or 0.0, evaluation=max(0.0, (record.metrics.get("seconds") or 0.0) - (record.metrics.get("training_seconds") or 0.0)))
+            pipe.send(("done", record.status, spent))
+    except (EOFError, OSError): return  # nobody listens any more
 
 @dataclass
+class Worker:
+    "The parent's end of a worker process."
+    process: object
+    pipe: object
+    ready: bool = False
+    busy: object = None  # the Planned it is at
+
+    @classmethod
+    def start(cls, store, threads, device):
+        context = get_context("spawn")
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs, store, threads, device, os.getpid(), time.time()), daemon=True)
+        with _plain_main(): process.start()
+        theirs.close()
+        return cls(process, mine)
+
+    def give(self, planned):
+        self.busy = planned
+        with contextlib.suppress(OSError): self.pipe.send((planned.run.model_dump(mode="json"), f"{planned.study}-{planned.arm}-s{planned.seed}"))  # if it has died, its end of the pipe says so
+
+    def stop(self, patience=30.0):
+        "Let it finish its step and save; insist after `patience` seconds."
+        if self.process.is_alive(): self.process.terminate()
+        self.process.join(patience)
+        if self.process.is_alive(): self.process.kill(); self.process.join()
+        self.pipe.close()
+
+@contextlib.contextmanager
+def _plain_main():
+    "A spawned process would run the caller's script again; a worker needs nothing of it."
+    main = sys.modules["__main__"]
+    saved = {k: getattr(main, k) for k in ("__file__", "__spec__") if hasattr(main, k)}
+    try:
+        if "__file__" in saved: del main.__file__
+        main.__spec__ = None
+        yield
+    finally:
+        for k, v in saved.items(): setattr(main, k, v)
+
+# %% ../nbs/12_runner.ipynb #674ddc72
 class Progress:
-    "What a plan's bar shows: it counts predicted seconds of work, so that long and short runs weigh as they should."
-    weights: dict       # run_id -> predicted seconds
-    steps: dict         # run_id -> steps
-    show: bool = True
+    "The state of a plan's training, shown on stderr."
+    every = 10.0  # seconds between lines where there is no terminal
+    def __init__(self,
+        weights:dict,   # run_id -> predicted seconds
+        steps:dict,     # run_id -> steps
+        show:bool=True,
+    ):
+        self.weights, self.steps, self.show = {k: max(1, round(1000 * w)) for k, w in weights.items()}, steps, show
+        self.seen, self.done, self.bar, self.note = dict.fromkeys(weights, 0), 0, None, ""
+        self.start = self.said = time.monotonic()
     def __enter__(self):
-        from tqdm.auto import tqdm
-        self.seen, self.loss, self.done, self.active = {k: 0.0 for k in self.weights}, None, 0, {}
-        self.bar = tqdm(total=round(sum(self.weights.values()), 1), disable=not self.show, dynamic_ncols=True, mininterval=0.5,
-                        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}")
-        self._text(); return self
-    def __exit__(self, *_): self.bar.close()
-    def _text(self): self.bar.set_description_str(f"{self.done} of {len(self.weights)} runs", refresh=False)
+        if self.show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            from tqdm.auto import tqdm
+            self.bar = tqdm(total=sum(self.weights.values()), dynamic_ncols=True, mininterval=0.5, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}")
+            self._text()
+        return self
+    def __exit__(self, *_):
+        if self.bar is not None: self.bar.close()
+    def _text(self):
+        if self.bar is not None: self.bar.set_description_str(f"{self.done} of {len(self.weights)} runs", refresh=False)
+    def line(self) -> str:
+        "Where it stands, in words."
+        share, passed = sum(self.seen.values()) / sum(self.weights.values()), time.monotonic() - self.start
+        clock = lambda s: f"{int(s) // 60:02d}:{int(s) % 60:02d}"
+        return f"{self.done} of {len(self.weights)} runs, {share:.0%}, {clock(passed)} elapsed" + (f", {clock(passed / share - passed)} left" if share else "") + self.note
     def _to(self, run_id, share):
-        add = self.weights[run_id] * share - self.seen[run_id]
-        if add > 0: self.seen[run_id] += add; self.bar.update(add)
+        add = round(self.weights[run_id] * share) - self.seen[run_id]
+        if add > 0:
+            self.seen[run_id] += add
+            if self.bar is not None: self.bar.update(add)
+        if self.show and self.bar is None and ((now := time.monotonic()) - self.said > self.every or self.done == len(self.weights)): self.said = now; print(self.line(), file=sys.stderr, flush=True)
     def step(self, run_id, step, loss):
+        self.note = f", {run_id} loss {loss:.3f}" if loss is not None else ""
+        if self.bar is not None: self.bar.set_postfix_str(self.note[2:], refresh=False)
         self._to(run_id, min(1.0, step / max(1, self.steps[run_id])))
-        if loss is not None: self.bar.set_postfix_str(f"{run_id} loss {loss:.3f}", refresh=False)
     def finish(self, run_id): self.done += 1; self._to(run_id, 1.0); self._text()
 
-# %% ../nbs/12_runner.ipynb #ce16cc8f
+# %% ../nbs/12_runner.ipynb #a47d339c
 _TRIES = 3  # of a run whose worker died
 
-def _in_processes(todo, store, workers, device, bar):
-    threads, left, tries = share_of_cores(workers), {p.run.run_id: p for p in todo}, {}
-    context, asked = get_context("spawn"), []
-    reports = context.SimpleQueue()
-    def drain():
-        while not reports.empty(): bar.step(*reports.get())
-    def handler(number, frame): asked.append(number)
+@contextlib.contextmanager
+def _signals():
+    "The signals that came; the second SIGINT interrupts at once."
+    asked = []
+    def handler(number, frame):
+        if number == signal.SIGINT and asked: raise KeyboardInterrupt
+        asked.append(number)
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        while left and not asked:
-            with ProcessPoolExecutor(workers, context, _start_worker, (reports, threads, os.getpid())) as pool:
-                jobs = {pool.submit(_work, p.run.model_dump(mode="json"), str(store.path), f"{p.study}-{p.arm}-s{p.seed}", device, threads): k for k, p in left.items()}
-                try:
-                    while jobs:
-                        done, _ = wait(jobs, timeout=0.25, return_when=FIRST_COMPLETED)
-                        drain()
-                        if asked:
-                            for job in jobs: job.cancel()
-                            for process in list(pool._processes.values()):
-                                if process.is_alive(): process.terminate()  # SIGTERM: `fit` finishes its step and saves
-                            break
-                        for job in done:
-                            run_id = jobs.pop(job)
-                            job.result()
-                            del left[run_id]; bar.finish(run_id)
-                except BrokenProcessPool:
-                    if asked: break
-                    for run_id in list(left):
-                        if store.get(run_id, fresh=True): del left[run_id]; bar.finish(run_id)
-                    tries = {k: tries.get(k, 0) + 1 for k in left}
-                    if max(tries.values(), default=0) >= _TRIES: raise RunnerError(f"worker processes died {_TRIES} times (out of memory, or killed): use fewer with --workers, the finished runs are kept") from None
+    try: yield asked
     finally:
         for s, h in before.items(): signal.signal(s, h)
-    if asked: raise PlanInterrupted(f"stopped with {bar.done} of {bar.done + len(left)} runs done, the others are saved: run the same command again to go on")
 
-def _in_process(todo, store, device, bar):
+def _in_processes(todo, store, workers, device, bar, team, spent):
+    "Hand the runs out to the workers in `team`, which are started already."
+    threads, left, tries = share_of_cores(workers), list(todo), Counter()
+    def fail(planned, reason):
+        store.put(Record.of(planned.run, "failed", provenance=dict(error=reason)), f"{planned.study}-{planned.arm}-s{planned.seed}")
+        bar.finish(planned.run.run_id)
+    def hear(worker):
+        kind, what, more = worker.pipe.recv()
+        planned = worker.busy
+        if kind == "ready": worker.ready = True; spent["start-up"] += what
+        elif kind == "step": bar.step(planned.run.run_id, what, more)
+        else:
+            worker.busy = None
+            if kind == "interrupted": left.insert(0, planned)  # a signal to the worker alone: the run goes on elsewhere
+            elif kind == "refused": raise RunnerError(what)
+            elif kind == "broken": raise RuntimeError(f"run {planned.run.run_id} ({planned.study}, {planned.arm}, seed {planned.seed}) broke:\n{what}")
+            else:
+                for part, seconds in more.items(): spent[part] += seconds
+                bar.finish(planned.run.run_id)
+    with _signals() as asked:
+        while (left or any(w.busy for w in team)) and not asked:
+            for worker in team:
+                if left and worker.ready and not worker.busy: worker.give(left.pop(0))
+            for pipe in wait([w.pipe for w in team], timeout=0.25):
+                worker = next(w for w in team if w.pipe is pipe)
+                try:
+                    while worker.pipe.poll(): hear(worker)
+                except (EOFError, ConnectionError):  # it has died
+                    worker.stop(); team.remove(worker)
+                    if planned := worker.busy:
+                        tries[planned.run.run_id] += 1
+                        if tries[planned.run.run_id] < _TRIES: left.insert(0, planned)
+                        else: fail(planned, f"its worker process died {_TRIES} times (out of memory, or killed): use fewer with --workers")
+                    else:
+                        tries[None] += 1
+                        if tries[None] >= _TRIES * workers: raise RunnerError(f"worker processes die before they take a run ({_TRIES * workers} did; out of memory, or killed): use fewer with --workers") from None
+                    if left or any(w.busy for w in team): team.append(Worker.start(store, threads, device))
+        if asked:
+            for worker in team: worker.process.terminate()  # all at once; then each gets its time
+            for worker in team: worker.stop()
+    if asked: raise PlanInterrupted(_stopped(bar))
+
+def _stopped(bar): return f"stopped with {bar.done} of {len(bar.weights)} runs done, the others are saved: run the same command again to go on"
+
+def _in_process(todo, store, device, bar, spent):
     from kimi_nb.train import Interrupted
-    for p in todo:
-        try: run_one(p.run, store, f"{p.study}-{p.arm}-s{p.seed}", device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]))
-        except Interrupted: raise PlanInterrupted(f"stopped with {bar.done} of {len(todo)} runs done, the others are saved: run the same command again to go on") from None
-        bar.finish(p.run.run_id)
+    with _signals() as asked:
+        for p in todo:
+            if asked: raise PlanInterrupted(_stopped(bar))
+            start = time.perf_counter()
+            try: record = run_one(p.run, store, f"{p.study}-{p.arm}-s{p.seed}", device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]))
+            except Interrupted: raise PlanInterrupted(_stopped(bar)) from None
+            training = record.metrics.get("training_seconds") or 0.0
+            spent.update(total=time.perf_counter() - start, training=training, evaluation=max(0.0, (record.metrics.get("seconds") or 0.0) - training))
+            bar.finish(p.run.run_id)
 
 EXECUTORS = ("process", "inprocess")
 
@@ -174,25 +273,50 @@ def run_studies(
     workers:int|None=None,     # processes; none is one per core, one on a GPU
     device:str|None=None,      # none: CUDA, else Apple's, else CPU
     progress:bool=True,        # show a bar with the time left
+    spent:dict|None=None,      # gets where the time went: part -> wall seconds
 ) -> list[Record]:
     """Records of every run of the studies, in order; trains only what the store does not hold, and writes the studies' manifests.
 
     Raises: RunnerError for an unknown executor or workers that keep dying; PlanInterrupted after SIGINT or SIGTERM; DataError when a corpus cannot be had.
     """
     if executor not in EXECUTORS: raise RunnerError(f"executor {executor!r} is unknown: one of {', '.join(EXECUTORS)}")
-    plan = distinct(studies)
+    if workers is not None and workers < 1: raise RunnerError(f"workers {workers} is out of range: at least 1")
+    plan, begin = distinct(studies), time.perf_counter()
     for study in studies: store.record_study(study)
-    todo = pending(plan, store)
-    if todo:
-        from kimi_nb.data import prepare
-        for data in {p.run.data.to_json(): p.run.data for p in todo}.values(): prepare(data)  # once, before the workers want it
-        weights = {p.run.run_id: weight(p.run) for p in todo}
-        with Progress(weights, {p.run.run_id: p.run.train.steps for p in todo}, progress) as bar:
-            workers = min(workers or default_workers(), len(todo))
-            if executor == "inprocess": _in_process(todo, store, device, bar)
-            else: _in_processes(todo, store, workers, device, bar)
+    if todo := pending(plan, store):
+        workers, used, team = min(workers or default_workers(), len(todo)), Counter(), []
+        try:
+            if executor == "process": team += [Worker.start(store, share_of_cores(workers), device) for _ in range(workers)]
+            else: workers = 1
+            start = time.perf_counter()
+            _prepare(todo)
+            used["data"], start = time.perf_counter() - start, time.perf_counter()
+            weights = {p.run.run_id: weight(p.run) for p in todo}
+            with Progress(weights, {p.run.run_id: p.run.train.steps for p in todo}, progress) as bar:
+                if executor == "inprocess": _in_process(todo, store, device, bar, used)
+                else: _in_processes(todo, store, workers, device, bar, team, used)
+        finally:
+            for worker in team:
+                if not worker.busy: worker.process.kill()  # it holds nothing
+            for worker in team: worker.stop()
+        if spent is not None: spent.update(_where_time_went(used, workers, time.perf_counter() - begin))
         store.rebuild()
     return [store.get(p.run.run_id) for p in plan]
+
+def _prepare(todo):
+    "Every corpus once, before the workers want it; the longest context is checked.  Raises: DataError."
+    from kimi_nb.data import prepare
+    longest = {}
+    for p in todo: longest[p.run.data.to_json()] = max(longest.get(p.run.data.to_json(), 0), p.run.seq_len)
+    for data, seq_len in longest.items(): prepare(DataConfig(**json.loads(data)), seq_len)
+
+def _where_time_went(used, workers, wall):
+    "Worker seconds as shares of the wall time; what no worker accounts for is waiting and the parent's own work."
+    parts = dict(training=used["training"] / workers, evaluation=used["evaluation"] / workers, data=used["data"])
+    parts["set-up of runs"] = max(0.0, used["total"] - used["training"] - used["evaluation"]) / workers
+    parts["start-up of workers"] = max(0.0, used["start-up"] / workers - used["data"])  # they start while the data is prepared
+    parts["waiting for the last"] = max(0.0, wall - sum(parts.values()))
+    return parts
 
 def run_study(study:Study, store:Store, executor:str="process", workers:int|None=None, device:str|None=None, progress:bool=True) -> list[Record]:
     "`run_studies` for one."

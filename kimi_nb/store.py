@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .config import KimiError, data_identity, near
-from .ledger import RUN_FOLDER, Ledger, StoreError, in_order, list_folder, pretty, read_manifest, read_text, same_comparison, write_whole, writing
+from .ledger import RUN_FOLDER, Ledger, StoreError, in_order, list_folder, pretty, read_manifest, read_stored, same_comparison, write_whole, writing
 from .study import Record, Study, canonical, digest_of, unseal
 
 # %% ../nbs/11_store.ipynb #c7f26fd2
@@ -118,7 +118,7 @@ class _Tables(Ledger):
         for name, arm, block, seed, run_id, folder, head, _ in self._rows(study, stale, False):
             if folder not in loaded:
                 file = folder / "result.json"
-                curves = unseal(read_text(file), str(file))["curves"]
+                curves = unseal(read_stored(file), str(file))["curves"]
                 try:
                     known |= dict.fromkeys(curves)
                     loaded[folder] = _aligned({k: c for k, c in curves.items() if wanted is None or k in wanted}, _tokens_per_step(head.config))
@@ -275,7 +275,7 @@ class Store(_Reports):
             if name.partition("@")[0].removesuffix(".json") != study.name: found.append(f"{self.path / 'studies' / name} holds study {study.name!r}: give it its name")
             if complete and "@" not in name: found += [f"study {study.name}: no record of {' / '.join(filter(None, (b, a)))}, seed {s} (run {i}): start the plan again" for (a, b, s), i in rows.items() if i not in ids]
         for name in ("experiments.json", "baselines.json"):
-            try: json.loads(read_text(self.path / name)) if (self.path / name).exists() else None
+            try: json.loads(read_stored(self.path / name)) if (self.path / name).exists() else None
             except (StoreError, ValueError, RecursionError): found.append(f"{self.path / name} is not readable as JSON: rebuild the store")
         return found
 
@@ -286,7 +286,7 @@ class Store(_Reports):
         try: run = record.run
         except KimiError as e: run = None if record.stale else found.append(f"{folder / 'result.json'} holds a config that is not allowed: {e}")
         if run and not record.stale and _builtin(run) and run.run_id != record.run_id: found.append(f"{folder / 'result.json'}: its config is that of run {run.run_id}")
-        try: same = json.loads(read_text(folder / "config.json")) == record.config
+        try: same = json.loads(read_stored(folder / "config.json")) == record.config
         except (KimiError, ValueError, RecursionError): same = False
         return found if same else [*found, f"{folder / 'config.json'} is missing or differs from the record's config: restore it from result.json"]
 

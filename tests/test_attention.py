@@ -1,5 +1,7 @@
 """Attention over random configurations: causality, caches, the forms of MLA, QK-clip, and transformers' DeepSeek-V3 as a witness."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,14 +94,43 @@ def test_kernels_agree_forward_and_backward(config, length):
     results = []
     for kernel in KERNELS:
         layer, x, rope = built(config.override({"attention.implementation": kernel}), length)
+        layer.track_logits = True  # eager reads its logits, the fused kernels' are computed again
         y = layer(x, rope, need_weights=True)
-        results.append((y, layer.last_weights, *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True)))
+        results.append((y, layer.last_weights, layer.logit_max, *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             if a is None or b is None:  # latents have no reader in a text of one chunk
                 assert a is b
             else:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@FEW
+@given(configs(kinds=("mha",)), st.integers(1, 9))
+def test_mha_is_its_definition_token_by_token(config, length):
+    layer, x, rope = built(config, length)
+    heads, width, eps = config.n_heads, config.head_dim, config.norm.eps
+
+    def turned(vector, gain, t):
+        h = vector.view(heads, width)
+        if gain is not None:
+            h = torch.nn.functional.rms_norm(h, (width,), gain.weight, eps)
+        if rope is not None:
+            pair = torch.view_as_complex(h.reshape(heads, -1, 2)) * torch.polar(torch.ones(width // 2).double(), torch.atan2(rope[1][t], rope[0][t]).double())
+            h = torch.view_as_real(pair).flatten(1)
+        return h
+
+    scale = layer.scale
+    rows = []
+    for t in range(length):
+        q = turned(layer.q_proj.weight @ x[0, t], layer.q_norm, t)
+        k = torch.stack([turned(layer.k_proj.weight @ x[0, s], layer.k_norm, s) for s in range(t + 1)])
+        v = torch.stack([(layer.v_proj.weight @ x[0, s]).view(heads, width) for s in range(t + 1)])
+        weights = ((q * k).sum(-1) * scale).softmax(0)
+        rows.append(layer.o_proj.weight @ (weights.unsqueeze(-1) * v).sum(0).flatten())
+    torch.testing.assert_close(layer(x, rope)[0], torch.stack(rows), rtol=0, atol=1e-6)  # the float32 table is not exactly on the circle
+    factor = config.position.yarn_factor if config.position.kind == "rope" else 1.0
+    assert scale == pytest.approx(width**-0.5 * (0.1 * math.log(factor) + 1) ** 2)
 
 
 @FEW

@@ -77,6 +77,17 @@ def test_odd_texts(bpe, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.eot_id not in tokenizer.encode(text)
 
 
+@quick
+@given(st.lists(st.sampled_from(["a word", "\n", "\n\n", " \n", "\n ", "  ", "x\ny", "\t", "\u00a0", "\u2028"]), min_size=1, max_size=60))
+def test_cutting_long_texts_changes_nothing(bpe, parts):
+    from kimi_nb.tokenizer import _pieces
+    text = "".join(parts)
+    pieces = list(_pieces(text, size=3))
+    assert "".join(pieces) == text
+    words = lambda t: [w for w, _ in bpe.inner.pre_tokenizer.pre_tokenize_str(t)]  # merges never cross these, whatever was learnt
+    assert [w for p in pieces for w in words(p)] == words(text)
+
+
 def test_byte_pairs_are_learnt_alike_in_every_process(tiny, bpe):
     code = "from kimi_nb.corpora import load_corpus\nfrom kimi_nb.tokenizer import PairTokenizer\nprint(PairTokenizer.train(load_corpus('tinyworld', num_documents=200), 300).fingerprint)"
     for threads in ("1", "3"):

@@ -260,7 +260,7 @@ class Stack(nn.Module):
 
     def block(self, layer, x):
         y, stats = layer(x)
-        return x + y, stats
+        return torch.tanh(x + y), stats  # keeps its result, so that a recomputation runs to the end
 
     def forward(self, x):
         for layer in self.layers:
@@ -345,7 +345,8 @@ def test_two_ranks_give_the_bias_of_one_process(tmp_path):
 def test_the_bias_is_saved_and_only_moves_for_noaux_tc():
     layer = layer_of()
     layer(tokens(2, 10, 16))
-    layer.update_bias()
+    load = layer.update_bias()
+    assert torch.equal(layer.gate.e_score_correction_bias, 0.001 * torch.sign(5.0 - load))  # 40 assignments, 8 experts: down for the busy
     other = layer_of(seed=5)
     other.load_state_dict(layer.state_dict())
     assert other.gate.e_score_correction_bias.any() and torch.equal(other(tokens(2, 10, 16))[0], layer(tokens(2, 10, 16))[0])

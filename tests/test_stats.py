@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from kimi_nb.design import aa_calibration, component_contrasts, correlations, factorial, fit_power_law, more_seeds, pairing_gain
-from kimi_nb.inference import StatsError, adjust, bca_interval, detectable_dz, nct_cdf, paired_power, seeds_needed, sign_flip_pvalue, t_power, tost_pvalue
+from kimi_nb.inference import (
+    StatsError,
+    adjust,
+    bca_interval,
+    detectable_dz,
+    nct_cdf,
+    paired_power,
+    seeds_needed,
+    sign_flip_pvalue,
+    t_power,
+    tost_pvalue,
+)
 from kimi_nb.stats import WORDS, compare, verdict
 
 LEVELS = {"attention": ("mha", "mla"), "norm": ("layernorm", "rmsnorm"), "router": ("standard", "noaux_tc"), "optimizer": ("adamw", "muon")}
@@ -104,7 +115,7 @@ def test_a_verdict_never_contradicts_its_numbers(effects, n, noise, hurt, margin
             benefit = {"better": -1, "lower": -1, "worse": 1, "higher": 1}.get(direction, 0) * row["diff"]
             sure = row["p_adj"] < 0.05
             if direction == "same":
-                assert v.equivalent == (v.word == "supported") and (not v.equivalent or row["p_tost_adj"] < 0.05 and abs(row["diff"]) < margin)
+                assert v.equivalent == (v.word == "supported") and (not v.equivalent or (row["p_tost_adj"] < 0.05 and abs(row["diff"]) < margin))
                 assert v.word != "contradicted" or row["ci_adj_low"] > margin or row["ci_adj_high"] < -margin
             elif direction == "different":
                 assert v.word != "supported" or sure
@@ -199,7 +210,7 @@ def runs_2_4(seeds=3, noise=0.01, seed=0, synergy=0.0):
     rng = np.random.default_rng(seed)
     shared = rng.normal(0, 0.05, seeds)
     rows = [dict(zip(LEVELS, cell, strict=True), seed=s) for s in range(seeds) for cell in itertools.product(*LEVELS.values())]
-    on = lambda r: [r[f] == two[1] for f, two in LEVELS.items()]   # noqa: E731
+    on = lambda r: [r[f] == two[1] for f, two in LEVELS.items()]
     return pd.DataFrame([r | dict(status="done", test_bpb=1.9 + shared[r["seed"]] - 0.1 * on(r)[3] - 0.03 * on(r)[1] - synergy * all(on(r)) + rng.normal(0, noise)) for r in rows])
 
 
@@ -248,8 +259,8 @@ def test_correlations_cover_the_truth_and_refuse_what_is_no_data():
 
 
 def test_scaling_law_with_few_sizes_says_what_it_cannot_do():
-    law = lambda n: 1.7 + 300 * n ** -0.3   # noqa: E731
-    frame = lambda sizes: pd.DataFrame([dict(n=n, seed=s, status="done", val_loss=law(n) + 0.01 * (-1) ** s) for n in sizes for s in range(2)])   # noqa: E731
+    law = lambda n: 1.7 + 300 * n ** -0.3
+    frame = lambda sizes: pd.DataFrame([dict(n=n, seed=s, status="done", val_loss=law(n) + 0.01 * (-1) ** s) for n in sizes for s in range(2)])
     with pytest.raises(StatsError, match="needs 3 sizes and 2"):
         fit_power_law(frame([1e5, 1e6]), "val_loss", "n")
     three = fit_power_law(frame([1e5, 1e6, 1e7]), "val_loss", "n", resamples=50)

@@ -148,6 +148,7 @@ def test_a_stale_record_is_shown_but_not_reused_and_makes_room(tmp_path):
     store.put(old, "norm")
     store.record_study(study((0,)))
     assert store.get(run.run_id) == old and store.get(run.run_id, fresh=True) is None
+    assert store.frame().empty and store.curves().empty and len(store.frame(stale=True)) == 1
     assert store.frame("norm").empty and store.frame("norm", stale=True)["stale"].tolist() == [True]
     assert store.frame("norm", missing=True)["status"].tolist() == ["missing", "missing"]
     with refused("another result"):  # older code does not replace older code

@@ -220,3 +220,12 @@ def test_the_same_batches_and_initial_values_for_every_arm():
     for other in named[1:]:
         shared = [n for n in named[0].keys() & other.keys() if named[0][n].shape == other[n].shape]
         assert shared and all(torch.equal(named[0][n], other[n]) for n in shared)
+
+
+def test_evaluation_clips_nothing():
+    run = tiny(KIMI)
+    t = Trainer(run, prepare(run.data), pick_device("cpu"))
+    t.step(0)
+    before = [layer.self_attn.logit_max.clone() for layer in t.model.layers]
+    t.evaluate("val")
+    assert all(torch.equal(b, layer.self_attn.logit_max) and layer.self_attn.track_logits for b, layer in zip(before, t.model.layers, strict=True))
