@@ -58,13 +58,13 @@ test: $(VENV)/.installed ## all quick checks: tree is current, notebooks, tests
 	@bad=; $(call part,check,$(MAKE) --no-print-directory check) \
 	$(call part,notebooks,$(ONE) $(BIN)/nbdev-test) \
 	[ -z "$$bad" ] || echo "FAILED before the tests:$$bad" >&2; \
-	$(ONE) $(PY) -m pytest -q -m 'not slow' $(ARGS) || bad="$$bad pytest"; [ -z "$$bad" ]
+	$(ONE) $(PY) -m pytest -q -n auto --dist worksteal -m 'not slow' $(ARGS) || bad="$$bad pytest"; [ -z "$$bad" ]
 
 test-slow: $(VENV)/.installed ## the slow checks: notebooks with `#| slow` cells, and the tests marked slow
 	@bad=; slow=$$(grep -lE '"#\| *slow' $(NBS) /dev/null | sed 's,.*/,,; s,\.,[.],' | paste -sd '|' -); \
 	if [ -n "$$slow" ]; then $(call part,slow notebooks,$(ONE) $(BIN)/nbdev-test --flags slow --file-re "^($$slow)\$$") fi; \
 	[ -z "$$bad" ] || echo "FAILED before the tests:$$bad" >&2; \
-	$(ONE) $(PY) -m pytest -q -m slow $(ARGS); code=$$?; \
+	$(ONE) $(PY) -m pytest -q -n auto --dist worksteal -m slow $(ARGS); code=$$?; \
 	[ $$code = 0 ] || [ $$code = 5 ] || bad="$$bad pytest"; [ -z "$$bad" ]
 
 # Done in a copy, so that a check never changes the tree; modules whose notebook is gone are missing from the copy.

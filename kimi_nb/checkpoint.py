@@ -73,7 +73,7 @@ def read_state(folder:Path) -> dict:
         state = json.loads((folder / "state.json").read_text())
         files = state["files"].items()
         if state.pop("digest") != _self_digest(state): raise ValueError
-    except FileNotFoundError: raise CheckpointError(f"{folder} is no checkpoint: it has no state.json") from None
+    except FileNotFoundError: raise CheckpointError(f"{folder} is no checkpoint: it has no state.json; {_REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): raise CheckpointError(f"{folder / 'state.json'} is damaged or was altered: {remedy}") from None
     for name, digest in files:
         if not (folder / name).is_file(): raise CheckpointError(f"{folder / name} is missing: {remedy}")

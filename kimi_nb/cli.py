@@ -7,16 +7,20 @@ __all__ = ['setting_help', 'add_settings', 'chosen_run', 'cmd_plan', 'cmd_run', 
            'cmd_data', 'cmd_env', 'cmd_bench', 'where_it_stands', 'build_parser', 'main']
 
 # %% ../nbs/20_cli.ipynb #73a7d487
-import argparse, inspect, json, os, re, signal, sys, textwrap, threading
+import argparse, functools, json, os, re, signal, sys, textwrap, threading
 from pathlib import Path
 
 from .config import PRESETS, Config, ConfigError, KimiError, RunConfig, load_profile, near, profile_names
 
 # %% ../nbs/20_cli.ipynb #0ffe9044
+@functools.cache
+def _config_source(): return Path(sys.modules[RunConfig.__module__].__file__).read_text(encoding="utf-8")
+
 def setting_help(cls=RunConfig, prefix="") -> dict[str, str]:
     "Dotted name -> the comment behind the field, with its default."
     found = {}
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(cls), re.M))
+    body = re.search(rf"^class {cls.__name__}\(.*?(?=^\S)", _config_source(), re.M | re.S)
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", body[0], re.M))
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Config): found |= setting_help(field.annotation, f"{prefix}{name}.")
         else:
@@ -78,12 +82,12 @@ def cmd_plan(args):
     if args.dry_run:
         studies = phase_studies(profile, args.only, args.seeds)
         todo = pending(distinct(s for g in studies.values() for s in g), store)
-        workers = args.workers or profile.workers or default_workers()
+        workers = (profile.workers if args.workers is None else args.workers) or default_workers()
         seconds = predict_seconds([p.run for g in studies.values() for s in g for p in distinct([s])], workers)
         print(_table(plan_table(studies, store, seconds)))
         print(f"\n{len(todo)} runs to train, about {sum(seconds[p.run.run_id] for p in todo) / workers / 60:.1f} minutes with {workers} workers; results in {store.path}")
         return 0
-    report = run_plan(profile, store, args.only, args.seeds, args.executor, args.workers or profile.workers, progress=not args.quiet)
+    report = run_plan(profile, store, args.only, args.seeds, args.executor, profile.workers if args.workers is None else args.workers, progress=not args.quiet)
     print("\n" + summary(report, store))
     if args.timing: print("\n" + timing(report))
     for name, why in report.failed.items(): print(f"kimi-nb: error: {'' if name.startswith('run ') else 'phase '}{name}: {why.removeprefix(f'phase {name} ')}", file=sys.stderr)
@@ -97,7 +101,7 @@ def cmd_run(args):
     studies = {s.name: s for g in phase_studies(profile, seeds=args.seeds).values() for s in g}
     if args.study not in studies: raise KimiError(f"study {args.study!r} is unknown: {near(args.study, studies)}")
     study = studies[args.study]
-    run_study(study, store, args.executor, args.workers or profile.workers, progress=not args.quiet)
+    run_study(study, store, args.executor, profile.workers if args.workers is None else args.workers, progress=not args.quiet)
     frame = store.frame(study.name)
     print(_table(frame.groupby(["block", "arm"], sort=False)[[c for c in ("test_bpb", "val_loss", "tokens_per_second") if c in frame]].mean().reset_index()))
     print("\n" + _table(compare(frame, study.metric, study.baseline)[["block", "arm", "n", "diff", "ci_low", "ci_high", "p_adj", "verdict"]]))
@@ -212,8 +216,11 @@ class _Parser(argparse.ArgumentParser):
             if isinstance(a, argparse._SubParsersAction):
                 for p in a.choices.values(): yield from p._actions
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    argv=None, # what will be parsed: settings are listed only for the commands in it; none lists all
+) -> argparse.ArgumentParser:
     "The parser of `kimi-nb` with all its commands."
+    needs_settings = lambda name: argv is None or name in argv
     parser = _Parser(prog="kimi-nb", allow_abbrev=False, description="Which parts of Kimi K2 make a small language model better, and how sure are we? Without a command: where the work stands.")
     parser.add_argument("--results", default="", metavar="DIR", help="folder of the records (default: $KIMI_NB_RESULTS, else results/ of this checkout)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -244,19 +251,20 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--fresh", action="store_true", help="with --out: set aside what is there and start again")
     p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_settings(p)
+    if needs_settings("train"): add_settings(p)
     p = command("eval", cmd_eval, "score a trained model on held-out text")
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's folder or one of its checkpoints")
     p.add_argument("--seq-len", type=int, help="context in tokens (default: as trained)")
     p.add_argument("--device", help="cpu, cuda, mps")
     p.add_argument("--json", action="store_true", help="print JSON")
-    for path, text in setting_help().items():
+    for path, text in setting_help().items() if needs_settings("eval") else ():
         if path.startswith("data."): p.add_argument(f"--{path}", dest=f"set:{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     p = command("records", cmd_records, "list, show, export, import or verify records")
     p.add_argument("action", choices=("list", "show", "export", "import", "verify"))
     p.add_argument("what", nargs="?", metavar="ID|FILE", help="show: a run_id; export, import: a file")
     p.add_argument("--study", help="only the records of this study")
-    add_settings(command("data", cmd_data, "prepare a corpus and describe it: sizes, splits, overlap, a sample"))
+    p = command("data", cmd_data, "prepare a corpus and describe it: sizes, splits, overlap, a sample")
+    if needs_settings("data"): add_settings(p)
     p = command("profiles", lambda a: _show_profiles(a.profile or profile_names(), a.workers), "show studies, arms, runs, tokens and predicted time of every profile")
     p.add_argument("--profile", nargs="+", help="only these")
     p.add_argument("--workers", type=int, help="training processes to reckon with")
@@ -268,7 +276,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     "Entry point: 0 done, 1 something failed, 2 the request is impossible, 130 interrupted."
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv).parse_args(argv)
     def terminated(number, frame): raise KeyboardInterrupt
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminated) if main_thread else None

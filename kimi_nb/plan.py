@@ -151,8 +151,9 @@ def execute_phase(
 
 def _execute(notebook, target, parameters, cwd):
     "papermill, with the kernel on sockets in a private folder: nobody else can listen, and there is nothing to warn of."
-    import papermill
+    import logging, papermill
     from traitlets.config import Config as Traits
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it would print, we report ourselves
     with tempfile.TemporaryDirectory(prefix="knb-", ignore_cleanup_errors=True) as private:
         place = f"{private}/k"
         own = dict(config=Traits(KernelManager=dict(transport="ipc", ip=place))) if os.name == "posix" and len(place) < 90 else {}  # a socket's path has at most about 100 characters

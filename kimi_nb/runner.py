@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'RunnerError', 'PlanInterrupted', 'distinct', 'pending', 'run_one', 'share_of_cores', 'default_workers',
-           'Worker', 'Progress', 'run_studies', 'run_study', 'weight', 'step_flops', 'time_step', 'predict_seconds']
+           'Worker', 'Progress', 'run_studies', 'run_study', 'weight', 'read_timings', 'step_flops', 'time_step',
+           'predict_seconds']
 
 # %% ../nbs/12_runner.ipynb #c8f7a9fd
-import contextlib, json, os, signal, sys, threading, time, traceback
+import contextlib, json, math, os, signal, sys, threading, time, traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,11 +58,13 @@ def run_one(
     """
     from kimi_nb.checkpoint import CheckpointError
     from kimi_nb.data import prepare
-    from kimi_nb.train import DiskError, Interrupted, fit
+    from kimi_nb.train import DiskError, Interrupted, fit, pick_device
     with store.lock(run.run_id):
         record = store.get(run.run_id, fresh=True)
         if record is not None and record.status in ("done", "diverged"): return record
-        prepare(run.data, run.seq_len)  # what cannot be read is refused before there is a folder
+        prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
+        pick_device(device)
+        if threads is not None and threads < 1: raise RunnerError(f"threads {threads} is out of range: at least 1")
         folder = store.begin(run, name)
         try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step)
         except (Interrupted, CheckpointError, DiskError): raise
@@ -104,7 +107,10 @@ def _worker(pipe, store, threads, device, parent, born):
             run, last, start = RunConfig(**config), 0.0, time.perf_counter()
             def report(step, line):
                 nonlocal last
-                if (now := time.monotonic()) - last > 0.2: last = now; pipe.send(("step", step, line["train_loss"]))
+                if (now := time.monotonic()) - last < 0.2: return
+                last = now
+                try: pipe.send(("step", step, line["train_loss"]))
+                except OSError: os.kill(os.getpid(), signal.SIGTERM)  # nobody listens any more: save and leave
             try: record = run_one(run, store, name, device, threads, on_step=report)
             except Interrupted: pipe.send(("interrupted", None, None)); continue
             except KimiError as e: pipe.send(("refused", str(e), None)); continue
@@ -137,9 +143,9 @@ class Worker:
     def stop(self, patience=30.0):
         "Let it finish its step and save; insist after `patience` seconds."
         if self.process.is_alive(): self.process.terminate()
+        self.pipe.close()  # it ends when it has nothing to do and nobody to hear from
         self.process.join(patience)
         if self.process.is_alive(): self.process.kill(); self.process.join()
-        self.pipe.close()
 
 @contextlib.contextmanager
 def _plain_main():
@@ -336,6 +342,14 @@ def _timing_file():
     from kimi_nb.corpora import cache_dir
     return cache_dir() / "timings.json"
 
+def read_timings(
+    path, # of the file
+) -> dict[str, float]: # configuration -> seconds of a step
+    "The step times measured here before; none where the file is missing or damaged."
+    try: known = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError): return {}
+    return {k: v for k, v in known.items() if isinstance(v, float) and 0 < v < math.inf} if isinstance(known, dict) else {}
+
 def step_flops(run:RunConfig, vocab_size:int=1024) -> float:
     "FLOPs of one optimizer step by the model's own formula."
     import torch
@@ -381,9 +395,8 @@ def predict_seconds(
     import torch
     runs = list(runs)
     workers = workers or default_workers()
-    path, known = _timing_file(), {}
-    try: known = json.loads(path.read_text())
-    except (OSError, ValueError): pass
+    path = _timing_file()
+    known = read_timings(path)
     machine = f"{platform.node()}/{platform.processor() or platform.machine()}/{torch.cuda.get_device_name() if torch.cuda.is_available() else os.cpu_count()}/{workers}/{torch.__version__}"
     def key(run):
         shape = run.model_dump(mode="json")

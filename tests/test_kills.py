@@ -223,7 +223,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, number):
     assert process.returncode == 130
     assert err.count("\n") == 1 and "saved in" in err and "run the same command again to go on" in err, err
     (saved,) = (out / "checkpoints").glob("step_*")
-    assert [line["step"] for line in trained_lines(out)] == list(range(1, int(saved.name[5:]) + 1))
+    assert [line["step"] for line in trained_lines(out) if "train_loss" in line] == list(range(1, int(saved.name[5:]) + 1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
