@@ -63,7 +63,6 @@ def _table(frame) -> str:
     return "\n".join("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)).rstrip() for row in rows)
 
 def _show_profiles(names, workers):
-    import pandas as pd
     from kimi_nb.plan import phase_studies, plan_table
     from kimi_nb.runner import default_workers, distinct, predict_seconds
     workers = workers or default_workers()

@@ -157,7 +157,7 @@ def _execute(notebook, target, parameters, cwd):
     with tempfile.TemporaryDirectory(prefix="knb-", ignore_cleanup_errors=True) as private:
         place = f"{private}/k"
         own = dict(config=Traits(KernelManager=dict(transport="ipc", ip=place))) if os.name == "posix" and len(place) < 90 else {}  # a socket's path has at most about 100 characters
-        papermill.execute_notebook(str(notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3", cwd=str(cwd), **own)
+        papermill.execute_notebook(str(notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3", cwd=str(cwd), extra_arguments=["--log-level=50"], **own)
 
 @contextlib.contextmanager
 def _no_kernel_left():

@@ -7,7 +7,7 @@ __all__ = ['TURN', 'NEW_TOKENS', 'TEAM', 'COSTS', 'SpeedError', 'cost_shape', 'r
            'speed_comparison', 'over_context']
 
 # %% ../nbs/14d_speed.ipynb #f1d1646f
-import functools, hashlib, json, math, os, subprocess, sys, time
+import hashlib, json, math, os, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -70,14 +70,14 @@ class _Subject:
     def __init__(self, run, device, threads):
         import torch
         from types import SimpleNamespace
-        from kimi_nb.train import Trainer, _PeakMemory, pick_device
+        from kimi_nb.train import Trainer, PeakMemory, pick_device
         torch.set_num_threads(threads)
         self.run, self.device, self.torch, self.taken = run, pick_device(device), torch, 0
         if self.device.type == "cuda": torch.zeros(1, device=self.device)
-        self.peak = _PeakMemory(self.device)
+        self.peak = PeakMemory(self.device)
         self.before = self.peak()
-        vocab, need_ = _vocabulary(run), 8 * run.tokens_per_step + run.seq_len + 1
-        self.trainer = Trainer(run, SimpleNamespace(train=np.random.default_rng(0).integers(0, vocab, need_, dtype=np.int32), vocab_size=vocab), self.device)
+        vocab, length = _vocabulary(run), 8 * run.tokens_per_step + run.seq_len + 1
+        self.trainer = Trainer(run, SimpleNamespace(train=np.random.default_rng(0).integers(0, vocab, length, dtype=np.int32), vocab_size=vocab), self.device)
 
     def wait(self):
         if self.device.type == "cuda": self.torch.cuda.synchronize(self.device)
@@ -245,10 +245,10 @@ def speed_comparison(
     metric:str="step_seconds", # step_seconds or token_seconds
     about:str="speed",         # word for the table
 ) -> pd.DataFrame:             # as `compare`, with `about` and `ratio` (arm over baseline)
-    "Differences of step time, paired by round; no row where nothing was timed."
+    "Differences of step time, paired by round, every block a family of its own; no row where nothing was timed."
     rounds = speed_rounds(frame, metric)
     if not rounds[metric].notna().any() or rounds["arm"].nunique() < 2 or baseline not in set(rounds["arm"]): return pd.DataFrame(columns=["about", "metric", "arm", "block"])
-    found = compare(rounds, metric, baseline, tests=())
+    found = compare(rounds, metric, baseline, tests=(), family="block")
     return found.assign(about=about, n_unit="rounds", ratio=found["mean"] / found["mean_baseline"])
 
 # %% ../nbs/14d_speed.ipynb #6b21223e

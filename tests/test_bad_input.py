@@ -332,7 +332,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "plan with workers"])
+@pytest.mark.parametrize("command", ["train", "plan", pytest.param("plan with workers", marks=pytest.mark.slow)])
 def test_a_full_disk(place, small_disk, capsys, command):
     """A results folder on a disk that is full: one line, and what was stored before is whole."""
     (small_disk / "ballast").write_bytes(b"x" * 150_000)
@@ -344,7 +344,7 @@ def test_a_full_disk(place, small_disk, capsys, command):
     (small_disk / "ballast").unlink()
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 4, 7, 11, 16])
+@pytest.mark.parametrize("n", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 7)), 11, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_at_any_moment(tmp_path, capsys, monkeypatch, n):
     """The disk refuses the n-th write that is forced to it: one line; the same command then ends with the bits of an unbroken run."""
     argv = ["train", "--quiet", "--out", tmp_path / "run", *options(train__save_every=4)]
@@ -438,6 +438,7 @@ def test_a_file_that_is_no_notebook(place, capsys):
     refused(capsys, PLAN, path, "no notebook")
 
 
+@pytest.mark.slow
 def test_a_failing_kernel_is_reported_in_a_line(place, monkeypatch):
     """With papermill and a real kernel: the terminal shows the plan's own lines, and one line for the cell that failed."""
     place.phase("baseline", then="import os\nraise ValueError('two\\nlines')")

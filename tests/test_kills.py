@@ -88,7 +88,9 @@ def kill_a_run(tmp_path, kills, steps, seed):
         if killed >= kills:
             finish(process)
             continue
-        time.sleep(rng.uniform(0.02, 0.5) * span)
+        if rng.random() < 0.7:  # else while it starts
+            wait_until(lambda: not process.is_alive() or list((folder / "checkpoints").glob("step_*")), what="a checkpoint")
+        time.sleep(rng.uniform(0.0, 0.3) * span)
         alive = process.is_alive()
         process.kill()
         process.join()
@@ -126,17 +128,18 @@ def kill_a_plan(tmp_path, kills, seeds, steps, seed):
     rng, study = random.Random(seed), small_study(seeds, steps)
     finish(start(plan, study, tmp_path / "whole", 2))
     whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
-    killed, process = 0, None
+    killed, ended, process = 0, 0, None
     while killed < kills:
         if process is None or not process.is_alive():
             if len(list(broken.records())) == 3 * seeds:
-                (tmp_path / "broken").rename(tmp_path / f"done-{killed}")
-                compare_stores(whole, Store(tmp_path / f"done-{killed}"), study)
+                ended += 1
+                (tmp_path / "broken").rename(tmp_path / f"done-{ended}")
+                compare_stores(whole, Store(tmp_path / f"done-{ended}"), study)
             process = start(plan, study, tmp_path / "broken", 2)
         # at first at any time of the start, later on while they train
         if rng.random() < 0.8:
             wait_until(lambda: not process.is_alive() or any(broken.path.glob("experiments/*/metrics.jsonl")), what="training")
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, 0.6))
         if rng.random() < 0.5 and (workers := trainers(process.pid)):
             victim = rng.choice(workers)
             victim.kill()
@@ -211,7 +214,7 @@ def run_options(**changes):
     return [f"--{k}={v}" for k, v in (RUN | {k.replace("__", "."): v for k, v in changes.items()}).items()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, number):
     """SIGINT and SIGTERM let `kimi-nb train` finish its step and save; it says so in one line and ends with 130."""
     out = tmp_path / "run"
@@ -226,7 +229,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, number):
     assert [line["step"] for line in trained_lines(out) if "train_loss" in line] == list(range(1, int(saved.name[5:]) + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stopped_plan_saves_and_says_how_to_go_on(tmp_path, number):
     """The same for `kimi-nb plan` with two workers: every run under way is saved, no process is left."""
     place = Workplace(tmp_path, train__steps=50_000, train__save_every=0)
@@ -246,6 +249,7 @@ def test_a_stopped_plan_saves_and_says_how_to_go_on(tmp_path, number):
     assert begun and all(list((f / "checkpoints").glob("step_*")) for f in begun)
 
 
+@pytest.mark.slow
 def test_a_plan_stopped_in_a_notebook_leaves_no_kernel(tmp_path):
     """SIGTERM while a phase notebook is executed ends its kernel too."""
     place = Workplace(tmp_path, phases=["baseline"], train__steps=3)
@@ -291,6 +295,7 @@ def hold(folder, run_id):
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     """A run whose trainer was killed while it held the run's lock can be trained at once."""
     run = tiny_run(train__steps=2)
@@ -315,24 +320,3 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         fit(run, tmp_path / "run", progress=False)
     process.kill()
     process.join()
-
-
-def prepare_it(settings, cache):
-    from kimi_nb.data import prepare
-
-    prepare(settings, cache=cache)
-
-
-def test_two_processes_that_build_one_token_cache(tmp_path):
-    """Two processes that need the same tokens at once end with one cache, whole, also when one of them is killed."""
-    settings = dict(corpus="tinyworld", tokenizer="bpe:300", num_documents=300)
-    one, two = (start(prepare_it, settings, tmp_path) for _ in range(2))
-    time.sleep(0.1)
-    one.kill()
-    one.join()
-    finish(two)
-    finish(start(prepare_it, settings, tmp_path))
-    from kimi_nb.data import TokenData
-
-    (folder,) = (tmp_path / "tokens").iterdir()
-    TokenData(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kimi_nb import train
+from kimi_nb import trainer
 from kimi_nb.checkpoint import CheckpointError, checkpoints, load_model
 from kimi_nb.config import ConfigError, KimiError, RunConfig
 from kimi_nb.data import prepare
@@ -106,7 +106,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path, monkeypatch):
     run = tiny(KIMI, {"train.batch_size": 8})
-    forward, asked = train.KimiModel.forward, []
+    forward, asked = trainer.KimiModel.forward, []
 
     def narrow(self, input_ids, *args, **kw):
         if self.training:
@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path,
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         return forward(self, input_ids, *args, **kw)
 
-    monkeypatch.setattr(train.KimiModel, "forward", narrow)
+    monkeypatch.setattr(trainer.KimiModel, "forward", narrow)
     record = fit(run, tmp_path / "narrow", progress=False)
     monkeypatch.undo()
     assert asked[:3] == [8, 4, 2] and record.provenance["micro_batch_size"] == 2
@@ -129,7 +129,7 @@ def test_out_of_memory_with_one_sequence_is_one_line(monkeypatch):
     def full(self, *args, **kw):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(train.KimiModel, "forward", full)
+    monkeypatch.setattr(trainer.KimiModel, "forward", full)
     with pytest.raises(TrainError, match="out of memory at step 1 with a micro-batch of 1 sequence"):
         fit(tiny(), progress=False)
 
@@ -143,7 +143,7 @@ def test_a_run_that_diverges_is_a_record(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch):
-    forward, calls = train.KimiModel.forward, []
+    forward, calls = trainer.KimiModel.forward, []
 
     def broken(self, input_ids, *args, **kw):
         out = forward(self, input_ids, *args, **kw)
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch):
             out.loss = out.loss * math.nan
         return out
 
-    monkeypatch.setattr(train.KimiModel, "forward", broken)
+    monkeypatch.setattr(trainer.KimiModel, "forward", broken)
     record = fit(tiny(), progress=False)
     assert record.status == "diverged" and record.metrics["diverged_at_step"] == 3 and record.metrics["steps"] == 3
 
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(harm, tmp_path):
     before = sorted(p.name for p in place.iterdir())
     with pytest.raises(CheckpointError) as e:
         fit(run, tmp_path, progress=False)
-    assert str(victim) in str(e.value) and "delete the folder" in str(e.value) and "\n" not in str(e.value)
+    assert str(victim) in str(e.value) and "checkpoint's folder" in str(e.value) and "\n" not in str(e.value)
     assert sorted(p.name for p in place.iterdir()) == before
     assert isinstance(e.value, KimiError)
 

@@ -1,0 +1,183 @@
+"""What `kimi-nb plan` does again and what it does not, and what it says."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+from tiny import Workplace, in_process, tiny_run
+
+import kimi_nb.plan
+from kimi_nb.cli import main
+from kimi_nb.runner import Progress
+from kimi_nb.store import Store
+
+PLAN = ["plan", "--profile", "tiny", "--quiet", "--executor", "inprocess"]
+
+
+@pytest.fixture
+def place(tmp_path_factory, tmp_path, monkeypatch):
+    """A checkout with two phases of tiny runs, whose notebooks are executed without a kernel."""
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path_factory.getbasetemp() / "plan-cache"))
+    monkeypatch.setattr(kimi_nb.plan, "_execute", in_process)
+    made = Workplace(tmp_path / "work", train__steps=3, train__save_every=0, train__eval_every=0)
+    for k, v in made.environment().items():
+        monkeypatch.setenv(k, v)
+    return made
+
+
+def call(capsys, *argv):
+    capsys.readouterr()
+    code = main([str(a) for a in argv])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def executed(out):
+    return re.findall(r"^phase (\w+): ", out, re.M)
+
+
+def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
+    """A second `kimi-nb plan` trains nothing, executes nothing, says the same verdicts, and takes under two seconds."""
+    code, out, err = call(capsys, *PLAN)
+    assert (code, err) == (0, "") and sorted(executed(out)) == ["baseline", "norm"]
+    before = {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")}
+    begin = time.perf_counter()
+    code, again, err = call(capsys, *PLAN)
+    assert time.perf_counter() - begin < 2
+    assert (code, err) == (0, "") and ", 0 to train" in again and executed(again) == [] and again.count("(up to date)") == 2
+    assert {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")} == before
+    verdicts = [line for line in out.splitlines() if line.startswith("  RQ0")]
+    assert verdicts == [line for line in again.splitlines() if line.startswith("  RQ0")] and len(verdicts) == 2
+
+
+def test_only_what_changed_is_executed_again(place, capsys):
+    """A deleted executed copy, a changed notebook or a deleted outcome: only that phase is executed again, and nothing is trained."""
+    call(capsys, *PLAN)
+    for change in (
+        lambda: (place.results / "notebooks" / "03_norm.ipynb").unlink(),
+        lambda: place.phase("norm", then="# another line"),
+        lambda: (place.results / "phases" / "norm.json").unlink(),
+    ):
+        change()
+        code, out, _ = call(capsys, *PLAN)
+        assert code == 0 and executed(out) == ["norm"] and ", 0 to train" in out
+        assert (place.results / "notebooks" / "03_norm.ipynb").exists()
+    assert executed(call(capsys, *PLAN)[1]) == []
+
+
+def test_only_some_phases(place, capsys):
+    """--only runs the named phases and nothing else."""
+    code, out, _ = call(capsys, *PLAN, "--only", "norm")
+    assert code == 0 and executed(out) == ["norm"]
+    assert Store(place.results).studies() == ["norm"] or all(s.startswith("norm") for s in Store(place.results).studies())
+    code, out, _ = call(capsys, *PLAN)
+    assert code == 0 and executed(out) == ["baseline"]
+
+
+def test_more_seeds(place, capsys):
+    """--seeds 5 gives every arm five runs, and trains only those that are missing."""
+    call(capsys, *PLAN, "--only", "norm")
+    two = {r.run_id for r in Store(place.results).records()}
+    code, out, _ = call(capsys, *PLAN, "--only", "norm", "--seeds", "5")
+    frame = Store(place.results).frame("norm")
+    assert code == 0 and (frame.groupby(["block", "arm"])["seed"].nunique() == 5).all()
+    trained = int(re.search(r"(\d+) to train", out)[1])
+    assert trained == len(frame["run_id"].unique()) - len(two)
+    (notebook,) = (place.results / "notebooks").glob("*norm.ipynb")
+    assert "seeds = 5" in "".join("".join(c["source"]) for c in json.loads(notebook.read_text())["cells"])
+
+
+def test_a_dry_run_changes_nothing(place, capsys):
+    """--dry-run says what would be trained and for how long, and makes no file."""
+    code, out, _ = call(capsys, *PLAN, "--dry-run")
+    assert code == 0 and not place.results.exists()
+    n = int(re.search(r"(\d+) runs to train", out)[1])
+    call(capsys, *PLAN)
+    assert n == len(list(Store(place.results).records()))
+    assert "0 runs to train" in call(capsys, *PLAN, "--dry-run")[1]
+
+
+def test_timing_accounts_for_all_of_it(place, capsys):
+    """--timing names the parts, training and evaluation apart; they add up to the whole."""
+    code, out, _ = call(capsys, *PLAN, "--timing")
+    parts = {m[1].strip(): float(m[2]) for m in re.finditer(r"^([a-z-]+(?: [a-z-]+)*) +([\d.]+) s", out, re.M)}
+    assert code == 0 and {"training", "evaluation", "data", "notebooks", "start-up of workers", "set-up of runs"} <= parts.keys()
+    assert abs(sum(parts.values()) - 2 * parts["in all"]) < 0.1 * len(parts)
+
+
+def test_workers_start_once(place, monkeypatch, capfd):
+    """A plan with two workers starts two processes, however many runs there are, and leaves none."""
+    from kimi_nb import runner
+    from kimi_nb.config import load_profile
+    from kimi_nb.plan import phase_studies
+
+    started, real = [], runner.Worker.start.__func__
+    monkeypatch.setattr(runner.Worker, "start", classmethod(lambda cls, *a: started.append(real(cls, *a)) or started[-1]))
+    every = [s for g in phase_studies(load_profile("tiny")).values() for s in g]
+    records = runner.run_studies(every, Store(place.results), workers=2, progress=False)
+    assert len(records) > 8 and {r.status for r in records} == {"done"}
+    assert len(started) == 2 and not any(w.process.is_alive() for w in started)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_whose_workers_keep_dying_is_a_failed_record(place, monkeypatch, tmp_path):
+    """A run that kills its worker three times is recorded as failed, with the reason; the others are trained."""
+    from kimi_nb import runner
+    from kimi_nb.study import Arm, Study
+
+    study = Study(name="deaths", base=tiny_run(train__steps=3), baseline="small", seeds=(0,), arms=(Arm("small"), Arm("huge", {"model.d_ff": 64})))
+    real = runner.Worker.give
+
+    def give(self, planned):
+        real(self, planned)
+        if planned.arm == "huge":
+            self.process.kill()
+
+    monkeypatch.setattr(runner.Worker, "give", give)
+    small, huge = runner.run_studies([study], Store(tmp_path / "s"), workers=1, progress=False)
+    assert (small.status, huge.status) == ("done", "failed") and "--workers" in huge.provenance["error"]
+
+
+def test_the_bar_never_passes_its_end():
+    """Progress in fractions of a second adds up to exactly 100%, with no warning."""
+    weights = {str(i): 0.1 + i / 7 for i in range(50)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bar = Progress(weights, dict.fromkeys(weights, 3), False)
+        from tqdm import tqdm
+
+        bar.bar = tqdm(total=sum(bar.weights.values()), file=io.StringIO(), mininterval=0)
+        for k in weights:
+            for step in (1, 2, 3):
+                bar.step(k, step, 1.0)
+            bar.finish(k)
+        assert bar.bar.n == bar.bar.total and bar.line().startswith("50 of 50 runs, 100%")
+        bar.bar.refresh()
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
+    """Where stderr is no terminal, progress is whole lines, few of them."""
+    with Progress({"a": 1.0, "b": 3.0}, {"a": 1000, "b": 1000}) as bar:
+        bar.every = 0.05
+        for k in "ab":
+            for step in range(1, 1001):
+                bar.step(k, step, 2.0)
+            bar.finish(k)
+    err = capsys.readouterr().err
+    assert "\r" not in err and 1 <= err.count("\n") <= 20
+    assert re.fullmatch(r"2 of 2 runs, 100%, \d\d:\d\d elapsed, 00:00 left, b loss 2.000", err.splitlines()[-1])
+
+
+def test_an_executed_notebook_with_papermill(place):
+    """With papermill and real kernels: two lines for two phases, nothing else on the terminal, an executed copy with its parameters."""
+    code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
+    r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300)
+    assert (r.returncode, r.stderr) == (0, "") and sorted(executed(r.stdout)) == ["baseline", "norm"]
+    cells = json.loads((place.results / "notebooks" / "03_norm.ipynb").read_text())["cells"]
+    assert any(c["metadata"].get("tags") == ["injected-parameters"] and "tiny" in "".join(c["source"]) for c in cells)
+    assert not list((place.path / "nbs").rglob("*-checkpoint*"))
