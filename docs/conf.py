@@ -54,7 +54,7 @@ html_context = {"default_mode": "auto"}
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p.name != "index.ipynb"]
+nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p.name not in ("index.ipynb", "21_promises.ipynb")]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_render_markdown_format = "myst"

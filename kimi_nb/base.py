@@ -37,7 +37,7 @@ def near(word:str,  # what was given
 
 # %% ../nbs/00_base.ipynb #f62a15fb
 _BOUNDS = dict(greater_than=("above", "gt"), greater_than_equal=("at least", "ge"), less_than=("below", "lt"), less_than_equal=("at most", "le"))
-_TYPES = dict(int="a whole number", float="a number", bool="true or false", string="text", tuple="a list", mapping="a section", finite="a finite number")
+_TYPES = dict(model_type="a section of settings", int="a whole number", float="a number", bool="true or false", string="text", tuple="a list", mapping="a section", finite="a finite number")
 
 def _as_config_error(cls, error:ValidationError) -> ConfigError:
     "The first of pydantic's findings as one line."

@@ -370,7 +370,9 @@ class Profile(Config):
 
 def settings_path() -> Path:
     "settings.ini: $KIMI_NB_SETTINGS, else the nearest above the working folder, else the one of this checkout."
-    if named := os.environ.get("KIMI_NB_SETTINGS"): return Path(named)
+    if named := os.environ.get("KIMI_NB_SETTINGS"):
+        if not Path(named).is_file(): raise ConfigError("KIMI_NB_SETTINGS", f"names {named!r}, which is no file: set it to a settings.ini, or unset it")
+        return Path(named)
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent if "__file__" in globals() else here):
         if (folder / "settings.ini").is_file(): return folder / "settings.ini"

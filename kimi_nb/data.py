@@ -142,7 +142,7 @@ class TokenData:
             for s in SPLITS:
                 if files[f"{s}.bin"][0] != self.n_tokens[s] * dtype.itemsize: raise ValueError(f"meta.json disagrees with {s}.bin")
                 setattr(self, s, np.memmap(self.folder / f"{s}.bin", dtype=dtype, mode="r") if self.n_tokens[s] else np.empty(0, dtype=dtype))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             detail = f"{Path(e.filename).name} cannot be opened" if isinstance(e, OSError) and e.filename else str(e) or type(e).__name__
             raise DataError(f"token cache {self.folder} is damaged: {detail.splitlines()[0][:100]}; remove that folder and prepare the data again") from e
 
@@ -209,7 +209,7 @@ def prepare(
 
     def found():
         try: name = json.loads(index.read_bytes())["folder"]
-        except (OSError, ValueError, KeyError, TypeError): return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
         return _open(root / "tokens" / str(name)) if (root / "tokens" / str(name)).exists() else None
     if (ready := found()) is None:
         try:

@@ -71,6 +71,7 @@ class PeakMemory:
     def __call__(self):
         if self.device.type == "cuda": return torch.cuda.max_memory_allocated(self.device) / 2**20
         with contextlib.suppress(OSError):
-            return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1024
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"): return int(line.split()[1]) / 1024
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -31,4 +31,4 @@ def open_phase(
     store = Store(results_folder(results))
     chosen = tuned(load_profile(profile), store)
     mine = [s.with_seeds(seeds) if seeds and len(s.seeds) > 1 else s for s in studies(chosen)]
-    return Phase(store, chosen, mine, plan_table({mine[0].phase: mine}, store))
+    return Phase(store, chosen, mine, plan_table({mine[0].phase: mine} if mine else {}, store))

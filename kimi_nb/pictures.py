@@ -6,6 +6,8 @@
 __all__ = ['interaction', 'factorial_effects', 'scaling_fit', 'power_curve', 'expert_load', 'spectra', 'correlation_matrix']
 
 # %% ../nbs/14a_pictures.ipynb #5e23568b
+import textwrap
+
 import numpy as np
 import pandas as pd
 
@@ -73,7 +75,8 @@ def scaling_fit(
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda v, _: short_number(v))
     ax.xaxis.set_minor_formatter(lambda v, _: "")
-    ax.set(xlabel=x_label, ylabel=axis_label(fit.metric), title=fit.note)
+    ax.set(xlabel=x_label, ylabel=axis_label(fit.metric))
+    ax.set_title(textwrap.fill(fit.note, 80), fontsize=9)
     ax.legend()
     return fig
 

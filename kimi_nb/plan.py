@@ -112,11 +112,12 @@ def check_parameters(
 ):
     "Raises: PlanError unless the notebook has exactly one `parameters` cell that sets each of them."
     import nbformat
-    try: cells = nbformat.read(notebook, as_version=4).cells
-    except (OSError, ValueError, KeyError, AttributeError) as e: raise PlanError(f"{notebook} is no notebook: {' '.join(str(e).split())[:100]}") from None
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    try: cells = [(c.source, c.get("metadata", {}).get("tags") or []) for c in nbformat.read(notebook, as_version=4).cells]
+    except Exception as e:  # nbformat has no error of its own for most of what can be wrong
+        raise PlanError(f"{notebook} is no notebook: {' '.join(str(e).split())[:100]}") from None
+    tagged = [source for source, tags in cells if "parameters" in tags]
     if len(tagged) != 1: raise PlanError(f"{notebook} has {len(tagged)} cells tagged parameters: it needs exactly one")
-    known = set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", tagged[0].source, re.M))
+    known = set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", str(tagged[0]), re.M))
     for name in parameters:
         if name not in known: raise PlanError(f"{notebook} has no parameter {name!r}: its parameters cell sets {', '.join(sorted(known)) or 'nothing'}")
 

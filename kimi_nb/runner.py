@@ -62,13 +62,16 @@ def run_one(
     with store.lock(run.run_id):
         record = store.get(run.run_id, fresh=True)
         if record is not None and record.status in ("done", "diverged"): return record
-        prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
-        pick_device(device)
         if threads is not None and threads < 1: raise RunnerError(f"threads {threads} is out of range: at least 1")
+        pick_device(device)
+        prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
         folder = store.begin(run, name)
         try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step)
         except (Interrupted, CheckpointError, DiskError): raise
         except KimiError as e: reason = str(e)
+        except Exception as e:  # unforeseen: the record says so, and the other runs go on
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            with contextlib.suppress(OSError), (folder / "training_log.txt").open("a") as f: f.write(traceback.format_exc())
         record = Record.of(run, "failed", provenance=dict(error=reason))
         store.put(record, name)
         return record
@@ -132,7 +135,7 @@ class Worker:
         context = get_context("spawn")
         mine, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs, store, threads, device, os.getpid(), time.time()), daemon=True)
-        with _plain_main(): process.start()
+        with _plain_main(), _deaf(): process.start()
         theirs.close()
         return cls(process, mine)
 
@@ -146,6 +149,14 @@ class Worker:
         self.pipe.close()  # it ends when it has nothing to do and nobody to hear from
         self.process.join(patience)
         if self.process.is_alive(): self.process.kill(); self.process.join()
+
+@contextlib.contextmanager
+def _deaf():
+    "A process started now ignores Ctrl-C from its first moment: the parent decides."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
 
 @contextlib.contextmanager
 def _plain_main():

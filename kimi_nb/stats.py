@@ -34,11 +34,12 @@ METRICS = {  # name without train_/val_/test_ -> what it is
     "tokens_per_second": Metric("training speed", "tokens/s", "higher", 0), "step_time": Metric("time per step", "s", "lower", 4),
     "step_ms": Metric("time per step", "ms", "lower", 1), "step_seconds": Metric("time per step", "s", "lower", 4),
     "seconds": Metric("training time", "s", "lower", 1), "peak_memory_mb": Metric("peak memory", "MiB", "lower", 0),
+    "optimizer_state_mb": Metric("optimizer state", "MiB", "lower", 1), "added_memory_mb": Metric("memory of a training step", "MiB", "lower", 0),
     "peak_memory_bytes": Metric("peak memory", "bytes", "lower", 0), "inference_tokens_per_second": Metric("inference speed", "tokens/s", "higher", 0),
     "steps_to_target": Metric("steps to the target loss", "steps", "lower", 0), "tokens_to_target": Metric("tokens to the target loss", "tokens", "lower", 0),
     "seconds_to_target": Metric("time to the target loss", "s", "lower", 1), "loss_variance": Metric("loss variance around its trend", "nats²", "lower", 5),
     "loss_spikes": Metric("loss spikes", "", "lower", 1), "grad_norm": Metric("gradient norm", "", "", 3), "lr": Metric("learning rate", "", "", 5),
-    "loss_residual_sd": Metric("loss scatter around its trend", "nats/token", "lower", 4), "grad_norm_mean": Metric("mean gradient norm", "", "", 3),
+    "loss_residual_sd": Metric("loss scatter around its trend", "nats", "lower", 4), "grad_norm_mean": Metric("mean gradient norm", "", "", 3),
     "grad_norm_sd": Metric("spread of the gradient norm", "", "lower", 3), "grad_norm_max": Metric("largest gradient norm", "", "lower", 3),
     "training_seconds": Metric("training time", "s", "lower", 1), "training_flops": Metric("training compute", "FLOPs", "lower", 0), "tokens": Metric("tokens", "", "", 0),
     "steps": Metric("training steps", "", "", 0), "epochs": Metric("epochs", "", "", 2), "max_violation": Metric("expert load violation (MaxVio)", "", "lower", 3),
@@ -158,6 +159,9 @@ def verdict(
         word = "undecided"
         caveats.append(f"The runs of {' and '.join(suspects)} that diverged are missing from the numbers, so they cannot decide this.")
     if same and suspects: same = False
+    if r.get("mixed"):
+        word, same = "undecided", False
+        caveats.append(f"The runs come from more than one device or precision ({r['mixed']}), so the declared difference is not the only one.")
     after = f" after {correction.capitalize()} over {size} comparisons" if size > 1 else ""
     pairs = f"n = {int(r['n'])} {r.get('n_unit') or 'pairs'}"
     what = (f"{r['phrase']} {'lowers' if diff < 0 else 'raises'} {m.label} by {num(abs(diff))}{unit}" if r.get("phrase") else
@@ -257,7 +261,7 @@ def compare(
     if margin is not None and not margin > 0: raise StatsError(f"margin {margin!r} is not a margin: a number above 0, in the unit of {metric}")
     if unknown := set(tests) - set(TESTS): raise StatsError(f"tests {', '.join(sorted(unknown))} unknown: any of {', '.join(TESTS)}")
     if baseline not in set(frame["arm"]): raise _near("baseline", baseline, frame["arm"].dropna().unique())
-    runs = frame.assign(_value=pd.to_numeric(frame[metric], errors="coerce").astype(float), _block=frame[block].astype(object) if block in frame else "")
+    runs = frame.copy().assign(_value=pd.to_numeric(frame[metric], errors="coerce").astype(float), _block=frame[block].astype(object) if block in frame else "")
     runs["_block"] = runs["_block"].where(runs["_block"].notna(), "")
     if "run_id" in runs: runs = runs.drop_duplicates(["run_id", "_block", "arm", *keys])
     status = runs["status"].astype(str).str.split(":").str[0]
@@ -278,6 +282,9 @@ def compare(
             for who, label in (("", arm), ("_baseline", baseline)):
                 r["n_diverged" + who] = lost["diverged"].get((name, label), 0)
                 r["n_failed" + who] = r["n_diverged" + who] + lost["failed"].get((name, label), 0)
+            where = runs[(runs["_block"] == name) & runs["arm"].isin([arm, baseline]) & runs["_value"].notna()]
+            places = sorted({" ".join(str(v) for v in p if v) for p in where[[c for c in ("device", "precision") if c in where]].drop_duplicates().itertuples(index=False)})
+            r["mixed"] = ", ".join(places) if len(places) > 1 else ""
             if baseline not in arms: r["note"] = f"the baseline {baseline} has no run in this block"
             elif r["n_failed"] and not r["n"]: r["note"] = f"no run is left: {r['n_diverged']} diverged, {r['n_failed'] - r['n_diverged']} failed"
             rows.append(r)

@@ -106,7 +106,7 @@ class _Tables(Ledger):
         provs = [k for k in _PROVENANCE if k in provs and k not in metrics]
         first = [*_BASE, *metrics, "label", *provs]
         frame = pd.DataFrame(out, columns=[*first, *(k for k in dict.fromkeys(k for r in out for k in r) if k not in first)])
-        return frame.astype({m: float for m in metrics}).astype({"stale": bool})
+        return frame.astype({m: float for m in metrics}).astype({"stale": bool}).copy()  # one block a type: pandas warns of every column added to a table in pieces
 
     def curves(self,
         study=None,       # as for `frame`

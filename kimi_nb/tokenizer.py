@@ -267,6 +267,6 @@ def build_tokenizer(
     if name.startswith("bpe:"):
         if not name[4:].isdecimal(): raise DataError(f"tokenizer {name!r}: write bpe:N with a whole N of at least 257, such as bpe:1024")
         return PairTokenizer.train(train, int(name[4:]))
-    if Path(name).is_dir(): return PairTokenizer.from_folder(name)
+    if Path(name).is_dir(): return Tokenizer.load(name)
     if name == "gpt2" or re.fullmatch(r"[\w.-]+/[\w.-]+", name): return PairTokenizer.from_hub(name)
     raise DataError(f"tokenizer {name!r} is unknown: {near(name, ['byte', 'char', 'bpe:1024', 'gpt2'])}, owner/name on the hub, or a folder with tokenizer.json")

@@ -162,8 +162,11 @@ def fit(
     except OSError as e: raise DiskError(f"{folder} cannot be written ({e.strerror}): name a folder that you may write") from None
     if threads is not None:
         if threads < 1: raise TrainError(f"threads {threads} is out of range: at least 1")
-        torch.set_num_threads(threads)
-    with _alone(folder), _disk(folder): return _fit(run, folder, resume, device, progress, on_step, keep)
+    before = torch.get_num_threads()
+    if threads: torch.set_num_threads(threads)
+    try:
+        with _alone(folder), _disk(folder): return _fit(run, folder, resume, device, progress, on_step, keep)
+    finally: torch.set_num_threads(before)
 
 def _fit(run, folder, resume, device, progress, on_step, keep):
     data = prepare(run.data, run.seq_len)
@@ -177,7 +180,10 @@ def _fit(run, folder, resume, device, progress, on_step, keep):
     journal = _Journal(folder, state["step"])
     with stop_requested() as stop, contextlib.closing(journal.file):
         trainer = Trainer(run, data, device, journal.log)
-        if found: trainer.restore(*found, folder)
+        if found:
+            was, now = (state["device"], state["precision"]), (device.type, trainer.precision)
+            if was != now: raise TrainError(f"{folder} was begun on {was[0]} in {was[1]} and would go on on {now[0]} in {now[1]}: choose that device and precision, or another folder")
+            trainer.restore(*found, folder)
         journal.log(f"run {run.run_id} {'goes on after' if found else 'starts at'} step {state['step']} of {run.train.steps} on {device}, {trainer.precision}, micro-batch {trainer.micro_batch}, {torch.get_num_threads()} threads")
         if not found: journal.log(f"data: {data.summary()}"); journal.log(f"optimizer: {describe_groups(trainer.optimizer)}")
         return _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep)
@@ -186,8 +192,10 @@ def _newest(folder, identity):
     "Tensors and state of the newest checkpoint of this very run; checkpoints of other code or data are set aside."
     for temp in folder.glob(".*.tmp"): shutil.rmtree(temp, ignore_errors=True)
     numbered = checkpoints(folder)
-    if not numbered: return None
-    tensors, state = load_checkpoint(numbered[-1], ("model", "optimizer", "random"), (*identity, "step", "seconds", "threads", "started", "optimizer", "micro_batch", "scaler"))
+    if not numbered:
+        if (folder / "final").exists(): _set_aside(folder.parent, "unfinished")  # of a process that died before its record
+        return None
+    tensors, state = load_checkpoint(numbered[-1], ("model", "optimizer", "random"), (*identity, "step", "seconds", "threads", "started", "optimizer", "micro_batch", "scaler", "device", "precision"))
     if {k: state[k] for k in identity} == identity: return tensors, state
     _set_aside(folder.parent, "other-" + str(state["code_hash"])[:8])
 
@@ -206,7 +214,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
     def save():
         journal.sync()
         tensors, more = trainer.tensors()
-        kept = save_checkpoint(folder / "checkpoints" / f"step_{step:08d}", tensors, dict(identity, **more, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"],
+        kept = save_checkpoint(folder / "checkpoints" / f"step_{step:08d}", tensors, dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"],
                                seconds=before + time.perf_counter() - clock), extra=lambda temp: trainer.data.tokenizer.save(temp / "tokenizer"))
         for old in checkpoints(folder / "checkpoints")[:-keep]: shutil.rmtree(old)
         return kept
@@ -227,6 +235,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
                 scores = trainer.evaluate("val")
                 journal.write(_scored(step, step * run.tokens_per_step, scores))
                 journal.log(f"step {step}: train loss {line['train_loss']:.4f}, validation loss {scores['loss']:.4f}")
+                if not math.isfinite(scores["loss"]): status = "diverged"; break
             if step < steps and run.train.save_every and step % run.train.save_every == 0: save()
             if step < steps and stop():
                 journal.log(f"stopped after step {step}")
@@ -244,12 +253,17 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
         if status == "done" and fraction:
             scores = trainer.evaluate(split)
             evaluation += scores["seconds"]
+            if not math.isfinite(scores["loss"]):  # its last step broke it
+                status, metrics["diverged_at_step"] = "diverged", step
+                journal.log(f"diverged at step {step}: {split} loss {scores['loss']}")
+                break
             metrics |= {f"{split}_{short}": scores[name] for short, name in dict(loss="loss", ppl="perplexity", bpb="bits_per_byte", accuracy="accuracy").items()} | {f"{split}_tokens": scores["n_tokens"]}
             if split == "val":
                 journal.write(_scored(step, metrics["tokens"], scores))
                 if "expert_load" in scores:
                     load = load_statistics(torch.tensor(scores["expert_load"]))
                     metrics |= dict(val_max_violation=load["mean_max_vio"], val_experts_used=load["mean_experts_used"], val_load_cv=load["mean_load_cv"], val_load_evenness=load["mean_load_evenness"])
+    if status == "diverged": metrics = {k: v for k, v in metrics.items() if not k.startswith(("val_", "test_"))}
     times = journal.column("seconds")
     if times:
         metrics |= dict(train_loss=float(np.mean(journal.column("train_loss")[-max(1, len(times) // 20):])) if status == "done" else None, step_seconds=float(np.median(times[len(times) // 10:])))

@@ -13,7 +13,7 @@ import torch
 from .checkpoint import load_model_tensors, model_tensors
 from .config import ConfigError, RunConfig
 from .data import Batches, TokenData
-from .evaluate import autocast, evaluate
+from .evaluate import autocast, held_out_scores
 from .hardware import TrainError, pick_precision
 from .model import KimiModel
 from .moe import max_violation, update_biases
@@ -136,7 +136,7 @@ class Trainer:
         d = self.data
         if self.clips: set_logit_tracking(self.model, False)  # held-out text must not clip anything
         try:
-            with counted_load(self.moe.values()) as load: scores = evaluate(self.model, getattr(d, split), self.run.seq_len, d.n_bytes[split] / d.n_tokens[split] if d.token_bytes is None else d.token_bytes, max_tokens=self.run.train.eval_tokens, precision=self.precision)
+            with counted_load(self.moe.values()) as load: scores = held_out_scores(self.model, getattr(d, split), self.run.seq_len, d.n_bytes[split] / d.n_tokens[split] if d.token_bytes is None else d.token_bytes, max_tokens=self.run.train.eval_tokens, precision=self.precision)
             return scores | (dict(expert_load=torch.stack(load).tolist()) if load else {})
         finally:
             if self.clips: set_logit_tracking(self.model)

@@ -7,7 +7,7 @@ __all__ = ['TUNING_SEED', 'tuning_study', 'best_rates', 'tuned']
 
 # %% ../nbs/12b_tuning.ipynb #e370357f
 from .config import KimiError, Profile
-from .runner import run_studies
+from .runner import distinct, pending, run_studies
 from .store import Store
 from .study import Arm, Study
 
@@ -36,16 +36,19 @@ def best_rates(
 def tuned(
     profile:Profile,
     store:Store,
-    **how, # of `run_studies`
+    run:bool=True, # train what the store does not hold; False leaves the profile as it is where something is missing
+    **how,         # of `run_studies`
 ) -> Profile:
-    """The profile with every optimizer's rate chosen, and the base run at its own optimizer's; runs what the store does not hold.
+    """The profile with every optimizer's rate chosen, and the base run at its own optimizer's.
 
     Raises: KimiError when an optimizer finished at none of its rates.
     """
     study = tuning_study(profile)
     if study is None: return profile
+    if not run and pending(distinct([study]), store): return profile
     run_studies([study], store, **how)
-    rates = best_rates(store.frame(study.name))
+    frame = store.frame(study.name)
+    rates = best_rates(frame) if "val_loss" in frame else {}
     for name in profile.tune:
         if name not in rates: raise KimiError(f"tune.{name}: no run of {', '.join(f'{r:g}' for r in profile.tune[name])} finished, give it smaller learning rates")
     base = profile.base

@@ -320,7 +320,7 @@ def test_a_results_folder_that_is_a_file(place, tmp_path, capsys, where, argv):
 
 def mounted(folder, options):
     folder.mkdir(exist_ok=True)
-    return shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode == 0
+    return shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def test_a_failing_kernel_is_reported_in_a_line(place, monkeypatch):
     place.phase("baseline", then="import os\nraise ValueError('two\\nlines')")
     place.phase("norm", then="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300, check=False)
     lines = r.stderr.splitlines()
     assert r.returncode == 1 and len(lines) == 2 and "Traceback" not in r.stderr, r.stderr
     assert any("phase baseline" in line and "ValueError: two lines" in line for line in lines) and any("phase norm" in line for line in lines)

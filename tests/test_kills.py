@@ -45,7 +45,7 @@ def trained_lines(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=400):
     process.join(seconds)
     assert process.exitcode == 0, f"ended with {process.exitcode}"
 
@@ -89,7 +89,7 @@ def kill_a_run(tmp_path, kills, steps, seed):
             finish(process)
             continue
         if rng.random() < 0.7:  # else while it starts
-            wait_until(lambda: not process.is_alive() or list((folder / "checkpoints").glob("step_*")), what="a checkpoint")
+            wait_until(lambda p=process, f=folder: not p.is_alive() or list((f / "checkpoints").glob("step_*")), what="a checkpoint")
         time.sleep(rng.uniform(0.0, 0.3) * span)
         alive = process.is_alive()
         process.kill()
@@ -138,7 +138,7 @@ def kill_a_plan(tmp_path, kills, seeds, steps, seed):
             process = start(plan, study, tmp_path / "broken", 2)
         # at first at any time of the start, later on while they train
         if rng.random() < 0.8:
-            wait_until(lambda: not process.is_alive() or any(broken.path.glob("experiments/*/metrics.jsonl")), what="training")
+            wait_until(lambda p=process: not p.is_alive() or any(broken.path.glob("experiments/*/metrics.jsonl")), what="training")
         time.sleep(rng.uniform(0.0, 0.6))
         if rng.random() < 0.5 and (workers := trainers(process.pid)):
             victim = rng.choice(workers)
@@ -176,7 +176,7 @@ def test_a_killed_plan_ends_with_the_same_records(tmp_path):
 @pytest.mark.slow
 def test_a_plan_killed_twenty_times_ends_with_the_same_records(tmp_path):
     """The same with twenty kills."""
-    kill_a_plan(tmp_path, kills=20, seeds=3, steps=400, seed=4)
+    kill_a_plan(tmp_path, kills=20, seeds=2, steps=160, seed=4)
 
 
 def test_a_killed_worker_is_replaced(tmp_path):
@@ -200,8 +200,7 @@ def test_an_orphaned_worker_stops_by_itself(tmp_path):
     assert workers
     process.kill()
     process.join()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
-    assert not alive
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     assert any("stopped after step" in f.read_text() for f in (tmp_path / "s").glob("experiments/*/training_log.txt"))
 
 
@@ -255,7 +254,7 @@ def test_a_plan_stopped_in_a_notebook_leaves_no_kernel(tmp_path):
     place = Workplace(tmp_path, phases=["baseline"], train__steps=3)
     place.phase("baseline", then="import pathlib, time; pathlib.Path(results, 'here').touch(); time.sleep(600)")
     process = command("plan", "--profile", "tiny", "--quiet", "--executor", "inprocess", env=place.environment())
-    wait_until(lambda: (place.results / "here").exists(), what="the notebook")
+    wait_until((place.results / "here").exists, what="the notebook")
     kernels = descendants(process.pid)
     assert kernels
     process.terminate()
@@ -300,7 +299,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
     """A run whose trainer was killed while it held the run's lock can be trained at once."""
     run = tiny_run(train__steps=2)
     process = start(hold, tmp_path, run.run_id)
-    wait_until(lambda: (tmp_path / "held").exists(), what="the lock")
+    wait_until((tmp_path / "held").exists, what="the lock")
     process.kill()
     process.join()
     from kimi_nb.runner import run_one
@@ -315,7 +314,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
 
     run = tiny_run(train__steps=100_000)
     process = start(train, run, tmp_path / "run")
-    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), what="training")
+    wait_until((tmp_path / "run" / "metrics.jsonl").exists, what="training")
     with pytest.raises(TrainError, match="trained in by another process"):
         fit(run, tmp_path / "run", progress=False)
     process.kill()

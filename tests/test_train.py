@@ -12,7 +12,7 @@ from kimi_nb import trainer
 from kimi_nb.checkpoint import CheckpointError, checkpoints, load_model
 from kimi_nb.config import ConfigError, KimiError, RunConfig
 from kimi_nb.data import prepare
-from kimi_nb.evaluate import evaluate
+from kimi_nb.evaluate import held_out_scores
 from kimi_nb.train import Trainer, TrainError, fit, pick_device
 
 TINY = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60, "model.d_model": 32, "model.max_seq_len": 16, "train.steps": 8, "train.batch_size": 4,
@@ -86,7 +86,7 @@ def test_the_final_model_scores_as_recorded(tmp_path):
     record = fit(run, tmp_path, progress=False)
     model, tokenizer, kept = load_model(tmp_path)
     data = prepare(run.data)
-    scores = [evaluate(model, data.val, 16, data.token_bytes, max_tokens=300, batch_size=b)["loss"] for b in (1, 7, 64)]
+    scores = [held_out_scores(model, data.val, 16, data.token_bytes, max_tokens=300, batch_size=b)["loss"] for b in (1, 7, 64)]
     assert scores == pytest.approx([record.metrics["val_loss"]] * 3, rel=1e-6)
     assert kept.model.vocab_size == tokenizer.vocab_size == 257 and not model.training
 

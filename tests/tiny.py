@@ -1,5 +1,6 @@
 """A workplace small enough for tests: runs of milliseconds, phase notebooks of two cells, processes that start at once."""
 
+import functools
 import multiprocessing
 import os
 import time
@@ -82,16 +83,12 @@ def in_process(notebook, target, parameters, cwd):
         nbformat.write(nb, target)
 
 
-_server = None
-
-
+@functools.cache
 def forks():
     """Processes that are forked from one that has imported torch: each starts in milliseconds."""
-    global _server
-    if _server is None:
-        _server = multiprocessing.get_context("forkserver")
-        _server.set_forkserver_preload(["kimi_nb.train", "kimi_nb.runner", "kimi_nb.store", "kimi_nb.plan"])
-    return _server
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["kimi_nb.train", "kimi_nb.runner", "kimi_nb.store", "kimi_nb.plan"])
+    return server
 
 
 def start(target, *args):

@@ -6,7 +6,7 @@
 __all__ = ['TIERS', 'study', 'repeats', 'studies', 'chance_bpb', 'judge']
 
 # %% ../../nbs/phases/01_baseline.ipynb #c8c6cc1a
-from ..config import Profile
+from ..config import ConfigError, Profile
 from ..study import Arm, Study
 
 # %% ../../nbs/phases/01_baseline.ipynb #a1d3c5a2
@@ -17,8 +17,9 @@ def study(
 ) -> Study:
     "The three tiers."
     steps = profile.grid("baseline", "train.steps")
+    if len(steps) != len(TIERS): raise ConfigError("baseline.train.steps", f"has {len(steps)} values: one for each of {', '.join(TIERS)}")
     warmup = profile.base.train.warmup_steps
-    arms = [Arm(name, {"train.steps": n} | ({"train.warmup_steps": min(warmup, n)} if 0 < n < warmup else {}), f"{n} steps") for name, n in zip(TIERS, steps, strict=True)]
+    arms = [Arm(name, {"train.steps": n} | ({"train.warmup_steps": min(warmup, n)} if 0 < n < warmup else {}), f"{n} steps") for name, n in zip(TIERS, steps)]
     arms[-1] = Arm("trained", {} if steps[-1] == profile.base.train.steps else arms[-1].delta, arms[-1].label)
     return Study(name="baseline", phase="baseline", question="What do chance, little training and the plan's training give?",
                  hypothesis="Each tier is better than the one before.", base=profile.base, arms=arms, baseline="untrained", seeds=range(profile.n_seeds("baseline")))
@@ -54,8 +55,10 @@ def judge(
     "Order, consistency and reproducibility as verdicts."
     import numpy as np
     done = frame[frame["status"] == "done"]
-    mean = done.groupby("arm")["test_bpb"].mean().reindex(list(TIERS))
-    worst, best = done.groupby("arm")["test_bpb"].max(), done.groupby("arm")["test_bpb"].min()
+    mean, worst, best = (done.groupby("arm")["test_bpb"].agg(f).reindex(list(TIERS)) for f in ("mean", "max", "min"))
+    if mean.isna().any():
+        lost = ", ".join(mean.index[mean.isna()])
+        return [dict(id=id, claim=claim, word="not testable here", sentence=f"No run of {lost} finished.") for id, claim in (("order", "Trained is better than brief, brief than untrained, untrained is chance."), ("consistency", "Runs that differ in the seed end within 2%."), ("reproducibility", "One seed gives the same numbers three times."))]
     chance, n = chance_bpb(done), int(done.groupby("arm").size().min())
     ordered = all(worst[b] < best[a] for a, b in zip(TIERS, TIERS[1:])) and abs(mean["untrained"] / chance - 1) < 0.02
     spread = float((worst["trained"] - best["trained"]) / mean["trained"])

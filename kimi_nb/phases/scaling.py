@@ -14,6 +14,7 @@ from ..config import Profile
 from ..design import fit_power_law
 from ..inference import StatsError
 from .baseline import chance_bpb
+from .combined import with_costs
 from ..stats import compare
 from ..study import Arm, Study
 
@@ -89,7 +90,7 @@ def by_size(
     chance = chance_bpb(done)
     done = done.assign(saved=chance - done["test_bpb"], hours=done["steps"] * done["step_seconds"] / 3600)
     done = done.assign(saved_per_million=done["saved"] / (done["active_parameters"] / 1e6), saved_per_hour=done["saved"] / done["hours"])
-    columns = ["total_parameters", "active_parameters", "active_non_embedding_parameters", "flops_per_token", "training_flops", "test_loss", "test_bpb", "saved", "saved_per_million", "hours", "saved_per_hour", "peak_memory_mb", "epochs"]
+    columns = ["total_parameters", "active_parameters", "active_non_embedding_parameters", "flops_per_token", "training_flops", "test_loss", "test_bpb", "saved", "saved_per_million", "hours", "saved_per_hour", "step_seconds", "added_memory_mb", "peak_memory_mb", "epochs"]
     return done.groupby("arm", sort=False)[[c for c in columns if c in done]].mean().reset_index().sort_values("total_parameters", ignore_index=True).rename(columns={"arm": "size"})
 
 # %% ../../nbs/phases/08_scaling.ipynb #66053f6b
@@ -153,9 +154,9 @@ def transfer(
     order = done.groupby("block")["total_parameters"].mean().sort_values().index
     grid = done.groupby(["block", "train.lr"])[metric].mean()
     best = {size: float(grid[size].idxmin()) for size in order}
-    if not best: return pd.DataFrame(columns=["size", "best_lr", "best", "carried_lr", "carried", "regret"])
+    if not best: return pd.DataFrame(columns=["size", "best_lr", "best", "carried_lr", "carried", "at_edge", "regret"])
     small = best[order[0]]
-    rows = [dict(size=size, best_lr=best[size], best=float(grid[size].min()), carried_lr=small, carried=float(grid[size].get(small, math.nan))) for size in order]
+    rows = [dict(size=size, best_lr=best[size], best=float(grid[size].min()), carried_lr=small, carried=float(grid[size].get(small, math.nan)), at_edge=best[size] in (grid[size].index.min(), grid[size].index.max())) for size in order]
     return pd.DataFrame(rows).assign(regret=lambda t: t["carried"] - t["best"])
 
 # %% ../../nbs/phases/08_scaling.ipynb #3513cdc3
@@ -186,7 +187,7 @@ def judge(
         return v
     out.append(drop("scaling returns", "Each doubling of the parameters gives less than the one before.", gains(frame), "gain", "nats per doubling"))
     v = drop("scaling training", "Returns diminish during training: the last interval gains less than the first.", returns, "gain", "nats per 1000 steps")
-    if len(returns): v["sentence"] += f" From step {diminished} on an interval gains under a tenth of the first." if diminished is not None else " No interval gained under a tenth of the first."
+    if v["word"] != "not testable here": v["sentence"] += f" From step {diminished} on an interval gains under a tenth of the first." if diminished is not None else " The last interval still gained more than a tenth of the first."
     out.append(v)
     text = "A power law fitted to the smaller sizes predicts the loss of the largest."
     held = fits.get("training_flops", (None, None))[1]
@@ -194,24 +195,25 @@ def judge(
     else:
         known = math.isfinite(held.predicted_low)
         inside = known and held.predicted_low <= held.observed <= held.predicted_high
-        out.append(dict(id="scaling law", claim=text, word="not testable here" if not known else "supported" if inside else "contradicted", caveats=[held.note] if held.note else [],
+        missed = "contradicted" if held.E > 0 else "undecided"   # without E the law must predict too little: a miss says nothing about laws with it
+        out.append(dict(id="scaling law", claim=text, word="not testable here" if not known else "supported" if inside else missed, caveats=[*([f"{held.note[0].upper()}{held.note[1:]}."] if held.note else []), *([] if held.E > 0 else ["Three sizes cannot carry the three constants of the law and still test it: the prediction leaves out the part that no size removes, and comes out low."])],
                         sentence=f"Against compute, {held.predicted:.4f} nats were predicted ({f'95% interval {held.predicted_low:.4f} to {held.predicted_high:.4f}' if known else 'no interval, one run a size'}) and {held.observed:.4f} observed; the exponent is {held.alpha:.3f}."))
     text = "The best learning rate of the smallest size can be carried to the larger ones."
     if moved is None or len(moved) < 2: out.append(none("scaling learning rate", text, "The learning rate was not varied over several sizes."))
     else:
         worst = float(moved["regret"].max()) if moved["regret"].notna().all() else math.inf
-        limit = 2 * noise if noise else math.nan
+        limit, edge = 2 * noise if noise else math.nan, "at_edge" in moved and bool(moved["at_edge"].any())
         word = "undecided" if not math.isfinite(limit) else "supported" if worst <= limit else "contradicted"
-        out.append(dict(id="scaling learning rate", claim=text, word=word, caveats=["One seed a rate."],
+        out.append(dict(id="scaling learning rate", claim=text, word=word, caveats=["One seed a rate.", *(["A best rate lies at the end of the grid: a better one may lie beyond."] if edge else [])],
                         sentence="Best rates: " + ", ".join(f"{r.best_lr:g} at {r.size}" for r in moved.itertuples()) + f". Carrying {moved['carried_lr'].iloc[0]:g} costs at most {worst:.4f} nats" + (f", against {limit:.4f} nats that two standard deviations over seeds allow." if math.isfinite(limit) else "; the spread over seeds to judge it by is not known.")))
     text = "A longer context lowers the loss and raises the cost of a token."
     if context is None or context["block"].nunique() < 2: out.append(none("scaling context", text, "The context was not varied."))
     else:
-        mean = context[context["status"] == "done"].groupby("seq" if "seq" in context else "model.max_seq_len")[["test_loss", "flops_per_token"]].mean()
+        mean = context[context["status"] == "done"].groupby("model.max_seq_len")[["test_loss", "flops_per_token"]].mean()
         better, dearer = bool((np.diff(mean["test_loss"]) < 0).all()), bool((np.diff(mean["flops_per_token"]) > 0).all())
         gain = float(mean["test_loss"].iloc[0] - mean["test_loss"].iloc[-1])
         word = "undecided" if len(mean) < 2 or not noise or abs(gain) <= 2 * noise else "supported" if better and dearer else "contradicted" if gain < 0 else "undecided"
-        out.append(dict(id="scaling context", claim=text, word=word, caveats=["One seed a context."], sentence=f"From context {mean.index[0]:g} to {mean.index[-1]:g} the loss falls by {gain:.4f} nats and a token costs {mean['flops_per_token'].iloc[-1] / mean['flops_per_token'].iloc[0]:.2f} times the compute."))
+        out.append(dict(id="scaling context", claim=text, word=word, caveats=["One seed a context."], sentence=f"From context {mean.index[0]:g} to {mean.index[-1]:g} the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.4f} nats and a token costs {mean['flops_per_token'].iloc[-1] / mean['flops_per_token'].iloc[0]:.2f} times the compute."))
     return out
 
 def run_noise(
