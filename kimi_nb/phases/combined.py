@@ -118,6 +118,10 @@ def criteria(
         own, base = timed[timed["arm"] == best], float(timed.loc[timed["arm"] == study.baseline, "seconds_to_target"].mean())
         if len(own) and own["late"].all() and own["seconds_to_target"].min() >= 0.9 * base:  # no spread to test by, and no doubt either
             v = dict(id="criterion speed", claim=texts["speed"], word="contradicted", sentence=f"None of the {len(own)} runs with all parts reached the baseline's final loss; they trained for {own['seconds_to_target'].mean():.1f} s, the baseline for {base:.1f} s.", caveats=[])
+        elif len(own) > 1 and own["seconds_to_target"].nunique() == 1 and not own["late"].any():  # all reached it at the same scoring: no spread to test by, and no doubt either
+            took = float(own["seconds_to_target"].iloc[0])
+            v = dict(id="criterion speed", claim=texts["speed"], word="supported" if took < 0.9 * base else "contradicted", caveats=["All runs reached it at the same scoring, so there is no spread to test by."],
+                     sentence=f"All {len(own)} runs with all parts were below the baseline's final loss after {took:.1f} s, the baseline after {base:.1f} s.")
         elif late := int(timed.loc[timed["arm"] == best, "late"].sum()):
             v |= dict(word="undecided" if v["word"] == "supported" else v["word"], caveats=[*v["caveats"], f"{late} of the runs with all parts never reached the baseline's loss and count as having needed all of their training."])
         out.append(v)
