@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'side_by_side', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed', 'bench_nanogpt_loss',
-           'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'row', 'run_bench']
+           'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'looped_experts', 'bench_moe',
+           'bench_muon', 'bench_decode', 'bench_training_step', 'bench_kernels', 'row', 'run_bench']
 
 # %% ../nbs/19b_bench.ipynb #4a1f2f61
-import json, math, statistics, subprocess, sys, tempfile, time
+import json, math, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def bench_nanogpt_speed(steps:int=25, rounds:int=9):
 
 def bench_nanogpt_loss():
     "The whole recipe: validation loss over the full split after 2000 steps."
-    record = fit(nanogpt_run())
+    record = fit(nanogpt_run(), progress=sys.stderr.isatty())
     return [row("nanogpt: validation loss after 2000 steps", record.metrics["val_loss"], "nats", "at most", 1.90, f"{record.metrics['training_seconds']:.0f} s of training, {1e3 * record.metrics['step_seconds']:.1f} ms a step")]
 
 def example_run() -> RunConfig:
@@ -84,7 +85,7 @@ def example_run() -> RunConfig:
 def bench_example():
     "Steps that the shipped example needs to nanoGPT's 1.88."
     from kimi_nb.curves import steps_to
-    record = fit(example_run())
+    record = fit(example_run(), progress=sys.stderr.isatty())
     curve = record.curves["val_loss"]
     steps = steps_to(curve["step"], curve["value"], 1.88)
     first = next((s for s, v in zip(curve["step"], curve["value"]) if v <= 1.88), math.nan)
@@ -114,13 +115,144 @@ def bench_tokenizers():
         rows.append(row(f"tokenizing, {name}", size / seconds, "MB/s", "at least", 1.0, f"{size:.1f} MB of pydocs"))
     return rows
 
+# %% ../nbs/19b_bench.ipynb #1a3907c0
+def _forward_backward(module, x):
+    def work():
+        y = module(x)
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
+    return work
+
+def looped_experts(x, indices, weights, w_in, w_out, activation):
+    "The experts one after another: what a loop in Python costs.  Shapes as in `run_experts`."
+    from kimi_nb.experts import _activate
+    y = torch.zeros_like(x)
+    for e in range(len(w_out)):
+        token, slot = (indices == e).nonzero(as_tuple=True)
+        if len(token): y = y.index_add(0, token, weights[token, slot, None] * (_activate(x[token] @ w_in[e].T, activation) @ w_out[e].T))
+    return y
+
+def bench_moe(tokens:int=2048, rounds:int=7):
+    "A MoE layer, forward and backward, at two shapes."
+    from kimi_nb.config import ModelConfig
+    from kimi_nb.moe import FeedForward, MoE
+    rows = []
+    for experts, top_k, width in ((8, 2, 1536), (32, 4, 384)):
+        config = ModelConfig(d_model=384, n_heads=8, vocab_size=64, d_ff=1536, ffn=dict(kind="moe", activation="swiglu"), moe=dict(n_experts=experts, top_k=top_k, d_expert=width))
+        torch.manual_seed(0)
+        moe, dense, x = MoE(config), FeedForward(384, top_k * width, "swiglu"), torch.randn(4, tokens // 4, 384, requires_grad=True)
+        what, flat = f"MoE layer, {experts} experts of {width}, top-{top_k}", x.flatten(0, 1)
+        r = side_by_side(_forward_backward(moe, x), _forward_backward(dense, x), rounds)
+        rows.append(row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+        route = moe.route(moe.gate(flat))
+        def loop():
+            route = moe.route(moe.gate(flat))
+            looped_experts(flat, route.indices, route.weights, moe.experts.gate_up_proj, moe.experts.down_proj, "swiglu").sum().backward()
+        r = side_by_side(loop, _forward_backward(moe, x), rounds)
+        rows.append(row(f"{what}: a loop over experts", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+        try: from transformers import DeepseekV3Config
+        except ImportError: continue
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+        theirs = DeepseekV3MoE(DeepseekV3Config(hidden_size=384, n_routed_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0))
+        for p in theirs.parameters(): nn.init.normal_(p, std=0.02)
+        ours = MoE(config.override({"moe.router": "noaux_tc", "moe.n_shared_experts": 1}))
+        r = side_by_side(_forward_backward(theirs, x), _forward_backward(ours, x), rounds)
+        rows.append(row(f"{what}: transformers' DeepSeek-V3 layer", r["ratio"], "×", "at least", 1.0, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    return rows
+
+def bench_muon(rounds:int=5):
+    "Muon's step on the matrices of six layers, 384 wide."
+    from kimi_nb.optim import Muon, newton_schulz
+    shapes = [(384, 384)] * 24 + [(1536, 384)] * 6 + [(384, 1536)] * 6
+    torch.manual_seed(0)
+    def parameters():
+        made = [nn.Parameter(torch.randn(s) * 0.02) for s in shapes]
+        for p in made: p.grad = torch.randn_like(p)
+        return made
+    ours, theirs = Muon(parameters(), lr=1e-3, scaling="match_rms_adamw"), torch.optim.Muon(parameters(), lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    single, buffers = parameters(), [torch.zeros(s) for s in shapes]
+    def one_at_a_time():
+        for p, b in zip(single, buffers):
+            b.lerp_(p.grad, 0.05)
+            X = p.grad.lerp(b, 0.95)
+            tall = X.shape[0] > X.shape[1]
+            X = X.T if tall else X
+            X = X / (X.norm() + 1e-7)
+            for _ in range(5):
+                A = X @ X.T
+                X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            with torch.no_grad(): p.add_(X.T if tall else X, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
+    rows = []
+    r = side_by_side(theirs.step, ours.step, rounds)
+    rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 8.0 if not _bf16_units() else None, f"its time (bf16) over ours ({newton_schulz.__name__} in fp32, stacked), {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms" + ("; this CPU has bf16 units" if _bf16_units() else "")))
+    r = side_by_side(one_at_a_time, ours.step, rounds)
+    rows.append(row("Muon step: fp32, one matrix at a time", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    return rows
+
+def _bf16_units():
+    try: return any(f in Path("/proc/cpuinfo").read_text() for f in ("amx_bf16", "avx512_bf16"))
+    except OSError: return torch.cuda.is_available()
+
+def _kimi(vocab_size=257):
+    from kimi_nb.config import ModelConfig
+    from kimi_nb.model import KimiModel
+    return KimiModel(ModelConfig.preset("kimi").override({"vocab_size": vocab_size})).eval()
+
+def bench_decode(tokens:int=256, rounds:int=3):
+    "Greedy decoding with cache, batch 1, against transformers' `generate` on the exported model."
+    from kimi_nb.generate import Generator
+    from kimi_nb.hub import to_deepseek_v3
+    from kimi_nb.tokenizer import ByteTokenizer
+    class Endless(ByteTokenizer): eot_id = None  # both must make every token
+    model = _kimi()
+    theirs, generator, ids = to_deepseek_v3(model).eval(), Generator(model, Endless()), torch.tensor([[65, 66, 67]])
+    with torch.no_grad():
+        r = side_by_side(lambda: theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0), lambda: generator.generate_text("ABC", max_new_tokens=tokens, greedy=True), rounds)
+    return [row(f"decoding {tokens} tokens with cache: transformers", r["ratio"], "×", "at least", 2.0, f"its time over ours, kimi preset with 257 ids, {1e3 * r['ours'] / tokens:.1f} against {1e3 * r['theirs'] / tokens:.1f} ms a token")]
+
+class _Exported(nn.Module):
+    "The exported model with a KimiModel's way of being called."
+    def __init__(self, model):
+        super().__init__()
+        from kimi_nb.hub import to_deepseek_v3
+        self.config, self.layers, self.inner = model.config, (), to_deepseek_v3(model)
+    forward = GPT2.forward
+
+def bench_training_step(steps:int=2, rounds:int=5):
+    "The whole training step of the kimi preset against the same model in transformers, in the same loop, with AdamW."
+    from kimi_nb.optim import build_optimizer
+    run = RunConfig.preset("kimi").override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.max_seq_len": 128, "train.batch_size": 8, "train.optimizer.name": "adamw"})
+    data, device = prepare(run.data, run.seq_len), pick_device()
+    ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
+    theirs.model = theirs.forward = _Exported(theirs.model).to(device)
+    theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
+    def turn(trainer):
+        def work():
+            for step in range(steps): trainer.step(step)
+        return work
+    r = side_by_side(turn(theirs), turn(ours), rounds)
+    return [row("training step, kimi preset: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms")]
+
+def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):
+    "Attention, forward and backward, by kernel and context."
+    from kimi_nb.attention import build_attention, kernel_name
+    from kimi_nb.config import ModelConfig
+    rows = []
+    for T in contexts:
+        x = torch.randn(1, T, 384, requires_grad=True)
+        made = {i: build_attention(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, position=dict(kind="learned"), attention=dict(implementation=i))) for i in ("eager", "sdpa", "flash")}
+        for name in ("sdpa", "flash"):
+            r = side_by_side(_forward_backward(made["eager"], x), _forward_backward(made[name], x), rounds)
+            rows.append(row(f"attention over {T} tokens: eager over {name}", r["ratio"], "×", "at least", None, f"{1e3 * r['ours']:.1f} against {1e3 * r['theirs']:.1f} ms; {name} runs {kernel_name(made[name].config if hasattr(made[name], 'config') else ModelConfig(d_model=384, n_heads=8, max_seq_len=T, attention=dict(implementation=name)))}; scores of eager take {8 * T * T * 4 / 2**20:.0f} MiB"))
+    return rows
+
 # %% ../nbs/19b_bench.ipynb #f22ab138
 def row(what, value, unit, sense, goal, note=""):
     "One measurement with its goal."
     met = None if goal is None or value != value else value <= goal if sense == "at most" else value >= goal
     return dict(what=what, value=value, unit=unit, goal=None if goal is None else f"{sense} {goal:g}", met=bool(met) if met is not None else None if goal is None else False, note=note)
 
-BENCHES = dict(start=bench_start, tokenizers=bench_tokenizers, nanogpt_speed=bench_nanogpt_speed, example=bench_example, nanogpt_loss=bench_nanogpt_loss)
+BENCHES = dict(start=bench_start, tokenizers=bench_tokenizers, nanogpt_speed=bench_nanogpt_speed, moe=bench_moe, muon=bench_muon, decode=bench_decode, training_step=bench_training_step, kernels=bench_kernels,
+               example=bench_example, nanogpt_loss=bench_nanogpt_loss)
 
 def run_bench(
     only=(),   # names of `BENCHES`; none is all
