@@ -65,19 +65,19 @@ def _table(frame) -> str:
 
 def _show_profiles(names, workers):
     from kimi_nb.plan import phase_studies, plan_table
-    from kimi_nb.runner import default_workers, distinct, predict_seconds
+    from kimi_nb.runner import default_workers, distinct, expect_h100, predict_seconds
     workers = workers or default_workers()
     for name in names:
         profile = load_profile(name)
         studies = phase_studies(profile)
         runs = [p.run for p in distinct(s for g in studies.values() for s in g)]
-        table = plan_table(studies, predicted=(seconds := predict_seconds(runs, workers))).drop(columns="to_train")
-        print(f"{name}: {len(runs)} runs, {sum(r.train.steps * r.tokens_per_step for r in runs) / 1e6:,.1f}M tokens, about {sum(seconds.values()) / workers / 60:,.1f} minutes with {workers} worker{'s' * (workers > 1)} on this machine (budget {profile.budget_minutes:g})")
+        table = plan_table(studies, None, (seconds := predict_seconds(runs, workers)), (h100 := expect_h100(runs))).drop(columns="to_train")
+        print(f"{name}: {len(runs)} runs, {sum(r.train.steps * r.tokens_per_step for r in runs) / 1e6:,.1f}M tokens, about {sum(seconds.values()) / workers / 60:,.1f} minutes with {workers} worker{'s' * (workers > 1)} on this machine (budget {profile.budget_minutes:g}); {sum(f for f, _ in h100.values()) / 1e15:,.3g} PFLOPs, about {sum(s for _, s in h100.values()) / 3600:,.1f} hours reckoned for one H100")
         print(textwrap.indent(_table(table.rename(columns={"minutes": "worker minutes"})), "  ") + "\n")
 
 def cmd_plan(args):
     from kimi_nb.plan import phase_studies, plan_table, run_plan, summary, timing
-    from kimi_nb.runner import default_workers, distinct, pending, predict_seconds
+    from kimi_nb.runner import default_workers, distinct, expect_h100, pending, predict_seconds
     from kimi_nb.tuning import tuned
     profile, store = load_profile(args.profile), _store(args)
     if args.dry_run:
@@ -86,7 +86,7 @@ def cmd_plan(args):
         todo = pending(distinct(s for g in studies.values() for s in g), store)
         workers = (profile.workers if args.workers is None else args.workers) or default_workers()
         seconds = predict_seconds([p.run for g in studies.values() for s in g for p in distinct([s])], workers)
-        print(_table(plan_table(studies, store, seconds)))
+        print(_table(plan_table(studies, store, seconds, expect_h100([p.run for g in studies.values() for s in g for p in distinct([s])]))))
         print(f"\n{len(todo)} runs to train, about {sum(seconds[p.run.run_id] for p in todo) / workers / 60:.1f} minutes with {workers} workers; results in {store.path}")
         return 0
     report = run_plan(profile, store, args.only, args.seeds, args.executor, profile.workers if args.workers is None else args.workers, progress=not args.quiet)

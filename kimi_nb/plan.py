@@ -91,6 +91,7 @@ def plan_table(
     studies:dict[str, list[Study]],
     store:Store|None=None,   # to count what is there already
     predicted:dict|None=None, # run_id -> seconds
+    h100:dict|None=None,     # run_id -> (FLOPs, seconds on an H100)
 ):
     "One row a study: phase, study, arms, seeds, runs, new (not shared with a study above), to train, tokens, minutes."
     import pandas as pd
@@ -102,7 +103,8 @@ def plan_table(
             seen |= {p.run.run_id for p in plan}
             todo = pending(new, store) if store else new
             rows.append(dict(phase=phase, study=study.name, arms=len(study.arms), seeds=len(study.seeds), runs=len(plan), new=len(new), to_train=len(todo),
-                             tokens=sum(p.run.train.steps * p.run.tokens_per_step for p in new), **(dict(minutes=sum(predicted[p.run.run_id] for p in todo) / 60) if predicted else {})))
+                             tokens=sum(p.run.train.steps * p.run.tokens_per_step for p in new), **(dict(minutes=sum(predicted[p.run.run_id] for p in todo) / 60) if predicted else {}),
+                             **(dict(PFLOPs=sum(h100[p.run.run_id][0] for p in new) / 1e15, H100_minutes=sum(h100[p.run.run_id][1] for p in todo) / 60) if h100 else {})))
     return pd.DataFrame(rows)
 
 # %% ../nbs/19a_plan.ipynb #ccad7a04
