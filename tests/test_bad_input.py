@@ -148,7 +148,7 @@ def test_arguments_that_cannot_be(place, capsys, argv, words):
 def test_no_settings_file(place, capsys, monkeypatch):
     """$KIMI_NB_SETTINGS that leads nowhere."""
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(place.path / "other.ini"))
-    refused(capsys, ["plan", "--profile", "tiny"], "other.ini", "cannot be read")
+    refused(capsys, ["plan", "--profile", "tiny"], "other.ini", "is no file")
 
 
 CONFIGS = {
