@@ -149,4 +149,5 @@ def load_model(
     except (TypeError, KimiError) as e: raise CheckpointError(f"{place / 'state.json'} holds no configuration of a run ({e}): {_REMEDY}") from None
     model = KimiModel(run.model, seed=None)
     load_model_tensors(model, tensors["model"], place)
-    return model.to(device).eval(), Tokenizer.load(place / "tokenizer"), run
+    model.tokenizer = Tokenizer.load(place / "tokenizer")
+    return model.to(device).eval(), model.tokenizer, run

@@ -327,7 +327,7 @@ PRESETS = dict(
     nanogpt=dict(model=dict(d_model=128, n_layers=4, n_heads=4, vocab_size=_GPT2_VOCAB, max_seq_len=64, norm=dict(kind="layernorm", eps=1e-5), position=dict(kind="learned"),
                             attention=_mla_sizes(128, 4), ffn=dict(kind="dense", activation="gelu")),
                  train=dict(steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=500, optimizer=dict(name="adamw", weight_decay=0.1, betas=(0.9, 0.99))),
-                 data=dict(tokenizer="char", val_fraction=0.1, test_fraction=0.0)),
+                 data=dict(tokenizer="char", val_fraction=0.1, test_fraction=0.0), seed=1337),  # nanoGPT's own seed
 )
 
 def _preset(name):
