@@ -100,7 +100,7 @@ readme: $(VENV)/.installed ## write README.md from nbs/index.ipynb
 	$(PY) docs/readme.py
 
 clean: ## remove caches and built pages; records in RESULTS and .venv stay
-	rm -rf _docs _proc docs/_build build dist .pytest_cache .ruff_cache .hypothesis .jupyter_cache *.egg-info
+	rm -rf _docs jupyter_execute _proc docs/_build build dist .pytest_cache .ruff_cache .hypothesis .jupyter_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv and the downloaded MathJax as well

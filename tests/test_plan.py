@@ -181,3 +181,17 @@ def test_an_executed_notebook_with_papermill(place):
     cells = json.loads((place.results / "notebooks" / "03_norm.ipynb").read_text())["cells"]
     assert any(c["metadata"].get("tags") == ["injected-parameters"] and "tiny" in "".join(c["source"]) for c in cells)
     assert not list((place.path / "nbs").rglob("*-checkpoint*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smoke", "quick"])
+def test_profiles_fit_their_budgets(name):
+    """The predicted training time of a whole profile leaves room for its notebooks within the budget it declares."""
+    from kimi_nb.config import load_profile
+    from kimi_nb.plan import phase_studies
+    from kimi_nb.runner import default_workers, distinct, predict_seconds
+
+    profile = load_profile(name)
+    runs = [p.run for p in distinct(s for group in phase_studies(profile).values() for s in group)]
+    minutes = sum(predict_seconds(runs).values()) / default_workers() / 60
+    assert len(runs) >= (14 if name == "smoke" else 80) and minutes < 0.8 * profile.budget_minutes
