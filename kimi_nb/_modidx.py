@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kimi_nb.bench._bf16_units': ('bench.html#_bf16_units', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._forward_backward': ('bench.html#_forward_backward', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._kimi': ('bench.html#_kimi', 'kimi_nb/bench.py'),
+                               'kimi_nb.bench._steps': ('bench.html#_steps', 'kimi_nb/bench.py'),
                                'kimi_nb.bench.bench_decode': ('bench.html#bench_decode', 'kimi_nb/bench.py'),
                                'kimi_nb.bench.bench_example': ('bench.html#bench_example', 'kimi_nb/bench.py'),
                                'kimi_nb.bench.bench_kernels': ('bench.html#bench_kernels', 'kimi_nb/bench.py'),

@@ -58,6 +58,12 @@ def nanogpt_run() -> RunConfig:
     "The recipe, on that text."
     return RunConfig.preset("nanogpt").override({"data.corpus": str(shakespeare())})
 
+def _steps(trainer, steps):
+    "A unit of work: that many training steps."
+    def work():
+        for step in range(steps): trainer.step(step)
+    return work
+
 def bench_nanogpt_speed(steps:int=25, rounds:int=9):
     "One training step of the nanogpt preset against GPT2LMHeadModel."
     from kimi_nb.optim import build_optimizer
@@ -66,11 +72,7 @@ def bench_nanogpt_speed(steps:int=25, rounds:int=9):
     ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
     theirs.model = theirs.forward = GPT2(ours.model.config).to(device)
     theirs.optimizer = build_optimizer(theirs.model, run.train)
-    def turn(trainer):
-        def work():
-            for step in range(steps): trainer.step(step)
-        return work
-    r = side_by_side(turn(ours), turn(theirs), rounds)
+    r = side_by_side(_steps(ours, steps), _steps(theirs, steps), rounds)
     return [row("nanogpt: step time over GPT2LMHeadModel", r["ratio"], "×", "at most", 1.1, f"{1e3 * r['ours'] / steps:.1f} against {1e3 * r['theirs'] / steps:.1f} ms a step, ratios {r['ratio_min']:.2f} to {r['ratio_max']:.2f}")]
 
 def bench_nanogpt_loss():
@@ -143,7 +145,6 @@ def bench_moe(tokens:int=2048, rounds:int=7):
         what, flat = f"MoE layer, {experts} experts of {width}, top-{top_k}", x.flatten(0, 1)
         r = side_by_side(_forward_backward(moe, x), _forward_backward(dense, x), rounds)
         rows.append(row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
-        route = moe.route(moe.gate(flat))
         def loop():
             route = moe.route(moe.gate(flat))
             looped_experts(flat, route.indices, route.weights, moe.experts.gate_up_proj, moe.experts.down_proj, "swiglu").sum().backward()
@@ -225,11 +226,7 @@ def bench_training_step(steps:int=2, rounds:int=5):
     ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
     theirs.model = theirs.forward = _Exported(theirs.model).to(device)
     theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
-    def turn(trainer):
-        def work():
-            for step in range(steps): trainer.step(step)
-        return work
-    r = side_by_side(turn(theirs), turn(ours), rounds)
+    r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
     return [row("training step, kimi preset: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms")]
 
 def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):

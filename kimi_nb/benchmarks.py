@@ -14,7 +14,7 @@ import numpy as np
 from .adapter import adapter
 from .corpora import DataError, hub_reachable
 from .items import TASK_NAMES, tasks_folder
-from .tasks import TASKS, BenchmarkError, chance_level, pick_tasks, read_rows
+from .tasks import BenchmarkError, chance_level, pick_tasks, read_rows
 
 # %% ../nbs/17_benchmarks.ipynb #c091fbe8
 _HUB = dict(squad=("rajpurkar/squad", "null"), record=("aps/super_glue", "record"))  # set and configuration

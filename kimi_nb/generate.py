@@ -26,7 +26,7 @@ from .model import KimiModel
 from .moe import MoE
 from .norm import RMSNorm
 from .rope import apply_rope
-from .tokenizer import ByteTokenizer, CharTokenizer, PairTokenizer, Tokenizer
+from .tokenizer import ByteTokenizer, PairTokenizer, Tokenizer
 
 # %% ../nbs/15_generate.ipynb #ba3e6619
 class GenerateError(KimiError): "A request for text that cannot be met."

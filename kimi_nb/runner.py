@@ -417,6 +417,7 @@ def predict_seconds(
     "run_id -> predicted seconds on one worker of this machine: start-up, steps, evaluations."
     import hashlib, platform
     import torch
+    from kimi_nb.corpora import write_atomic
     runs = list(runs)
     workers = workers or default_workers()
     path = _timing_file()
@@ -438,9 +439,7 @@ def predict_seconds(
     timed = {k: known[k] for k in flops if k in known}
     dear = any(k not in known for k in flops)
     rate = max([*(flops[k] / s for k, s in timed.items()), *([0.6 * _product_rate(share_of_cores(workers))] if dear else [])], default=0.0)  # FLOP/s: what the timed reach, or a large matrix product's, less overhead
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temp.write_text(json.dumps(known)); os.replace(temp, path)
+    write_atomic(path, json.dumps(known).encode())
     def seconds(run):
         k, t = key(run), run.train
         step = known.get(k, flops[k] / rate)

@@ -53,7 +53,6 @@ def judge(
     again,   # of the study `baseline-repeats`
 ) -> list[dict]: # verdicts
     "Order, consistency and reproducibility as verdicts."
-    import numpy as np
     done = frame[frame["status"] == "done"]
     mean, worst, best = (done.groupby("arm")["test_bpb"].agg(f).reindex(list(TIERS)) for f in ("mean", "max", "min"))
     if mean.isna().any():
