@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .config import KimiError, near
+from .files import write_file
 from .tinyworld import generate
 
 # %% ../nbs/00b_corpora.ipynb #2fe16ba6
@@ -49,17 +50,10 @@ def write_atomic(
     content: bytes,  # all of it
 ) -> Path:
     "Write a file so that no reader and no crash ever sees half of it. Raises: DataError when the folder cannot be written."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        return write_file(path, content)
     except OSError as e: raise DataError(f"cannot write {path}: {e.strerror or e}; set KIMI_NB_CACHE to a folder with space that you may write") from e
-    finally: temporary.unlink(missing_ok=True) if temporary.exists() else None
-    return path
 
 # %% ../nbs/00b_corpora.ipynb #42736cfa
 class Document(str):

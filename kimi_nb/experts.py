@@ -176,10 +176,23 @@ def run_experts(
         rows = _Unpad.apply(padded.view(E * longest, D), slot)
     return _Combine.apply(rows, weights.to(rows.dtype), plan.token, plan.order, plan.inverse)
 
-def _activate(h, activation):
-    if not is_gated(activation): return ACTIVATIONS[activation](h)
-    gate, up = h.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+class _SwiGLU(torch.autograd.Function):
+    "(R, 2I) -> (R, I); backward writes both halves in place, where autograd would make and join two."
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+    @staticmethod
+    def backward(ctx, grad):
+        h, = ctx.saved_tensors
+        (gate, up), out = h.chunk(2, dim=-1), torch.empty_like(h)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return out
+
+def _activate(h, activation): return _SwiGLU.apply(h) if is_gated(activation) else ACTIVATIONS[activation](h)
 
 # %% ../nbs/06_experts.ipynb #fc8ebfb8
 class Experts(nn.Module):

@@ -85,7 +85,7 @@ class LatentAttention(Attention):
         need_weights:bool=False,              # keep `last_weights`, (B, H, T, latents + C): latents first, then the own chunk
     ) -> Tensor:                              # (B, T, D)
         "What each token gathers from its chunk and from the latents of earlier ones."
-        (B, T, _), H, C, N = x.shape, self.n_heads, self.chunk_size, self.n_latents
+        T, C, N = x.shape[1], self.chunk_size, self.n_latents
         q = self._heads(self.q_proj, x, rope, self.q_norm)
         k, v = self._keys(x, rope)
         old = 0 if cache is None else cache.chunks

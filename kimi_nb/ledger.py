@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .config import KimiError, RunConfig, near
+from .files import fsync, write_file
 from .study import Record, Study, code_hash, digest_of, seal, unseal
 
 # %% ../nbs/10a_ledger.ipynb #6071ad56
@@ -38,26 +39,8 @@ def write_whole(
     text,           # str or bytes
     sync:bool=True, # wait until the disk has it
 ):
-    "Write all of it or nothing; one writer at a time, so one temporary name is enough."
-    path, data = Path(path), text if isinstance(text, bytes) else text.encode()
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data); f.flush()
-                if sync: os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError): temporary.unlink()
-            raise
-        if sync: _sync(path.parent)
-
-def _sync(folder):
-    "A rename is safe only once its folder is on the disk; some systems cannot sync a folder."
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+    "Write all of it or nothing.  Raises: StoreError."
+    with writing(path): write_file(path, text, sync)
 
 def read_stored(
     path, # of a file
@@ -168,7 +151,7 @@ class Runs:
         target = next(t for n in range(1, 1000) if not (t := folder.with_name(base + (f"-{n}" if n > 1 else ""))).exists())
         with writing(target):
             os.replace(folder, target)
-            _sync(folder.parent)
+            with suppress(OSError): fsync(folder.parent)
 
     def _record(self, folder):
         file = folder / "result.json"

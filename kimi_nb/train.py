@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from .attention import kernel_name
-from .checkpoint import checkpoints, fsync, load_checkpoint, save_checkpoint, save_model
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
 from .config import KimiError, RunConfig
 from .curves import gradient_statistics, loss_statistics
 from .data import prepare
+from .files import write_file
 from .hardware import DiskError, PeakMemory, TrainError, environment, pick_device
 from .model import costs
 from .moe import expert_backend, load_statistics
@@ -36,8 +37,8 @@ class _Journal:
         self.path, self.log_path = folder / "metrics.jsonl", folder / "training_log.txt"
         self.lines = self.read(self.path, step)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        if not self.path.exists() or self.path.read_text() != text: _write_atomically(self.path, text)
-        self.file = self.path.open("a")
+        if not self.path.exists() or self.path.read_text() != text: write_file(self.path, text)
+        self.file, self.flushed = self.path.open("a"), 0.0
     @staticmethod
     def read(path, last_step):
         "The lines up to a checkpoint's step.  Raises: TrainError when a step is missing or there twice."
@@ -57,6 +58,7 @@ class _Journal:
     def write(self, line):
         line = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in line.items()}
         self.lines.append(line); self.file.write(json.dumps(line) + "\n")
+        if (now := time.monotonic()) - self.flushed > 0.25: self.file.flush(); self.flushed = now  # for those who watch
     def log(self, text):
         with self.log_path.open("a") as f: f.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
     def sync(self): self.file.flush(); os.fsync(self.file.fileno())
@@ -73,10 +75,6 @@ def _is_number(v): return all(map(_is_number, v)) if type(v) is list else type(v
 def _scored(step, tokens, scores):
     "A journal's line of an evaluation."
     return dict(step=step, tokens=tokens, val_loss=scores["loss"], val_bpb=scores["bits_per_byte"], val_accuracy=scores["accuracy"], **({"val_expert_load": scores["expert_load"]} if "expert_load" in scores else {}))
-
-def _write_atomically(path, text):
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temp.write_text(text); fsync(temp); os.replace(temp, path); fsync(path.parent)
 
 _DISK = {getattr(errno, n) for n in "EACCES EPERM ENOSPC EDQUOT EROFS EFBIG EIO ENOENT ENOTDIR EISDIR EEXIST ENAMETOOLONG ESTALE".split() if hasattr(errno, n)}
 
@@ -176,7 +174,7 @@ def _fit(run, folder, resume, device, progress, on_step, keep):
     if not resume: _set_aside(folder, "replaced")
     state = found[1] if found else dict(step=0, seconds=0.0, threads=torch.get_num_threads(), started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     if found and state["threads"] != torch.get_num_threads(): torch.set_num_threads(state["threads"])  # sums are ordered by threads
-    if not (folder / "config.json").exists(): _write_atomically(folder / "config.json", run.to_json())
+    if not (folder / "config.json").exists(): write_file(folder / "config.json", run.to_json())
     journal = _Journal(folder, state["step"])
     with stop_requested() as stop, contextlib.closing(journal.file):
         trainer = Trainer(run, data, device, journal.log)
@@ -279,7 +277,7 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
     if status == "done": save_model(folder / "checkpoints" / "final", trainer.model, run, data.tokenizer, dict(run_id=run.run_id))
     journal.sync()
     journal.log(f"{status} after step {step}: " + ", ".join(f"{k} {metrics[k]:.4f}" for k in ("val_loss", "test_bpb") if metrics.get(k) is not None))
-    _write_atomically(folder / "result.json", record.to_json())
+    write_file(folder / "result.json", record.to_json())
     for old in checkpoints(folder / "checkpoints"):
         if status == "done": shutil.rmtree(old)
     return record

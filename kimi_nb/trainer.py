@@ -117,14 +117,15 @@ class Trainer:
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.grad_clip or math.inf)
         self.scaler.step(self.optimizer) if self.scaler.is_enabled() else self.optimizer.step()
-        if self.scaler.is_enabled(): self.scaler.update()
+        before, skipped = self.scaler.get_scale(), False
+        if self.scaler.is_enabled(): self.scaler.update(); skipped = self.scaler.get_scale() < before  # an overflow in fp16: nothing was learnt
         extra = {}
         if self.clips:
             report = qk_clip_(self.model, self.run.train.optimizer.qk_clip_threshold)
             extra |= dict(qk_clipped_heads=report.n_clipped, qk_max_logit=report.max_logit, qk_min_gamma=report.min_gamma)
         numbers = [loss, aux, grad_norm]
         if self.moe:
-            counts = update_biases(list(self.moe.values()))  # (layers, E), over all micro-batches
+            counts = update_biases(list(self.moe.values()), speed=0.0 if skipped else None)  # (layers, E), over all micro-batches
             numbers += [max_violation(counts).mean(), (counts > 0).float().mean()]
         loss, aux, grad_norm, *load = torch.stack([n.float() for n in numbers]).tolist()  # the step's only wait for the device
         if load: extra |= dict(max_violation=load[0], experts_used=load[1], aux_loss=aux)
@@ -146,6 +147,7 @@ class Trainer:
         optimizer, meta = optimizer_tensors(self.optimizer)
         rng = dict(cpu=torch.get_rng_state())
         if self.device.type == "cuda": rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type == "mps": rng["mps"] = torch.mps.get_rng_state()
         return dict(model=model_tensors(self.model), optimizer=optimizer, random=rng), dict(optimizer=meta, micro_batch=self.micro_batch, scaler=self.scaler.state_dict())
 
     def restore(self, tensors:dict, state:dict, source=""):
@@ -156,3 +158,4 @@ class Trainer:
         if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["random"]["cpu"])
         if "cuda" in tensors["random"] and self.device.type == "cuda": torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
+        if "mps" in tensors["random"] and self.device.type == "mps": torch.mps.set_rng_state(tensors["random"]["mps"])

@@ -135,6 +135,17 @@ def test_newton_schulz_and_torch_muon_agree_within_bf16(shape):
     assert (ours - theirs).norm() / exact.norm() < 0.03
 
 
+def test_large_matrices_take_bf16_only_where_the_processor_has_units_for_it(monkeypatch):
+    """Small ones, and any on another processor, are computed in fp32; float64 stays what it is."""
+    small, large = torch.randn(64, 512), torch.randn(optim.BF16_FROM, 300)
+    for units in (True, False):
+        monkeypatch.setattr(optim, "has_bf16_units", lambda kind, index=None, units=units: units)
+        assert newton_schulz(small).dtype == torch.float32
+        assert newton_schulz(large).dtype == (torch.bfloat16 if units else torch.float32)
+        assert newton_schulz(large.double()).dtype == torch.float64
+        assert (newton_schulz(large).double() - orthogonalised(large.double())).norm() / 16 < 0.03
+
+
 @pytest.mark.parametrize("steps", [6, 12, 20])
 def test_many_steps_on_low_rank_stay_bounded(steps):
     """Where rounding in the null space has grown to size, a singular value is still in the polynomial's band."""
