@@ -290,7 +290,7 @@ def run_studies(
     workers:int|None=None,     # processes; none is one per core, one on a GPU
     device:str|None=None,      # none: CUDA, else Apple's, else CPU
     progress:bool=True,        # show a bar with the time left
-    spent:dict|None=None,      # gets where the time went: part -> wall seconds
+    spent:dict|None=None,      # where the time went is added to it: part -> wall seconds
 ) -> list[Record]:
     """Records of every run of the studies, in order; trains only what the store does not hold, and writes the studies' manifests.
 
@@ -316,7 +316,8 @@ def run_studies(
             for worker in team:
                 if not worker.busy: worker.process.kill()  # it holds nothing
             for worker in team: worker.stop()
-        if spent is not None: spent.update(_where_time_went(used, workers, time.perf_counter() - begin))
+        if spent is not None:
+            for part, seconds in _where_time_went(used, workers, time.perf_counter() - begin).items(): spent[part] = spent.get(part, 0.0) + seconds
         store.rebuild()
     return [store.get(p.run.run_id) for p in plan]
 

@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'SPLIT_WORDS', 'WORDS', 'DIRECTIONS', 'TESTS', 'LOST', 'Me
 # %% ../nbs/13_stats.ipynb #20583fa9
 import difflib
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -269,9 +270,12 @@ def compare(
     lost = {s: runs[status == s].groupby(["_block", "arm"]).size().to_dict() for s in LOST}
     wide = runs.groupby(["_block", *keys, "arm"], sort=True)["_value"].mean().unstack("arm")
     declared = runs.groupby("_block", sort=False)["arm"].unique()
+    ran, where = defaultdict(set), [c for c in ("device", "precision") if c in runs]
+    for name, arm, *place in runs.loc[runs["_value"].notna(), ["_block", "arm", *where]].drop_duplicates().itertuples(index=False): ran[name, arm].add(" ".join(str(v) for v in place if v))
+    parts = {name: g.droplevel("_block") for name, g in wide.groupby(level="_block")}
     rows = []
     for name, arms in declared.items():
-        part = wide.xs(name, level="_block")
+        part = parts[name]
         x = part[baseline].to_numpy()
         for arm in arms:
             if arm == baseline: continue
@@ -282,9 +286,8 @@ def compare(
             for who, label in (("", arm), ("_baseline", baseline)):
                 r["n_diverged" + who] = lost["diverged"].get((name, label), 0)
                 r["n_failed" + who] = r["n_diverged" + who] + lost["failed"].get((name, label), 0)
-            where = runs[(runs["_block"] == name) & runs["arm"].isin([arm, baseline]) & runs["_value"].notna()]
-            places = sorted({" ".join(str(v) for v in p if v) for p in where[[c for c in ("device", "precision") if c in where]].drop_duplicates().itertuples(index=False)})
-            r["mixed"] = ", ".join(places) if len(places) > 1 else ""
+            places = ran[name, arm] | ran[name, baseline]
+            r["mixed"] = ", ".join(sorted(places)) if len(places) > 1 else ""
             if baseline not in arms: r["note"] = f"the baseline {baseline} has no run in this block"
             elif r["n_failed"] and not r["n"]: r["note"] = f"no run is left: {r['n_diverged']} diverged, {r['n_failed'] - r['n_diverged']} failed"
             rows.append(r)

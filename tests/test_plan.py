@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import warnings
 
 import pytest
-from tiny import Workplace, in_process, tiny_run
+from tiny import Workplace, in_process, phase_cells, tiny_run
 
 import kimi_nb.plan
 from kimi_nb.cli import main
@@ -174,13 +175,38 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
 
 
 def test_an_executed_notebook_with_papermill(place):
-    """With papermill and real kernels: two lines for two phases, nothing else on the terminal, an executed copy with its parameters."""
+    """With papermill and real kernels: two lines for two phases, nothing else on the terminal, an executed copy with its parameters and without its hidden tests."""
+    place.phase("norm", cells=[*phase_cells("norm"), "#| hide\nraise AssertionError('a hidden test was executed')"])
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300, check=False)
     assert (r.returncode, r.stderr) == (0, "") and sorted(executed(r.stdout)) == ["baseline", "norm"]
     cells = json.loads((place.results / "notebooks" / "03_norm.ipynb").read_text())["cells"]
     assert any(c["metadata"].get("tags") == ["injected-parameters"] and "tiny" in "".join(c["source"]) for c in cells)
     assert not list((place.path / "nbs").rglob("*-checkpoint*"))
+
+
+def test_timing_says_what_the_notebooks_did(tmp_path):
+    """Seconds of an executed notebook by what its cells are tagged with; the rest of its time, the kernel's start included, is the remainder."""
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell
+    cells = [cell("a", metadata=dict(tags=["measuring"], papermill=dict(duration=3.0))), cell("b", metadata=dict(papermill=dict(duration=1.0))), cell("c", metadata=dict(tags=["scoring", "hide-input"], papermill=dict(duration=2.0)))]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(papermill=dict(duration=8.0))), file := tmp_path / "n.ipynb")
+    assert kimi_nb.plan.time_by_tag(file) == dict(measuring=3.0, scoring=2.0, simulation=0.0) | {"": 3.0}
+    report = kimi_nb.plan.PlanReport("tiny", seconds=dict(training=6.0, notebooks=4.0), inside={"measuring": 3.0, "": 1.0})
+    assert "training       6.0 s  60.0%" in kimi_nb.plan.timing(report) and "speed, memory and spectra, measured alone" in kimi_nb.plan.timing(report)
+
+
+def test_kernels_share_the_cores(monkeypatch):
+    """Two kernels at a time get half the cores each; a number that the user has set stands."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(kimi_nb.plan, "share_of_cores", lambda n: 8 // n)
+    with kimi_nb.plan._threads(2):
+        assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with kimi_nb.plan._threads(2):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.slow

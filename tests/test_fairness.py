@@ -1,0 +1,111 @@
+"""A comparison is fair: an arm changes what it declares, sees its baseline's batches, and starts from its values."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_nb.config import load_profile
+from kimi_nb.data import Batches
+from kimi_nb.model import KimiModel
+from kimi_nb.plan import phase_studies
+
+# what may differ because it is how long an arm trains, not what it trains on
+LENGTH = {"train.steps", "train.warmup_steps", "train.eval_every"}
+
+
+def plain(value):
+    return json.loads(json.dumps(value, default=str))
+
+
+def studies(profile):
+    return [s for group in phase_studies(load_profile(profile)).values() for s in group]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
+def test_an_arm_changes_only_what_it_declares(profile):
+    """Every run of every study is the base with its block's and its arm's settings, and with nothing else."""
+    seen = 0
+    for study in studies(profile):
+        arms, base = {(a.block, a.name): a for a in study.arms}, study.base.flat()
+        for p in study.expand():
+            declared = {**study.blocks.get(p.block, {}), **arms[p.block, p.arm].delta, "seed": p.seed}
+            flat = p.run.flat()
+            changed = {k for k in flat if plain(flat[k]) != plain(base[k])}
+            assert changed <= declared.keys(), (study.name, p.arm, changed - declared.keys())
+            assert all(plain(flat[k]) == plain(v) for k, v in declared.items()), (study.name, p.arm)
+            seen += 1
+    assert seen >= dict(smoke=20, quick=80, standard=150, paper=200)[profile]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
+def test_what_decides_the_batches_is_the_same_in_a_block(profile):
+    """Text, tokenizer, context, batch size and seed make the batches: equal in a block, unless the text is what the study is about."""
+    for study in studies(profile):
+        about = {k for a in study.arms for k in a.delta if k.startswith("data.")}
+        for (block, seed), runs in by_block(study).items():
+            base = runs[study.baseline]
+            for arm, run in runs.items():
+                same = {k: v for k, v in run.data.model_dump(mode="json").items() if f"data.{k}" not in about} == {k: v for k, v in base.data.model_dump(mode="json").items() if f"data.{k}" not in about}
+                assert same and (run.seq_len, run.train.batch_size, run.seed) == (base.seq_len, base.train.batch_size, seed), (study.name, block, arm)
+        assert not about or study.name.startswith("scaling"), f"{study.name} compares arms on different texts: {about}"
+
+
+def by_block(study):
+    found = {}
+    for p in study.expand():
+        found.setdefault((p.block, p.seed), {})[p.arm] = p.run
+    return found
+
+
+def test_batches_follow_from_those_alone():
+    """Two arms' batches are the same arrays, in the same order, at every step; another seed's are not."""
+    tokens = np.arange(5000, dtype=np.int32)
+    runs = next(iter(by_block(next(s for s in studies("quick") if s.name == "combined")).values()))
+    made = [Batches(tokens, r.train.batch_size, r.seq_len, r.seed) for r in runs.values()]
+    other = Batches(tokens, made[0].batch_size, made[0].seq_len, 1)
+    assert len(made) == 16
+    for step in (0, 1, 7, 299):
+        first = made[0].batch(step)
+        assert all(np.array_equal(a, b) for m in made[1:] for a, b in zip(first, m.batch(step), strict=True))
+        assert not np.array_equal(first[0], other.batch(step)[0])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard"])
+def test_parameters_that_arms_share_start_equal(profile):
+    """Every parameter with the name and shape of one in the baseline starts at its values; other seeds start elsewhere."""
+    compared = 0
+    for study in studies(profile):
+        for (block, seed), runs in by_block(study).items():
+            if seed != study.seeds[0]:
+                continue
+            known = {}
+
+            def start(run, seed=seed, known=known):
+                config = run.model.override({"vocab_size": 300})
+                if config not in known:
+                    known[config] = dict(KimiModel(config, seed=seed).named_parameters())
+                return known[config]
+
+            base = start(runs[study.baseline])
+            for arm, run in runs.items():
+                mine = start(run)
+                for name in base.keys() & mine.keys():
+                    if base[name].shape == mine[name].shape:
+                        assert torch.equal(base[name], mine[name]), (study.name, block, arm, name)
+                        compared += 1
+    assert compared > 200
+    a, b = (KimiModel(run.model.override({"vocab_size": 300}), seed=s).embed_tokens.weight for s in (0, 1))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
+def test_arms_train_on_equal_tokens(profile):
+    """In a block every arm takes as many tokens as the baseline, unless length is what the study varies."""
+    for study in studies(profile):
+        varies = any(LENGTH & a.delta.keys() for a in study.arms)
+        for runs in by_block(study).values():
+            tokens = {r.train.steps * r.tokens_per_step for r in runs.values()}
+            assert len(tokens) == 1 or varies, (study.name, tokens)
+            assert not varies or study.phase in ("baseline", "benchmarks"), study.name
