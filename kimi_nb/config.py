@@ -343,6 +343,7 @@ class Profile(Config):
     base: RunConfig                                   # what every study starts from
     seeds: Positive = 3                               # runs per arm
     budget_minutes: Annotated[Float, Field(gt=0)]     # wall time of the whole plan, set-up apart
+    max_epochs: Annotated[Float, Field(gt=0)] = 4.0   # passes over the training text that no run of a plan exceeds
     workers: Positive|None = None                     # training processes; none is one per core (one on a GPU)
     grids: dict[str, dict[str, tuple]] = {}           # phase -> dotted name -> values
     tune: dict[str, tuple] = {}                       # optimizer -> learning rates that it is tuned over, as many for each
@@ -378,7 +379,7 @@ def settings_path() -> Path:
         if (folder / "settings.ini").is_file(): return folder / "settings.ini"
     raise ConfigError("settings.ini", f"is neither above {here} nor in the package's checkout: set KIMI_NB_SETTINGS to its path")
 
-_PLAIN = ("seeds", "budget_minutes", "workers")
+_PLAIN = ("seeds", "budget_minutes", "max_epochs", "workers")
 
 def _read_settings(path):
     path, parser = Path(path or settings_path()), configparser.ConfigParser(interpolation=None)

@@ -46,9 +46,11 @@ def record_outcome(
     profile:Profile,  # that its runs used
     verdicts:list[dict], # each with id, claim, word, sentence, and perhaps caveats
     figures=(),       # paths of what was drawn
+    tables=None,      # caption -> `plots.Table`
 ) -> dict:
-    "Keep a phase's verdicts under `phases/` of the results folder."
-    outcome = dict(phase=phase, profile=profile.name, verdicts=verdicts, figures=[os.path.relpath(p, store.path) for p in figures], finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    "Keep a phase's verdicts, and where its figures and tables are, under `phases/` of the results folder."
+    kept = {re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-"): dict(caption=caption, columns=t.columns, rows=t.rows) for caption, t in (tables or {}).items()}
+    outcome = dict(phase=phase, profile=profile.name, verdicts=verdicts, figures=[os.path.relpath(p, store.path) for p in figures], tables=kept, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     write_json(Path(store.path) / "phases" / f"{phase}.json", outcome)
     return outcome
 
@@ -253,7 +255,7 @@ def run_plan(
     Raises: PlanError for an unknown phase; PlanInterrupted after SIGINT or SIGTERM.
     """
     report, begin = PlanReport(profile.name), time.perf_counter()
-    profile = tuned(profile, store, executor=executor, workers=workers, progress=progress, spent=report.seconds)
+    profile = tuned(profile, store, executor=executor, workers=workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs)
     studies, notebooks = phase_studies(profile, only, seeds), pick_phases(only)
     every = [s for group in studies.values() for s in group]
     planned = distinct(every)
@@ -261,7 +263,7 @@ def run_plan(
     say(f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, {report.trained} to train; results in {store.path}")
     for name, notebook in notebooks.items(): check_parameters(notebook, dict(profile=0, results=0) | (dict(seeds=0) if seeds else {}))  # before hours of training
     report.seconds["looking what is there"] = max(0.0, time.perf_counter() - begin - sum(report.seconds.values()))
-    records = run_studies(every, store, executor, workers, progress=progress, spent=report.seconds)
+    records = run_studies(every, store, executor, workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs)
     report.runs = len(records)
     for p, r in zip(planned, records, strict=True):
         report.statuses[r.status] = report.statuses.get(r.status, 0) + 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'LINES', 'MARKERS', 'STYLE', 'BANDS', 'WORD_COLORS', 'P_COLUMNS', 'styled', 'panels', 'axis_label', 'save',
            'need', 'loss_curves', 'short_number', 'forest', 'ink', 'level_label', 'finished', 'heatmap',
-           'lr_sensitivity', 'front', 'pareto', 'Table', 'cell', 'table']
+           'lr_sensitivity', 'front', 'pareto', 'Table', 'Tables', 'cell', 'table']
 
 # %% ../nbs/14_plots.ipynb #c58a6976
 import functools
@@ -378,8 +378,25 @@ def _spread_labels(
 
 # %% ../nbs/14_plots.ipynb #f5cca4c4
 class Table(str):
-    "Markdown that a notebook shows as a table."
+    "Markdown that a notebook shows as a table; its parts are in `columns` and `rows`, as text."
+    columns, rows = (), ()
+    @classmethod
+    def of(cls, columns, rows, numeric):
+        rule = ["---:" if right else "---" for right in numeric]
+        made = cls("\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *rows]))
+        made.columns, made.rows = list(columns), [list(r) for r in rows]
+        return made
     def _repr_markdown_(self): return str(self)
+
+class Tables(dict):
+    "Caption -> table: what a phase keeps with its outcome."
+    def kept(self,
+        caption:str,  # what it shows
+        table:Table,
+    ) -> Table:
+        "The table, which is remembered."
+        self[caption] = table
+        return table
 
 def cell(
     value,             # anything
@@ -422,5 +439,4 @@ def table(
     else: lines = [[text(c, r[c], r) for c in heads] for r in frame.to_dict("records")]
     numeric = [not by and pd.api.types.is_numeric_dtype(frame[c]) or bool(by) and c not in by for c in heads]
     names = [h or (axis_label(c) if metric_info(c) != (c, "", "", 4) else c) for c, h in heads.items()]
-    rule = ["---:" if num else "---" for num in numeric]
-    return Table("\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *lines]))
+    return Table.of(names, lines, numeric)

@@ -29,7 +29,9 @@ def distinct(
     "The runs of all studies, each identity once, ordered by seed, then by study and arm."
     found = {}
     for study in studies:
-        for planned in study.expand(): found.setdefault(planned.run.run_id, planned)
+        for planned in study.expand():
+            first = found.setdefault(planned.run.run_id, planned)
+            if planned.keep > first.keep: found[planned.run.run_id] = first._replace(keep=planned.keep)
     return sorted(found.values(), key=lambda p: p.seed)  # stable: study and arm order stays
 
 def pending(
@@ -51,6 +53,7 @@ def run_one(
     threads:int|None=None,
     progress:bool=False,
     on_step=None,      # function of (step, metrics)
+    keep:int=1,        # numbered checkpoints kept
 ) -> Record:
     """The record of a run: the store's, or a new one.
 
@@ -66,7 +69,7 @@ def run_one(
         pick_device(device)
         prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
         folder = store.begin(run, name)
-        try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step)
+        try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step, keep=keep)
         except (Interrupted, CheckpointError, DiskError): raise
         except KimiError as e: reason = str(e)
         except Exception as e:  # unforeseen: the record says so, and the other runs go on
@@ -106,7 +109,7 @@ def _worker(pipe, store, threads, device, parent, born):
         torch.set_num_threads(threads)
         pipe.send(("ready", time.time() - born, None))
         while True:
-            config, name = pipe.recv()
+            config, name, keep = pipe.recv()
             run, last, start = RunConfig(**config), 0.0, time.perf_counter()
             def report(step, line):
                 nonlocal last
@@ -114,7 +117,7 @@ def _worker(pipe, store, threads, device, parent, born):
                 last = now
                 try: pipe.send(("step", step, line["train_loss"]))
                 except OSError: os.kill(os.getpid(), signal.SIGTERM)  # nobody listens any more: save and leave
-            try: record = run_one(run, store, name, device, threads, on_step=report)
+            try: record = run_one(run, store, name, device, threads, on_step=report, keep=keep)
             except Interrupted: pipe.send(("interrupted", None, None)); continue
             except KimiError as e: pipe.send(("refused", str(e), None)); continue
             except Exception: pipe.send(("broken", traceback.format_exc(), None)); continue
@@ -141,7 +144,7 @@ class Worker:
 
     def give(self, planned):
         self.busy = planned
-        with contextlib.suppress(OSError): self.pipe.send((planned.run.model_dump(mode="json"), f"{planned.study}-{planned.arm}-s{planned.seed}"))  # if it has died, its end of the pipe says so
+        with contextlib.suppress(OSError): self.pipe.send((planned.run.model_dump(mode="json"), f"{planned.study}-{planned.arm}-s{planned.seed}", planned.keep))  # if it has died, its end of the pipe says so
 
     def stop(self, patience=30.0):
         "Let it finish its step and save; insist after `patience` seconds."
@@ -275,7 +278,7 @@ def _in_process(todo, store, device, bar, spent):
         for p in todo:
             if asked: raise PlanInterrupted(_stopped(bar))
             start = time.perf_counter()
-            try: record = run_one(p.run, store, f"{p.study}-{p.arm}-s{p.seed}", device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]))
+            try: record = run_one(p.run, store, f"{p.study}-{p.arm}-s{p.seed}", device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]), keep=p.keep)
             except Interrupted: raise PlanInterrupted(_stopped(bar)) from None
             training = record.metrics.get("training_seconds") or 0.0
             spent.update(total=time.perf_counter() - start, training=training, evaluation=max(0.0, (record.metrics.get("seconds") or 0.0) - training))
@@ -291,10 +294,11 @@ def run_studies(
     device:str|None=None,      # none: CUDA, else Apple's, else CPU
     progress:bool=True,        # show a bar with the time left
     spent:dict|None=None,      # where the time went is added to it: part -> wall seconds
+    max_epochs:float|None=None, # passes over its training text that no run may exceed; none is no limit
 ) -> list[Record]:
     """Records of every run of the studies, in order; trains only what the store does not hold, and writes the studies' manifests.
 
-    Raises: RunnerError for an unknown executor or workers that keep dying; PlanInterrupted after SIGINT or SIGTERM; DataError when a corpus cannot be had.
+    Raises: RunnerError for an unknown executor, too many passes over a text, or workers that keep dying; PlanInterrupted after SIGINT or SIGTERM; DataError when a corpus cannot be had.
     """
     if executor not in EXECUTORS: raise RunnerError(f"executor {executor!r} is unknown: one of {', '.join(EXECUTORS)}")
     if workers is not None and workers < 1: raise RunnerError(f"workers {workers} is out of range: at least 1")
@@ -306,7 +310,7 @@ def run_studies(
             if executor == "process": team += [Worker.start(store, share_of_cores(workers), device) for _ in range(workers)]
             else: workers = 1
             start = time.perf_counter()
-            _prepare(todo)
+            _prepare(todo, max_epochs)
             used["data"], start = time.perf_counter() - start, time.perf_counter()
             weights = {p.run.run_id: weight(p.run) for p in todo}
             with Progress(weights, {p.run.run_id: p.run.train.steps for p in todo}, progress) as bar:
@@ -321,12 +325,15 @@ def run_studies(
         store.rebuild()
     return [store.get(p.run.run_id) for p in plan]
 
-def _prepare(todo):
-    "Every corpus once, before the workers want it; the longest context is checked.  Raises: DataError."
-    from kimi_nb.data import prepare
+def _prepare(todo, max_epochs):
+    "Every corpus once, before the workers want it; the longest context and the passes over the text are checked.  Raises: DataError, RunnerError."
+    from kimi_nb.data import Batches, prepare
     longest = {}
     for p in todo: longest[p.run.data.to_json()] = max(longest.get(p.run.data.to_json(), 0), p.run.seq_len)
-    for data, seq_len in longest.items(): prepare(DataConfig(**json.loads(data)), seq_len)
+    ready = {data: prepare(DataConfig(**json.loads(data)), seq_len) for data, seq_len in longest.items()}
+    for p in todo if max_epochs else ():
+        epochs = Batches(ready[p.run.data.to_json()].train, p.run.train.batch_size, p.run.seq_len, p.seed).epochs_after(p.run.train.steps)
+        if epochs > max_epochs: raise RunnerError(f"study {p.study}, arm {p.arm}: {epochs:.1f} passes over {p.run.data.corpus} are more than max_epochs {max_epochs:g}: take a larger corpus or fewer steps, or raise max_epochs in settings.ini")
 
 def _where_time_went(used, workers, wall):
     "Worker seconds as shares of the wall time; what no worker accounts for is waiting and the parent's own work."

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config import Config, ConfigError, Count, Float, KimiError, RunConfig, near
+from .config import Config, ConfigError, Count, Float, KimiError, Positive, RunConfig, near
 
 # %% ../nbs/02_study.ipynb #70ba8979
 class RecordError(KimiError): "A record or manifest that cannot be made or read."
@@ -256,6 +256,7 @@ class Planned(NamedTuple):
     block: str     # '' where the study has one block
     seed: int
     run: RunConfig
+    keep: int = 1  # numbered checkpoints that are kept
 
 class Study(Config):
     """One question as data: what runs, what is measured and how it will be judged.
@@ -277,6 +278,7 @@ class Study(Config):
     margin: Annotated[Float, Field(gt=0)]|None = None     # differences within this count as none, unit of the metric
     min_effect: Annotated[Float, Field(ge=0)]|None = None # smallest effect that matters, unit of the metric
     alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.05     # two-sided level
+    keep: Positive = 1                      # numbered checkpoints kept of every run, for what is measured along the way
     phase: str = ""                         # phase of the plan it belongs to
     question_ids: tuple[str, ...] = ()      # research questions, such as RQ2
     hypothesis_ids: tuple[str, ...] = ()    # hypotheses, such as H2
@@ -321,7 +323,7 @@ class Study(Config):
     def expand(self) -> list[Planned]:
         "Every run, interleaved by seed: a plan that is stopped early has all arms of the first seeds."
         runs = [(arm, self.arm_run(arm)) for arm in self.arms]
-        return [Planned(self.name, arm.name, arm.block, seed, run.override(seed=seed)) for seed in self.seeds for arm, run in runs]
+        return [Planned(self.name, arm.name, arm.block, seed, run.override(seed=seed), self.keep) for seed in self.seeds for arm, run in runs]
 
     def declared_differences(self) -> dict[tuple[str, str], dict[str, Any]]:
         "(block, arm) -> the settings in which its run differs from its block's baseline, with the arm's values."

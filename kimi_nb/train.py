@@ -141,7 +141,7 @@ def fit(
     threads:int|None=None, # CPU threads; none leaves PyTorch's number
     progress:bool=True,  # show a bar with loss, tokens/s and the time left
     on_step=None,        # function of (step, metrics dict), called after every step
-    keep:int=1,          # numbered checkpoints kept
+    keep:int=1,          # numbered checkpoints kept; a single one makes way for the final model at the end
 ) -> Record:
     """Train as configured and return the record.
 
@@ -238,9 +238,9 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
             if step < steps and stop():
                 journal.log(f"stopped after step {step}")
                 raise Interrupted(f"stopped after step {step} of {steps}, saved in {save()}: run the same command again to go on")
-    return _finish(trainer, state, folder, journal, identity, status, step, before + time.perf_counter() - clock, memory())
+    return _finish(trainer, state, folder, journal, identity, status, step, before + time.perf_counter() - clock, memory(), keep)
 
-def _finish(trainer, state, folder, journal, identity, status, step, seconds, memory):
+def _finish(trainer, state, folder, journal, identity, status, step, seconds, memory, keep):
     run, data = trainer.run, trainer.data
     metrics = dict(steps=step, tokens=step * run.tokens_per_step, epochs=trainer.batches.epochs_after(step), **costs(trainer.model, run.seq_len), vocab_size=trainer.model.config.vocab_size, peak_memory_mb=memory)
     metrics["training_flops"] = metrics["flops_per_token"] * metrics["tokens"]
@@ -278,6 +278,6 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
     journal.sync()
     journal.log(f"{status} after step {step}: " + ", ".join(f"{k} {metrics[k]:.4f}" for k in ("val_loss", "test_bpb") if metrics.get(k) is not None))
     write_file(folder / "result.json", record.to_json())
-    for old in checkpoints(folder / "checkpoints"):
-        if status == "done": shutil.rmtree(old)
+    if status == "done" and keep == 1:
+        for old in checkpoints(folder / "checkpoints"): shutil.rmtree(old)
     return record

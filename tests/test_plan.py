@@ -185,6 +185,31 @@ def test_an_executed_notebook_with_papermill(place):
     assert not list((place.path / "nbs").rglob("*-checkpoint*"))
 
 
+def test_a_text_is_not_read_more_often_than_the_profile_allows(place, capsys):
+    """A plan whose runs would go through their text too often is refused in one line, before anything is trained."""
+    settings = place.path / "settings.ini"
+    settings.write_text(settings.read_text().replace("max_epochs = 1000", "max_epochs = 0.001"))
+    code, _, err = call(capsys, *PLAN)
+    assert code == 2 and re.fullmatch(r"kimi-nb: error: study baseline, arm \w+: [\d.]+ passes over \S+ are more than max_epochs 0.001: .*raise max_epochs in settings.ini\n", err), err
+    assert not list(Store(place.results).records())
+
+
+def test_a_study_may_keep_what_its_runs_were_on_their_way(tmp_path):
+    """`keep` numbered checkpoints outlive the run, each a whole model; without it only the final one does."""
+    from kimi_nb.checkpoint import checkpoints, load_model
+    from kimi_nb.runner import run_study
+    from kimi_nb.study import Arm, Study
+
+    run = tiny_run(train__steps=4, train__save_every=1)
+    for keep in (1, 2):
+        store = Store(tmp_path / str(keep))
+        study = Study(name="s", base=run, arms=[Arm("a"), Arm("b", {"train.lr": 0.5 * run.train.lr})], baseline="a", seeds=[0], keep=keep)
+        for record in run_study(study, store, executor="inprocess", progress=False):
+            kept = checkpoints(store.folder(record.run_id) / "checkpoints")
+            assert [p.name for p in kept] == ([] if keep == 1 else ["step_00000002", "step_00000003"])
+            assert all(load_model(p)[2].train.lr == record.config["train"]["lr"] for p in kept)
+
+
 def test_timing_says_what_the_notebooks_did(tmp_path):
     """Seconds of an executed notebook by what its cells are tagged with; the rest of its time, the kernel's start included, is the remainder."""
     import nbformat

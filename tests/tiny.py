@@ -14,7 +14,7 @@ RUN = {
     "train.batch_size": 4, "train.steps": 12, "train.eval_every": 6, "train.eval_tokens": 256, "train.save_every": 3, "train.lr": 1e-3, "train.warmup_steps": 0,
 }  # fmt: skip
 
-SETTINGS = "[tiny]\nbudget_minutes = 1\nseeds = 2\nmodel.attention.kv_lora_rank = 8\nmodel.attention.qk_nope_head_dim = 4\nmodel.attention.qk_rope_head_dim = 4\nmodel.attention.v_head_dim = 8\nmodel.moe.d_expert = 16\n"
+SETTINGS = "[tiny]\nbudget_minutes = 1\nmax_epochs = 1000\nseeds = 2\nmodel.attention.kv_lora_rank = 8\nmodel.attention.qk_nope_head_dim = 4\nmodel.attention.qk_rope_head_dim = 4\nmodel.attention.v_head_dim = 8\nmodel.moe.d_expert = 16\n"
 PHASES = {"baseline": "01_baseline", "norm": "03_norm"}
 
 
