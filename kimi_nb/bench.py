@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHES', 'side_by_side', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed', 'bench_nanogpt_loss',
            'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'looped_experts', 'bench_moe',
-           'bench_muon', 'bench_decode', 'bench_training_step', 'bench_kernels', 'row', 'run_bench']
+           'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward', 'bench_kernels', 'row',
+           'run_bench']
 
 # %% ../nbs/19b_bench.ipynb #4a1f2f61
 import json, math, statistics, subprocess, sys, time
@@ -119,7 +120,10 @@ def bench_tokenizers():
 
 # %% ../nbs/19b_bench.ipynb #1a3907c0
 def _forward_backward(module, x):
+    "A unit of work: forward and backward, with fresh gradients as in a training step."
     def work():
+        module.zero_grad(set_to_none=True)
+        x.grad = None
         y = module(x)
         (y[0] if isinstance(y, tuple) else y).sum().backward()
     return work
@@ -146,6 +150,8 @@ def bench_moe(tokens:int=2048, rounds:int=7):
         r = side_by_side(_forward_backward(moe, x), _forward_backward(dense, x), rounds)
         rows.append(row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
         def loop():
+            moe.zero_grad(set_to_none=True)
+            x.grad = None
             route = moe.route(moe.gate(flat))
             looped_experts(flat, route.indices, route.weights, moe.experts.gate_up_proj, moe.experts.down_proj, "swiglu").sum().backward()
         r = side_by_side(loop, _forward_backward(moe, x), rounds)
@@ -162,7 +168,7 @@ def bench_moe(tokens:int=2048, rounds:int=7):
 
 def bench_muon(rounds:int=5):
     "Muon's step on the matrices of six layers, 384 wide."
-    from kimi_nb.optim import Muon, newton_schulz
+    from kimi_nb.optim import Muon, ns_dtype
     shapes = [(384, 384)] * 24 + [(1536, 384)] * 6 + [(384, 1536)] * 6
     torch.manual_seed(0)
     def parameters():
@@ -184,31 +190,49 @@ def bench_muon(rounds:int=5):
             with torch.no_grad(): p.add_(X.T if tall else X, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
     rows = []
     r = side_by_side(theirs.step, ours.step, rounds)
-    rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 8.0 if not _bf16_units() else None, f"its time (bf16) over ours ({newton_schulz.__name__} in fp32, stacked), {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms" + ("; this CPU has bf16 units" if _bf16_units() else "")))
+    rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 8.0 if not _bf16_units() else None, f"its time (bf16) over ours (stacked, in {str(ns_dtype(torch.empty(384, 384))).removeprefix('torch.')}), {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms" + ("; this CPU has bf16 units" if _bf16_units() else "")))
     r = side_by_side(one_at_a_time, ours.step, rounds)
     rows.append(row("Muon step: fp32, one matrix at a time", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    run = _kimi_run().override({"train.optimizer.name": "muon"})
+    trainer = Trainer(run, prepare(run.data, run.seq_len), pick_device())
+    trainer.step(0)
+    inside, whole = [], trainer.optimizer.step
+    def timed():
+        start = time.perf_counter(); whole(); inside.append(time.perf_counter() - start)
+    trainer.optimizer.step = timed
+    start = time.perf_counter()
+    for step in range(1, rounds): trainer.step(step)
+    rows.append(row("Muon step: share of a whole step", sum(inside) / (time.perf_counter() - start), "", "at most", None, f"kimi preset, batch {run.train.batch_size} of {run.seq_len} tokens: the fewer tokens a step has, the larger the share"))
     return rows
+
+def _kimi_run(**changes):
+    "The kimi preset on the generated text, 1024 tokens a step."
+    return RunConfig.preset("kimi").override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.max_seq_len": 128, "train.batch_size": 8} | changes)
 
 def _bf16_units():
     try: return any(f in Path("/proc/cpuinfo").read_text() for f in ("amx_bf16", "avx512_bf16"))
     except OSError: return torch.cuda.is_available()
 
-def _kimi(vocab_size=257):
-    from kimi_nb.config import ModelConfig
-    from kimi_nb.model import KimiModel
-    return KimiModel(ModelConfig.preset("kimi").override({"vocab_size": vocab_size})).eval()
-
 def bench_decode(tokens:int=256, rounds:int=3):
-    "Greedy decoding with cache, batch 1, against transformers' `generate` on the exported model."
+    "Greedy decoding with cache, batch 1, against transformers' `generate` on the exported model, at two sizes."
+    from kimi_nb.config import ModelConfig, load_profile
+    from kimi_nb.factors import factor_delta
     from kimi_nb.generate import Generator
     from kimi_nb.hub import to_deepseek_v3
+    from kimi_nb.model import KimiModel, count_parameters
     from kimi_nb.tokenizer import ByteTokenizer
     class Endless(ByteTokenizer): eot_id = None  # both must make every token
-    model = _kimi()
-    theirs, generator, ids = to_deepseek_v3(model).eval(), Generator(model, Endless()), torch.tensor([[65, 66, 67]])
-    with torch.no_grad():
-        r = side_by_side(lambda: theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0), lambda: generator.generate_text("ABC", max_new_tokens=tokens, greedy=True), rounds)
-    return [row(f"decoding {tokens} tokens with cache: transformers", r["ratio"], "×", "at least", 2.0, f"its time over ours, kimi preset with 257 ids, {1e3 * r['ours'] / tokens:.1f} against {1e3 * r['theirs'] / tokens:.1f} ms a token")]
+    quick = load_profile("quick")
+    small = quick.base.override({k: v for name in ("attention", "norm", "routing") for k, v in factor_delta(quick, name).items()} | {"model.max_seq_len": 512, "model.ffn.activation": "swiglu"}).model
+    rows = []
+    for name, config in (("kimi preset", ModelConfig.preset("kimi")), ("all parts at the size of the quick profile", small)):
+        model = KimiModel(config.override({"vocab_size": 257})).eval()
+        theirs, generator, ids = to_deepseek_v3(model).eval(), Generator(model, Endless()), torch.tensor([[65, 66, 67]])
+        with torch.no_grad():
+            r = side_by_side(lambda: theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0), lambda: generator.generate_text("ABC", max_new_tokens=tokens, greedy=True), rounds)
+        read = 4 * count_parameters(model)["active_non_embedding"]
+        rows.append(row(f"decoding {tokens} tokens with cache, {name}: transformers", r["ratio"], "×", "at least", 2.0, f"its time over ours, {1e3 * r['ours'] / tokens:.2f} against {1e3 * r['theirs'] / tokens:.2f} ms a token; ours reads {read / 2**20:.1f} MiB of weights for each, {read * tokens / r['theirs'] / 2**30:.1f} GiB/s"))
+    return rows
 
 class _Exported(nn.Module):
     "The exported model with a KimiModel's way of being called."
@@ -219,15 +243,31 @@ class _Exported(nn.Module):
     forward = GPT2.forward
 
 def bench_training_step(steps:int=2, rounds:int=5):
-    "The whole training step of the kimi preset against the same model in transformers, in the same loop, with AdamW."
+    "The whole training step of the kimi preset, with its few wide experts and with many narrow ones, against the same model in transformers, in the same loop, with AdamW."
     from kimi_nb.optim import build_optimizer
-    run = RunConfig.preset("kimi").override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.max_seq_len": 128, "train.batch_size": 8, "train.optimizer.name": "adamw"})
-    data, device = prepare(run.data, run.seq_len), pick_device()
-    ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
-    theirs.model = theirs.forward = _Exported(theirs.model).to(device)
-    theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
-    r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
-    return [row("training step, kimi preset: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms")]
+    rows = []
+    for what, sizes in (("8 experts of 1536, top-2", {}), ("32 experts of 384, top-4", {"model.moe.n_experts": 32, "model.moe.top_k": 4, "model.moe.d_expert": 384})):
+        run = _kimi_run(**{"train.optimizer.name": "adamw"} | sizes)
+        data, device = prepare(run.data, run.seq_len), pick_device()
+        ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
+        theirs.model = theirs.forward = _Exported(theirs.model).to(device)
+        theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
+        r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
+        rows.append(row(f"training step, kimi preset with {what}: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
+    return rows
+
+def kept_for_backward(
+    work, # function without arguments that runs a forward pass
+) -> int: # bytes, each storage once, parameters among them
+    "What autograd keeps of a forward pass for the backward one."
+    kept = {}
+    def pack(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = work()
+    del result
+    return sum(kept.values())
 
 def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):
     "Attention, forward and backward, by kernel and context."
@@ -239,7 +279,8 @@ def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):
         made = {i: build_attention(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, position=dict(kind="learned"), attention=dict(implementation=i))) for i in ("eager", "sdpa", "flash")}
         for name in ("sdpa", "flash"):
             r = side_by_side(_forward_backward(made["eager"], x), _forward_backward(made[name], x), rounds)
-            rows.append(row(f"attention over {T} tokens: eager over {name}", r["ratio"], "×", "at least", None, f"{1e3 * r['ours']:.1f} against {1e3 * r['theirs']:.1f} ms; {name} runs {kernel_name(made[name].config if hasattr(made[name], 'config') else ModelConfig(d_model=384, n_heads=8, max_seq_len=T, attention=dict(implementation=name)))}; scores of eager take {8 * T * T * 4 / 2**20:.0f} MiB"))
+            memory = [kept_for_backward(lambda: made[i](x)) / 2**20 for i in ("eager", name)]
+            rows.append(row(f"attention over {T} tokens: eager over {name}", r["ratio"], "×", "at least", None, f"{1e3 * r['ours']:.1f} against {1e3 * r['theirs']:.1f} ms; keeps {memory[0]:.0f} against {memory[1]:.0f} MiB for the backward pass; {name} runs {kernel_name(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, attention=dict(implementation=name)))}"))
     return rows
 
 # %% ../nbs/19b_bench.ipynb #f22ab138

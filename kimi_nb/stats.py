@@ -49,6 +49,7 @@ METRICS = {  # name without train_/val_/test_ -> what it is
     "load_entropy": Metric("entropy of expert load", "nats", "higher", 3),
     "total_parameters": Metric("parameters", "", "lower", 0), "active_parameters": Metric("active parameters", "", "lower", 0),
     "params": Metric("parameters", "", "lower", 0), "active_params": Metric("active parameters", "", "lower", 0),
+    "gain_per_doubling": Metric("the gain per doubling", "nats", "", 4), "gain_per_1000_steps": Metric("the gain per 1000 steps", "nats", "", 3),
     "flops": Metric("training compute", "FLOPs", "lower", 0), "flops_per_token": Metric("compute per token", "FLOPs", "lower", 0),
     "cache_bytes_per_token": Metric("cache per token", "bytes", "lower", 0), "acc": Metric("accuracy", "", "higher", 4),
     "acc_norm": Metric("accuracy (normalised)", "", "higher", 4), "f1": Metric("F1", "", "higher", 4), "exact_match": Metric("exact match", "", "higher", 4),

@@ -80,7 +80,7 @@ def read_rows(
     for i, line in lines[:limit]:
         where = f"{path}, row {i}"
         try: row = json.loads(line)
-        except ValueError as e: raise BenchmarkError(f"{where} is no JSON: {e}") from None
+        except (ValueError, RecursionError) as e: raise BenchmarkError(f"{where} is no JSON: {e}") from None
         if not isinstance(row, dict): raise BenchmarkError(f"{where} is a {type(row).__name__}: task {task.name} needs objects with {', '.join(task.columns)}")
         missing = [c for c in task.columns if row.get(c) is None]
         if missing: raise BenchmarkError(f"{where} lacks {', '.join(missing)}: task {task.name} needs {', '.join(task.columns)}")
@@ -89,6 +89,9 @@ def read_rows(
     return rows
 
 def _check_row(task, row, where):
+    for column in task.columns:
+        kind = dict if (task.name, column) == ("squad", "answers") else list if column in ("choices", "endings", "entities", "answers") else int if column in ("span2_index", "start1", "end1") else None if column == "label" or column == "answer" and task.name in TASK_NAMES else str
+        if kind is not None and (not isinstance(row[column], kind) or isinstance(row[column], bool)): raise BenchmarkError(f"{where}: {column} must be {dict(dict='an object', list='a list', int='a whole number', str='text')[kind.__name__]}, not {type(row[column]).__name__}")
     choices = row[task.choices] if task.choices else None
     if choices is not None:
         if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices): raise BenchmarkError(f"{where}: {task.choices} must be a list of texts")
@@ -98,9 +101,10 @@ def _check_row(task, row, where):
         if column not in task.columns or (column == "answer" and task.name not in TASK_NAMES): continue
         label, first = row[column], 1 if task.name == "siqa" else 0
         try: good = int(label) == float(label) and first <= int(label) < first + n
-        except (TypeError, ValueError): good = False
+        except (TypeError, ValueError, OverflowError): good = False
         if not good: raise BenchmarkError(f"{where}: {column} is {label!r}, task {task.name} allows {first} to {first + n - 1}")
-    if task.name == "squad" and not (isinstance(row["answers"], dict) and row["answers"].get("text")): raise BenchmarkError(f"{where}: answers must be an object with a list text of at least one answer")
+    if task.name == "squad" and not ((texts := row["answers"].get("text")) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)): raise BenchmarkError(f"{where}: answers must be an object with a list text of at least one answer")
+    if task.name == "record" and not (row["answers"] and all(isinstance(a, str) and a in choices for a in row["answers"])): raise BenchmarkError(f"{where}: answers must be a list of texts that are among entities")
     if task.name == "lambada" and " " not in row["text"].strip(): raise BenchmarkError(f"{where}: text has one word, the task is to predict the last of several")
 
 # %% ../nbs/16c_tasks.ipynb #5017ba60

@@ -340,6 +340,37 @@ def notebook_parameters(folder):
     return file_of(path.read_bytes()), lambda data: (path.write_bytes(data), in_a_line(lambda: check_parameters(path, dict(profile="tiny", results="."))))
 
 
+ROWS = {
+    "lambada": dict(text="He opened the door and left the room"),
+    "hellaswag": dict(activity_label="Cooking", ctx_a="She cuts", ctx_b="then she", endings=["eats.", "sleeps.", "flies.", "sings."], label="0"),
+    "siqa": dict(context="Ann was late.", question="Why?", answerA="rain", answerB="sun", answerC="tea", label="1"),
+    "squad": dict(context="The river is long.", question="What is long?", answers=dict(text=["The river"], answer_start=[0])),
+    "simple_qa": dict(id="a1", question="Where?", choices=["here", "there"], answer=1, half="general"),
+    "cb": dict(premise="It rains.", hypothesis="It is wet.", label=2),
+    "wsc": dict(text="Mark told Pete he won.", span1_text="Mark", span2_text="he", span2_index=3, label=0),
+    "record": dict(passage="A b\n@highlight\nc", query="@placeholder won", entities=["A", "b"], answers=["A"]),
+}
+
+
+@reader
+def task_rows(folder):
+    """read_rows of local rows of any task; what passes can be shown to the harness's own functions"""
+    from kimi_nb.tasks import TASKS, read_rows, record_choices, record_target, record_text, squad_target
+
+    path = folder / "rows.jsonl"
+
+    def use(given):
+        name, data = given
+        path.write_bytes(data)
+        for row in in_a_line(lambda: read_rows(path, TASKS[name])) or ():
+            if name == "record":
+                assert record_target(row) in record_choices(row) and record_text(row)
+            if name == "squad":
+                assert isinstance(squad_target(row), str)
+
+    return st.sampled_from(sorted(ROWS)).flatmap(lambda n: st.tuples(st.just(n), file_of(json.dumps(ROWS[n]).encode()))), use
+
+
 def fuzz(name, folder, examples, monkeypatch):
     monkeypatch.setenv("KIMI_NB_CACHE", str(folder / "cache"))
     (folder / "work").mkdir()

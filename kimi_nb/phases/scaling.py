@@ -177,16 +177,14 @@ def judge(
     rows = compare(frame, "test_bpb", smallest) if frame["arm"].nunique() > 1 else pd.DataFrame(columns=["block", "arm"])
     out = [claim("scaling size", "A larger model is better (fewer bits per byte) than the smallest, at equal tokens.", rows)]
 
-    def drop(id, text, table, column, unit):
+    def drop(id, text, table, column, metric):
         "Is the last of a series smaller than the first, pair by pair?"
         ends = table.dropna(subset=[column]).groupby("seed")[column].agg(["first", "last", "count"])
         if table.dropna(subset=[column])["step"].nunique() < 2: return none(id, text, "It needs two steps of the series, and there is one or none.")
-        both = pd.concat([pd.DataFrame(dict(seed=ends.index, arm=a, status="done", block="", value=ends[a].to_numpy())) for a in ("first", "last")])
-        r = compare(both, "value", "first", tests=())
-        v = claim(id, text, r.assign(phrase=f"The last step instead of the first, as a gain in {unit},", arm="last", baseline="first"), direction="lower")
-        return v
-    out.append(drop("scaling returns", "Each doubling of the parameters gives less than the one before.", gains(frame), "gain", "nats per doubling"))
-    v = drop("scaling training", "Returns diminish during training: the last interval gains less than the first.", returns, "gain", "nats per 1000 steps")
+        both = pd.concat([pd.DataFrame(dict(seed=ends.index, arm=a, status="done", block="", **{metric: ends[a].to_numpy()})) for a in ("first", "last")])
+        return claim(id, text, compare(both, metric, "first", tests=()).assign(phrase="The last step instead of the first", arm="last", baseline="first"), direction="lower")
+    out.append(drop("scaling returns", "Each doubling of the parameters gives less than the one before.", gains(frame), "gain", "gain_per_doubling"))
+    v = drop("scaling training", "Returns diminish during training: the last interval gains less than the first.", returns, "gain", "gain_per_1000_steps")
     if v["word"] != "not testable here": v["sentence"] += f" From step {diminished} on an interval gains under a tenth of the first." if diminished is not None else " The last interval still gained more than a tenth of the first."
     out.append(v)
     text = "A power law fitted to the smaller sizes predicts the loss of the largest."
