@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .data import IGNORE, eval_windows
+from .ranks import rank_and_size, total
 
 # %% ../nbs/09_evaluate.ipynb #68590191
 def autocast(
@@ -53,9 +54,12 @@ def held_out_scores(
     "loss (nats per token; NaN when the model gives NaN), perplexity, bits_per_byte of the scored text, accuracy (share of tokens ranked first), n_tokens and n_bytes scored, seconds."
     start, windows = time.perf_counter(), eval_windows(tokens, seq_len, max_tokens=max_tokens)
     batches = list(windows.batches(batch_size or max(1, 4096 // seq_len)))
-    scores = list(score_windows(model, batches, precision))
-    loss = sum(nll.cpu().double()[torch.as_tensor(y) != IGNORE].sum() for (nll, _), (_, y) in zip(scores, batches)).item() / windows.n_targets  # a NaN that was scored stays
-    hits = sum(hit.sum() for _, hit in scores).item()
+    rank, ranks = rank_and_size()
+    mine = batches[rank::ranks]
+    scores = list(score_windows(model, mine, precision))
+    sums = torch.tensor([float(sum(nll.cpu().double()[torch.as_tensor(y) != IGNORE].sum() for (nll, _), (_, y) in zip(scores, mine))), float(sum(hit.sum() for _, hit in scores))], dtype=torch.float64)  # a NaN that was scored stays
+    if ranks > 1: sums = total(sums.to(next(model.parameters()).device)).cpu()
+    loss, hits = sums[0].item() / windows.n_targets, int(sums[1].item())
     size = np.asarray(token_bytes, float)
     n_bytes = sum(size[y[y != IGNORE]].sum() for _, y in batches) if size.ndim else float(size) * windows.n_targets
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)) if loss == loss else loss, bits_per_byte=loss * windows.n_targets / math.log(2) / n_bytes, accuracy=hits / windows.n_targets, n_tokens=windows.n_targets, n_bytes=n_bytes, seconds=time.perf_counter() - start)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .experts import Experts, FeedForward, dispatch_plan, expert_backend, expert_counts
+from .ranks import total
 
 # %% ../nbs/06_moe.ipynb #03f521ce
 class Route(NamedTuple):
@@ -240,7 +241,7 @@ def update_biases(
     """
     layers = list(layers)
     loads = torch.stack([layer.gate.load_accumulator for layer in layers])            # (L, E)
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(loads)
+    loads = total(loads)
     direction = torch.sign(loads.sum(-1, keepdim=True) - loads * loads.shape[-1])     # in whole numbers: an expert at the mean stays
     for layer, up in zip(layers, direction):
         step = layer.config.bias_update_speed if speed is None else speed

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import KimiError, TrainConfig
+from .ranks import rank_and_size
 
 # %% ../nbs/08_optim.ipynb #c6d135f2
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -106,6 +107,19 @@ def _pieces(p:Tensor, splits) -> tuple[Tensor, ...]:
     if splits == 1: return (p,)
     return p.chunk(splits, -2) if isinstance(splits, int) else p.split(list(splits), -2)
 
+def _shared_out(G:Tensor, steps:int) -> Tensor:
+    "Newton-Schulz of a stack, each rank taking its share of the matrices."
+    rank, size = rank_and_size()
+    if size == 1 or len(G) < size: return newton_schulz(G, steps)
+    each = -(-len(G) // size)
+    mine = G.new_zeros(each, *G.shape[1:])
+    part = G[rank * each:(rank + 1) * each]
+    mine[:len(part)] = part
+    done = newton_schulz(mine, steps)
+    everyone = [torch.empty_like(done) for _ in range(size)]
+    dist.all_gather(everyone, done)
+    return torch.cat(everyone)[:len(G)]
+
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised: for the hidden matrices of a network; everything else belongs to AdamW."
     def __init__(self,
@@ -160,7 +174,7 @@ class Muon(torch.optim.Optimizer):
                     batches.setdefault(key, []).append((target, u, -lr * muon_scale(rows, cols, group["scaling"])))
         for (m, n, steps, *_), items in batches.items():
             wide = [(u.mT if u.size(-2) > m else u).reshape(-1, m, n) for _, u, _ in items]
-            for (target, u, factor), O in zip(items, newton_schulz(torch.cat(wide), steps).split([len(w) for w in wide])):
+            for (target, u, factor), O in zip(items, _shared_out(torch.cat(wide), steps).split([len(w) for w in wide])):
                 target.add_((O.mT if u.size(-2) > m else O).reshape(u.shape), alpha=factor)
         return loss
 
@@ -389,7 +403,7 @@ def qk_clip_(
     modules = [(n, m) for n, m in attention_modules(model) if m.track_logits]
     if not modules: raise OptimError("qk_clip_ finds no attention module with track_logits on: call set_logit_tracking(model) before the forward passes")
     seen = torch.cat([m.logit_max.float() for _, m in modules])
-    if dist.is_available() and dist.is_initialized(): dist.all_reduce(seen, op=dist.ReduceOp.MAX)  # every rank must clip alike
+    if rank_and_size()[1] > 1: dist.all_reduce(seen, op=dist.ReduceOp.MAX)  # every rank must clip alike
     gamma = qk_clip_gamma(seen, tau)
     sizes = [len(m.logit_max) for _, m in modules]
     report = ClipReport(n_heads=len(seen))

@@ -23,6 +23,7 @@ from .hardware import DiskError, PeakMemory, TrainError, environment, pick_devic
 from .model import costs
 from .moe import expert_backend, load_statistics
 from .optim import describe_groups
+from .ranks import anywhere, first_rank_first, rank_and_size, wait
 from .study import Record, code_hash
 from .trainer import Trainer
 
@@ -34,11 +35,11 @@ class Interrupted(KimiError):
 class _Journal:
     "metrics.jsonl and training_log.txt of a run."
     def __init__(self, folder, step):
-        self.path, self.log_path = folder / "metrics.jsonl", folder / "training_log.txt"
+        self.path, self.log_path, self.writes = folder / "metrics.jsonl", folder / "training_log.txt", rank_and_size()[0] == 0
         self.lines = self.read(self.path, step)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        if not self.path.exists() or self.path.read_text() != text: write_file(self.path, text)
-        self.file, self.flushed = self.path.open("a"), 0.0
+        if self.writes and (not self.path.exists() or self.path.read_text() != text): write_file(self.path, text)
+        self.file, self.flushed = open(self.path if self.writes else os.devnull, "a"), 0.0
     @staticmethod
     def read(path, last_step):
         "The lines up to a checkpoint's step.  Raises: TrainError when a step is missing or there twice."
@@ -60,8 +61,10 @@ class _Journal:
         self.lines.append(line); self.file.write(json.dumps(line) + "\n")
         if (now := time.monotonic()) - self.flushed > 0.25: self.file.flush(); self.flushed = now  # for those who watch
     def log(self, text):
+        if not self.writes: return
         with self.log_path.open("a") as f: f.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
-    def sync(self): self.file.flush(); os.fsync(self.file.fileno())
+    def sync(self):
+        if self.writes: self.file.flush(); os.fsync(self.file.fileno())
     def curves(self):
         curves = {}
         for line in self.lines:
@@ -90,6 +93,7 @@ def _disk(folder):
 def _alone(folder):
     "One process at a time trains in a folder; the system frees the lock when its holder dies."
     from filelock import FileLock, Timeout
+    if rank_and_size()[0]: yield; return  # the first rank holds it for all
     lock = FileLock(folder / ".lock", is_singleton=False)
     with _disk(folder):
         try: lock.acquire(blocking=False)
@@ -112,7 +116,7 @@ def stop_requested():
 
 def _progress(run, step, show, name):
     from tqdm.auto import tqdm
-    return tqdm(total=run.train.steps, initial=step, unit="step", desc=name, disable=not show, dynamic_ncols=True, mininterval=0.2)
+    return tqdm(total=run.train.steps, initial=step, unit="step", desc=name, disable=not show or rank_and_size()[0] > 0, dynamic_ncols=True, mininterval=0.2)
 
 # %% ../nbs/10_train.ipynb #270f6534
 def tracker(
@@ -150,6 +154,7 @@ def fit(
     Raises: Interrupted after SIGINT or SIGTERM, when the step is saved; DataError, ConfigError, TrainError, CheckpointError for what cannot be done; DiskError when the disk is full.
     """
     if out_dir is None:
+        if rank_and_size()[1] > 1: raise TrainError("several ranks need a folder that all of them see: give out_dir")
         with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep)
     folder, device = Path(out_dir), pick_device(device)
     if resume and (folder / "result.json").is_file():
@@ -167,24 +172,35 @@ def fit(
     finally: torch.set_num_threads(before)
 
 def _fit(run, folder, resume, device, progress, on_step, keep):
-    data = prepare(run.data, run.seq_len)
+    with first_rank_first(): data = prepare(run.data, run.seq_len)
+    rank, ranks = rank_and_size()
     identity = dict(run_id=run.run_id, fingerprint=data.fingerprint, code_hash=code_hash())
-    for temp in folder.glob(".*.tmp"): temp.unlink(missing_ok=True)  # of a process that was killed: the lock says that none is at work
-    found = _newest(folder / "checkpoints", identity) if resume else None
-    if not resume: _set_aside(folder, "replaced")
+    with first_rank_first():  # it tidies up, the others find it done
+        for temp in folder.glob(".*.tmp") if not rank else (): temp.unlink(missing_ok=True)  # of a process that was killed: the lock says that none is at work
+        found = _newest(folder / "checkpoints", identity) if resume else None
+        if not resume and not rank: _set_aside(folder, "replaced")
     state = found[1] if found else dict(step=0, seconds=0.0, threads=torch.get_num_threads(), started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     if found and state["threads"] != torch.get_num_threads(): torch.set_num_threads(state["threads"])  # sums are ordered by threads
-    if not (folder / "config.json").exists(): write_file(folder / "config.json", run.to_json())
-    journal = _Journal(folder, state["step"])
+    if not rank and not (folder / "config.json").exists(): write_file(folder / "config.json", run.to_json())
+    with first_rank_first(): journal = _Journal(folder, state["step"])
     with stop_requested() as stop, contextlib.closing(journal.file):
         trainer = Trainer(run, data, device, journal.log)
         if found:
             was, now = (state["device"], state["precision"]), (device.type, trainer.precision)
             if was != now: raise TrainError(f"{folder} was begun on {was[0]} in {was[1]} and would go on on {now[0]} in {now[1]}: choose that device and precision, or another folder")
             trainer.restore(*found, folder)
-        journal.log(f"run {run.run_id} {'goes on after' if found else 'starts at'} step {state['step']} of {run.train.steps} on {device}, {trainer.precision}, micro-batch {trainer.micro_batch}, {torch.get_num_threads()} threads")
+        journal.log(f"run {run.run_id} {'goes on after' if found else 'starts at'} step {state['step']} of {run.train.steps} on {device}, {trainer.precision}, micro-batch {trainer.micro_batch}, {torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else ""))
         if not found: journal.log(f"data: {data.summary()}"); journal.log(f"optimizer: {describe_groups(trainer.optimizer)}")
-        return _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep)
+        with _with_the_others(trainer, journal): return _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep)
+
+@contextlib.contextmanager
+def _with_the_others(trainer, journal):
+    "Where a rank has gone, the others say so and end."
+    try: yield
+    except RuntimeError as e:
+        if trainer.ranks == 1 or isinstance(e, torch.OutOfMemoryError): raise
+        step = journal.lines[-1]["step"] if journal.lines else 0
+        raise TrainError(f"rank {trainer.rank} lost the others after step {step} ({' '.join(str(e).split())[:120]}): start them again with the same command to go on from the last checkpoint") from None
 
 def _newest(folder, identity):
     "Tensors and state of the newest checkpoint of this very run; checkpoints of other code or data are set aside."
@@ -210,6 +226,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
     run, status, memory = trainer.run, "done", PeakMemory(trainer.device)
     step, steps, clock, before = state["step"], run.train.steps, time.perf_counter(), state["seconds"]
     def save():
+        if trainer.rank: return
         journal.sync()
         tensors, more = trainer.tensors()
         kept = save_checkpoint(folder / "checkpoints" / f"step_{step:08d}", tensors, dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"],
@@ -235,7 +252,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
                 journal.log(f"step {step}: train loss {line['train_loss']:.4f}, validation loss {scores['loss']:.4f}")
                 if not math.isfinite(scores["loss"]): status = "diverged"; break
             if step < steps and run.train.save_every and step % run.train.save_every == 0: save()
-            if step < steps and stop():
+            if step < steps and anywhere(stop(), trainer.device):
                 journal.log(f"stopped after step {step}")
                 raise Interrupted(f"stopped after step {step} of {steps}, saved in {save()}: run the same command again to go on")
     return _finish(trainer, state, folder, journal, identity, status, step, before + time.perf_counter() - clock, memory(), keep)
@@ -271,13 +288,15 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
         if column := journal.column("qk_clipped_heads"): metrics |= dict(qk_clips=int(np.sum(column)), qk_max_logit=float(np.max(journal.column("qk_max_logit"))))
     metrics |= dict(training_seconds=float(np.sum(times)), seconds=seconds + evaluation)
     config, dtype = trainer.model.config, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.precision]
-    provenance = dict(data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
+    provenance = dict(ranks=trainer.ranks, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
                       kernel=kernel_name(config, trainer.device, dtype), expert_backend=expert_backend(trainer.device, dtype, config.d_model, config.expert_width) if trainer.moe else None)
     record = Record.of(run, status, metrics, journal.curves(), provenance)
+    if trainer.rank: wait(); return record
     if status == "done": save_model(folder / "checkpoints" / "final", trainer.model, run, data.tokenizer, dict(run_id=run.run_id))
     journal.sync()
     journal.log(f"{status} after step {step}: " + ", ".join(f"{k} {metrics[k]:.4f}" for k in ("val_loss", "test_bpb") if metrics.get(k) is not None))
     write_file(folder / "result.json", record.to_json())
     if status == "done" and keep == 1:
         for old in checkpoints(folder / "checkpoints"): shutil.rmtree(old)
+    wait()
     return record

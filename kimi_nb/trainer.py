@@ -6,7 +6,7 @@
 __all__ = ['LOAD_POINTS', 'pick_micro_batch', 'counted_load', 'Trainer']
 
 # %% ../nbs/09c_trainer.ipynb #60af2152
-import contextlib, math
+import contextlib, math, warnings
 
 import torch
 
@@ -18,6 +18,7 @@ from .hardware import TrainError, pick_precision
 from .model import KimiModel
 from .moe import max_violation, update_biases
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, qk_clip_, set_logit_tracking, set_lr
+from .ranks import part_of, rank_and_size, total
 
 # %% ../nbs/09c_trainer.ipynb #ffd2d405
 _LOGIT_BUDGET = 2**30  # bytes of logits, their float copy and gradient that one micro-batch may need on a CPU
@@ -30,9 +31,12 @@ def pick_micro_batch(
     device:torch.device,
 ) -> int:
     "Sequences per forward pass: as configured, else the whole batch on a GPU (halved when memory runs out), else what keeps a CPU's logits in bounds."
-    if run.train.micro_batch_size != "auto": return run.train.micro_batch_size
-    if device.type != "cpu": return run.train.batch_size
-    return next(d for d in _divisors(run.train.batch_size) if d == 1 or d * run.seq_len * vocab_size * 12 <= _LOGIT_BUDGET)
+    mine = run.train.batch_size // rank_and_size()[1]
+    if (asked := run.train.micro_batch_size) != "auto":
+        if mine % asked: raise ConfigError("train.micro_batch_size", f"{asked} does not divide a rank's {mine} sequences: choose a divisor, or auto")
+        return asked
+    if device.type != "cpu": return mine
+    return next(d for d in _divisors(mine) if d == 1 or d * run.seq_len * vocab_size * 12 <= _LOGIT_BUDGET)
 
 def _out_of_memory(e): return isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and any(s in str(e).lower() for s in ("out of memory", "can't allocate memory", "not enough memory")))
 
@@ -73,7 +77,12 @@ class Trainer:
         self.clips = run.train.optimizer.name == "muonclip"
         if self.clips:
             set_logit_tracking(self.model)
+        self.mine, (self.rank, self.ranks) = part_of(run.train.batch_size), rank_and_size()
         self.forward = torch.compile(self.model) if run.train.compile else self.model
+        if self.ranks > 1:  # gradients are averaged while the backward pass still runs; short inputs leave latent tokens unused
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the name that is coming means something else
+                self.forward = torch.nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=config.attention.kind == "latent")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.micro_batch = pick_micro_batch(run, config.vocab_size, device)
         self.moe = self.model.moe_layers()
@@ -83,10 +92,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         n, losses, aux = len(x) // self.micro_batch, [], []
         for i in range(0, len(x), self.micro_batch):
-            with autocast(self.device, self.precision): out = self.forward(x[i:i + self.micro_batch], y[i:i + self.micro_batch])
-            self.scaler.scale((out.loss + out.aux_loss) / n).backward()
+            alone = self.forward.no_sync() if self.ranks > 1 and i + self.micro_batch < len(x) else contextlib.nullcontext()  # exchange once, after the last
+            with alone:
+                with autocast(self.device, self.precision): out = self.forward(x[i:i + self.micro_batch], y[i:i + self.micro_batch])
+                self.scaler.scale((out.loss + out.aux_loss) / n).backward()
             losses.append(out.loss.detach()); aux.append(out.aux_loss.detach())
-        return torch.stack(losses).mean(), torch.stack(aux).mean()
+        both = total(torch.stack([torch.stack(losses).mean(), torch.stack(aux).mean()])) / self.ranks
+        return both[0], both[1]
 
     def _accumulate_in_memory(self, x, y, step):
         while True:
@@ -94,6 +106,7 @@ class Trainer:
             try: return self._accumulate(x, y)
             except RuntimeError as e:
                 if not _out_of_memory(e): raise
+                if self.ranks > 1: raise TrainError(f"out of memory at step {step + 1} on rank {self.rank} with a micro-batch of {self.micro_batch}: set a smaller train.micro_batch_size") from None
                 if self.micro_batch == 1: raise TrainError(f"out of memory at step {step + 1} with a micro-batch of 1 sequence of {self.run.seq_len} tokens: make train.seq_len or the model smaller") from None
             self.optimizer.zero_grad(set_to_none=True)
             for moe in self.moe.values(): moe.gate.load_accumulator.zero_()
@@ -112,7 +125,8 @@ class Trainer:
         self.model.train()
         lr = learning_rate(step, self.run.train)
         set_lr(self.optimizer, lr)
-        x, y = (torch.as_tensor(a, dtype=torch.long).to(self.device, non_blocking=True) for a in self.batches.batch(step))
+        x, y = (torch.as_tensor(a, dtype=torch.long).to(self.device, non_blocking=True) for a in (whole[self.mine] for whole in self.batches.batch(step)))
+        if self.ranks > 1: torch.manual_seed(hash((self.run.seed, step, self.rank)))  # dropout, whatever the number of ranks was before
         loss, aux = self._accumulate_in_memory(x, y, step)
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.grad_clip or math.inf)
@@ -138,7 +152,7 @@ class Trainer:
         if self.clips: set_logit_tracking(self.model, False)  # held-out text must not clip anything
         try:
             with counted_load(self.moe.values()) as load: scores = held_out_scores(self.model, getattr(d, split), self.run.seq_len, d.n_bytes[split] / d.n_tokens[split] if d.token_bytes is None else d.token_bytes, max_tokens=self.run.train.eval_tokens, precision=self.precision)
-            return scores | (dict(expert_load=torch.stack(load).tolist()) if load else {})
+            return scores | (dict(expert_load=total(torch.stack(load)).tolist()) if load else {})
         finally:
             if self.clips: set_logit_tracking(self.model)
 
@@ -154,7 +168,7 @@ class Trainer:
         "The opposite of `tensors`."
         load_model_tensors(self.model, tensors["model"], source)
         load_optimizer_tensors(self.optimizer, tensors["optimizer"], state["optimizer"])
-        self.micro_batch = state["micro_batch"]
+        self.micro_batch = math.gcd(state["micro_batch"], self.mine.stop - self.mine.start)  # the same, unless the number of ranks has changed
         if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["random"]["cpu"])
         if "cuda" in tensors["random"] and self.device.type == "cuda": torch.cuda.set_rng_state(tensors["random"]["cuda"], self.device)
