@@ -14,7 +14,7 @@ PYTHON ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
-NBS  := $(sort $(wildcard nbs/*.ipynb nbs/phases/*.ipynb))
+NBS  := $(sort $(wildcard nbs/*.ipynb nbs/phases/*.ipynb nbs/howto/*.ipynb))
 # nbdev-test starts a worker per core; with more threads each, they fight for the cores
 ONE  := env -u VIRTUAL_ENV OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # one timed part of a test run: $(call part,NAME,COMMAND); a failure is noted in $$bad and the next part still runs
@@ -80,11 +80,11 @@ check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, r
 lint: $(VENV)/.installed ## ruff over what is written by hand
 	@$(BIN)/ruff check --quiet tests docs
 
-lab: $(VENV)/.installed ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs $(ARGS)
+lab: $(VENV)/.installed ## open the workbench and the notebooks in JupyterLab
+	$(BIN)/kimi-nb lab $(ARGS)
 
 docs: $(VENV)/.installed ## build the site into _docs/
-	$(BIN)/sphinx-build -W --keep-going -q -c docs nbs _docs $(ARGS)
+	$(BIN)/sphinx-build -W --keep-going -q -j auto -c docs nbs _docs $(ARGS)
 
 bench: $(VENV)/.installed ## the measurements the README quotes
 	$(BIN)/kimi-nb bench $(ARGS)

@@ -2,11 +2,14 @@
 
 No notebook is changed and no page is written by hand. While a notebook is read, nbdev's directive lines are taken off,
 cells marked hidden are left out, and the exported names are listed below it as an API reference made from their
-signatures and the comments beside their parameters. Library and phase notebooks are not executed, so no page trains
-a model; index.ipynb is, because its tables are computed.
+signatures and the comments beside their parameters. Library notebooks are not executed. Phase notebooks show what they
+showed in the published reference run (KIMI_NB_SITE_PROFILE names its profile, quick without it), so no page trains its
+models again. The index, the promises and the how-to pages are executed, because what they show is computed in seconds.
 """
 
 import ast
+import atexit
+import functools
 import io
 import json
 import os
@@ -23,6 +26,9 @@ REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
 sys.path.insert(0, str(REPO))
 
+from kimi_nb.guide import course
+from kimi_nb.publish import published_profiles, read_bundle, where_from
+
 project = "kimi_nb"
 author = "The kimi_nb authors"
 copyright = author
@@ -35,6 +41,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "kimi_nb"
 html_static_path = ["_static"]
 html_css_files = ["kimi_nb.css"]
+html_js_files = ["kimi_nb.js"]
+html_favicon = "_static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
@@ -54,41 +62,56 @@ html_context = {"default_mode": "auto"}
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p.name not in ("index.ipynb", "21_promises.ipynb")]
+EXECUTED = {NBS / "index.ipynb", NBS / "21_promises.ipynb", *(NBS / "howto").glob("*.ipynb")} - {NBS / "howto" / "api.ipynb"}  # that one only imports
+nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p not in EXECUTED]
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 180
+nb_merge_streams = True
 nb_render_markdown_format = "myst"
 
 
-# --- formulas without a network: MathJax from npm, once, where npm is at hand; else the public address ------------
+# --- what pages load: from npm, once, where npm is at hand; else from the public addresses ----------------------------
+
+VENDOR = REPO / "docs" / "_static" / "vendor"
+NPM = ["npm", "pack", "--silent", "--prefer-offline", "--fetch-retries=0", "--fetch-timeout=20000"]
+failed: list[str] = []  # without a network, one package is asked for, not three
 
 
-def vendored_mathjax() -> str | None:
-    """Path below _static of a local MathJax, or None where npm or the network is missing."""
-    vendor = REPO / "docs" / "_static" / "vendor" / "mathjax"
-    if not (vendor / "tex-mml-chtml.js").exists() and shutil.which("npm"):
+def vendored(name: str, package: str, wanted: dict[str, str]) -> bool:
+    """Whether the files of an npm package (path in it -> name) are in _static/vendor/`name`; fetched when they are not."""
+    target = VENDOR / name
+    if not all((target / new).exists() for new in wanted.values()) and not failed and shutil.which("npm"):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                subprocess.run(["npm", "pack", "--silent", "mathjax@3"], cwd=folder, check=True, capture_output=True, timeout=60)
-                with tarfile.open(next(Path(folder).glob("mathjax-*.tgz"))) as archive:
+                subprocess.run([*NPM, package], cwd=folder, check=True, capture_output=True, timeout=60)
+                with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
                     archive.extractall(folder, filter="data")
-                es5 = Path(folder) / "package" / "es5"
-                part = vendor.with_name("mathjax.part")
+                part = target.with_name(f"{name}.part")
                 shutil.rmtree(part, ignore_errors=True)
-                for name in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions"):
-                    target = part / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    (shutil.copytree if (es5 / name).is_dir() else shutil.copy)(es5 / name, target)
-                shutil.rmtree(vendor, ignore_errors=True)
-                os.replace(part, vendor)
+                for old, new in wanted.items():
+                    source = Path(folder) / "package" / old
+                    (part / new).parent.mkdir(parents=True, exist_ok=True)
+                    (shutil.copytree if source.is_dir() else shutil.copy)(source, part / new)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(part, target)
             except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError) as problem:
-                print(f"no local MathJax ({type(problem).__name__}): formulas on the pages need a network", file=sys.stderr)
-    return "vendor/mathjax/tex-mml-chtml.js" if (vendor / "tex-mml-chtml.js").exists() else None
+                failed.append(package)
+                print(f"no local {package} ({type(problem).__name__}): pages that need it need a network", file=sys.stderr)
+    return all((target / new).exists() for new in wanted.values())
 
 
-mathjax_local = vendored_mathjax()
-if mathjax_local:
-    mathjax_path = mathjax_local
+if vendored("mathjax", "mathjax@3", {f"es5/{n}": n for n in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")}):
+    mathjax_path = "vendor/mathjax/tex-mml-chtml.js"
+local = vendored("requirejs", "requirejs@2.3", {"require.js": "require.js"})
+if vendored("widgets", "@jupyter-widgets/html-manager@1.0", {"dist/embed-amd.js": "embed-amd.js"}) and local:
+    nb_ipywidgets_js = {"vendor/requirejs/require.js": {}, "vendor/widgets/embed-amd.js": {}}
+
+# kernels that pages are executed with: quiet, and one thread each, since pages are read side by side
+os.environ["IPYTHONDIR"] = tempfile.mkdtemp(prefix="kimi_nb-ipython-")
+(Path(os.environ["IPYTHONDIR"]) / "profile_default").mkdir()
+(Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n", encoding="utf-8")
+atexit.register(shutil.rmtree, os.environ["IPYTHONDIR"], ignore_errors=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # --- notebooks on their way in -----------------------------------------------------------------------------------
@@ -97,12 +120,13 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(\w+):?\s*(.*?)\s*$")
 HIDDEN = {"hide", "default_exp", "exporti"}
 
 
-def tidy(cell: dict) -> dict | None:
-    """The cell without nbdev's directive lines, or None where it is not for readers."""
+def tidy(cell: dict, folder: Path) -> dict | None:
+    """The cell of a notebook in `folder` without nbdev's directive lines, or None where it is not for readers."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
-        # links out of the folder have no page here; pictures keep theirs
-        return cell | {"source": re.sub(r"(?<!!)\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", source)}
+        # links out of nbs/ have no page here; pictures keep theirs
+        inside = lambda target: (folder / target.partition("#")[0]).resolve().is_relative_to(NBS)
+        return cell | {"source": re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./[^)]*)\)", lambda m: m[0] if inside(m[2]) else m[1], source)}
     directives, lines = {}, []
     for line in source.splitlines():
         match = DIRECTIVE.match(line)
@@ -141,6 +165,10 @@ def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth:
         arguments = f"({ast.unparse(spec)})"
         if not isinstance(node, ast.ClassDef) and node.returns is not None:
             arguments += f" -> {ast.unparse(node.returns)}"
+    if function is not None and not isinstance(node, ast.ClassDef):
+        ends = [a.end_lineno for a in ast.walk(function.args) if isinstance(a, ast.arg)]
+        result = next((notes[n] for n in range(max(ends, default=node.lineno - 1) + 1, node.body[0].lineno) if n in notes), "")
+        fields += [f":returns: {result}"] if result else []
     fence = ":" * (6 - depth)
     doc = [re.sub(r"^(Raises|Source):", r"\n**\1**:", line) for line in (ast.get_docstring(node) or "").splitlines()]
     body = [*doc, "", *fields]
@@ -159,26 +187,95 @@ def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth:
     return [f"{fence}{{py:{kind}}} {head}", *body, fence, ""]
 
 
-def reference(module: str) -> str:
-    """Markdown that lists what a module exports, made from its source without importing it."""
+def exports(module: str) -> tuple[ast.Module, list[str], dict[int, str]]:
+    """A module's syntax tree, the names it exports and its comments; nothing is imported."""
     path = REPO / "kimi_nb" / (module.replace(".", "/") + ".py")
     if not path.exists():
-        return ""
+        return ast.Module([], []), [], {}
     code = path.read_text(encoding="utf-8")
-    parsed, notes = ast.parse(code), trailing_comments(code)
-    exported: list[str] = next(
-        (ast.literal_eval(n.value) for n in parsed.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"), []
-    )
+    parsed = ast.parse(code)
+    names = next((ast.literal_eval(n.value) for n in parsed.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"), [])
+    return parsed, names, trailing_comments(code)
+
+
+def reference(module: str) -> str:
+    """Markdown that describes what a module exports."""
+    parsed, exported, notes = exports(module)
+    if not exported:
+        return ""
     lines = ["## Reference", "", f"Everything `kimi_nb.{module}` exports.", "", f":::{{py:module}} kimi_nb.{module}", ":::", ""]
+    described_names = set()
     for node in parsed.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in exported:
+            described_names.add(node.name)
             lines += described("class" if isinstance(node, ast.ClassDef) else "function", node.name, node, notes)
+    values = [f"`{name}`" for name in exported if name not in described_names]
+    return "\n".join([*lines, *([f"Values: {', '.join(values)}."] if values else [])])
+
+
+def api_index() -> str:
+    """Every exported function and class, by module, with the first line of its docstring."""
+    pages = [*((p.module, p.title, f"/{p.path.stem}") for ps in course(NBS).values() for p in ps if p.module)]
+    pages += [(f"phases.{p.stem.partition('_')[2]}", "", f"/phases/{p.stem}") for p in sorted((NBS / "phases").glob("*.ipynb"))]
+    lines = []
+    for module, title, doc in pages:
+        parsed, exported, _ = exports(module)
+        found = [n for n in parsed.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in exported]
+        if found:
+            lines += [f"## `kimi_nb.{module}`", "", f"{{doc}}`{title or module} <{doc}>`", "", "| name | what it is |", "|---|---|"]
+        for node in found:
+            kind = "class" if isinstance(node, ast.ClassDef) else "func"
+            about = (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "\\|")
+            lines.append(f"| {{py:{kind}}}`~kimi_nb.{module}.{node.name}` | {about} |")
+        lines.append("")
     return "\n".join(lines)
+
+
+HOWTO = ["own_data", "own_study", "own_component", "reading_a_verdict", "decision_guide", "gpu", "cluster", "api"]
+
+
+def howto_pages() -> list[Path]:
+    """The how-to pages in the order in which they are of use; those that are not in the list come last."""
+    return sorted((NBS / "howto").glob("*.ipynb"), key=lambda p: (HOWTO.index(p.stem) if p.stem in HOWTO else len(HOWTO), p.stem))
 
 
 def toctree(caption: str, pages: list[Path]) -> str:
     names = [p.relative_to(NBS).with_suffix("").as_posix() for p in pages]
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```", ""])
+
+
+# --- results of the published reference run ------------------------------------------------------------------------
+
+PROFILE = os.environ.get("KIMI_NB_SITE_PROFILE", "quick")
+
+
+@functools.cache
+def published() -> tuple[dict, dict[str, bytes]]:
+    """What the reference run left, checked; nothing where none of this profile is published."""
+    return read_bundle(PROFILE, REPO) if PROFILE in published_profiles(REPO) else ({}, {})
+
+
+def with_results(notebook: dict, name: str) -> None:
+    """Give the cells of a phase notebook what they showed in the reference run, where they are still the same."""
+    about, files = published()
+    executed = files.get(f"data/records/{PROFILE}/notebooks/{name}.ipynb")
+    if executed is None:
+        title = "No results here"
+        note = f"No reference run of the profile `{PROFILE}` is published for this phase: run `kimi-nb plan --profile {PROFILE}` to see its results."
+    else:
+        ran = [c for c in json.loads(executed)["cells"] if c["cell_type"] == "code"]
+        by_id, by_source = {c["id"]: c for c in ran}, {"".join(c["source"]).strip(): c for c in ran}
+        changed = 0
+        for cell in [c for c in notebook["cells"] if c["cell_type"] == "code"]:
+            old = by_source.get("".join(cell["source"]).strip())
+            if old:
+                cell["outputs"] = old["outputs"]
+            elif cell.get("id") not in by_id or by_id[cell["id"]]["outputs"]:
+                changed += 1
+        title, note = "Results of the published reference run", where_from(about)
+        if changed:
+            note += f" {changed} cell{'s have' if changed > 1 else ' has'} been edited since and {'are' if changed > 1 else 'is'} shown without results."
+    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "where-from", "metadata": {}, "source": f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::"})
 
 
 def read(app, docname, content):
@@ -188,16 +285,34 @@ def read(app, docname, content):
         return
     notebook = json.loads(content[0])
     modules = re.findall(r"#\|\s*default_exp\s+(\S+?)[\\\"]", content[0])
-    notebook["cells"] = [kept for kept in map(tidy, notebook["cells"]) if kept]
+    for module in modules:
+        app.env.note_dependency(str(REPO / "kimi_nb" / (module.replace(".", "/") + ".py")))
+    if path.parent.name == "phases":
+        app.env.note_dependency(str(REPO / "data" / "records" / PROFILE / "bundle.json"))
+        with_results(notebook, path.stem)
+    notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":
-        library = sorted(p for p in NBS.glob("*.ipynb") if p.name != "index.ipynb")
-        extra = toctree("Course", library) + "\n" + toctree("Phases", sorted((NBS / "phases").glob("*.ipynb")))
+        extra = "\n".join(
+            [
+                toctree("How to", [*(p for p in sorted(NBS.glob("[!0-9]*.ipynb")) if p.stem != "index"), *howto_pages()]),
+                toctree("Research questions", sorted((NBS / "phases").glob("*.ipynb"))),
+                *(toctree(chapter, [p.path for p in pages]) for chapter, pages in course(NBS).items()),
+            ]
+        )
+    elif docname == "howto/api":
+        extra = api_index()
     if extra:
         notebook["cells"].append({"cell_type": "markdown", "id": "made-by-conf", "metadata": {}, "source": extra})
     content[0] = json.dumps(notebook)
 
 
+def outdated(app, env, added, changed, removed):
+    """Pages that show what is computed or collected are made anew each time; the others when what they are made from changed."""
+    return sorted({p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, NBS / "howto" / "api.ipynb"]} & env.found_docs)
+
+
 def setup(app):
     app.connect("source-read", read)
+    app.connect("env-get-outdated", outdated)
     return {"parallel_read_safe": True}

@@ -8,7 +8,7 @@ __all__ = ['FLOOR', 'MEASURED', 'AFTER', 'PlanError', 'results_folder', 'write_j
            'time_by_tag', 'phase_key', 'PlanReport', 'run_plan', 'timing', 'summary']
 
 # %% ../nbs/19a_plan.ipynb #57da54b4
-import contextlib, hashlib, importlib, json, os, re, tempfile, time
+import contextlib, hashlib, importlib, json, os, re, secrets, tempfile, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -53,7 +53,7 @@ def record_outcome(
     "Keep a phase's verdicts, and where its figures and tables are, under `phases/` of the results folder."
     if (steps := profile.base.train.steps) < FLOOR: verdicts = [dict(v, word="not testable here", caveats=[*v.get("caveats", ()), f"Runs of {steps} steps decide nothing: it takes {FLOOR}."]) for v in verdicts]
     kept = {re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-"): dict(caption=caption, columns=t.columns, rows=t.rows) for caption, t in (tables or {}).items()}
-    outcome = dict(phase=phase, profile=profile.name, verdicts=verdicts, figures=[os.path.relpath(p, store.path) for p in figures], tables=kept, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    outcome = dict(phase=phase, profile=profile.name, verdicts=verdicts, figures=[os.path.relpath(p, store.path) for p in figures], tables=kept, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), mark=secrets.token_hex(8))
     write_json(Path(store.path) / "phases" / f"{phase}.json", outcome)
     return outcome
 
@@ -148,12 +148,12 @@ def execute_phase(
     with writing(target):
         for folder in (target.parent, lock.parent): folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            started = time.time()
+            before = (read_outcome(store, phase) or {}).get("mark")
             try: _execute(notebook, target, parameters, cwd or settings_path().parent)
             except PapermillExecutionError as e: raise PlanError(f"phase {phase} failed in cell {e.exec_count}: {e.ename}: {' '.join(str(e.evalue).split())[:300]} (the executed notebook is {target})") from None
             except (RuntimeError, nbformat.ValidationError) as e: raise PlanError(f"phase {phase} could not be executed: {type(e).__name__}: {' '.join(str(e).split())[:200]} (as far as it came: {target})") from None
             outcome = read_outcome(store, phase)
-    if outcome is None or datetime.fromisoformat(outcome["finished"]).timestamp() < int(started): raise PlanError(f"phase {phase} recorded no outcome: its notebook must call record_outcome")
+    if outcome is None or outcome.get("mark") == before: raise PlanError(f"phase {phase} recorded no outcome: its notebook must call record_outcome")
     if outcome["profile"] != profile.name: raise PlanError(f"phase {phase} was asked for profile {profile.name} and recorded {outcome['profile']}: its parameters were not taken over")
     return outcome
 
@@ -222,7 +222,7 @@ def phase_key(
 ) -> str:
     "Hash over everything that an executed phase notebook shows."
     records = [(p.run.run_id, r.digest if (r := store.get(p.run.run_id)) else None) for p in distinct(studies)]
-    if notebook.stem.partition("_")[2] in AFTER: records += [(k, o.get("finished")) for k in phase_notebooks() if k not in AFTER and (o := read_outcome(store, k))]
+    if notebook.stem.partition("_")[2] in AFTER: records += [(k, o.get("finished"), o.get("mark")) for k in phase_notebooks() if k not in AFTER and (o := read_outcome(store, k))]
     return hashlib.sha256(json.dumps([notebook.read_text(), _package_hash(), profile.to_json(), [s.to_dict() for s in studies], records], sort_keys=True, default=str).encode()).hexdigest()
 
 AFTER = ("stats",)  # phases that read what the others left: executed last, and again when one of those was
@@ -252,13 +252,14 @@ def run_plan(
     workers:int|None=None,
     progress:bool=True,
     say=print,               # where a line about each phase goes
+    **how,                   # more of `run_studies`: hours_per_run, address, cpus, gpus
 ) -> PlanReport:
     """Train and execute the phases of a profile; a phase that fails does not keep the others from running.
 
     Raises: PlanError for an unknown phase; PlanInterrupted after SIGINT or SIGTERM.
     """
     report, begin = PlanReport(profile.name), time.perf_counter()
-    profile = tuned(profile, store, executor=executor, workers=workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs)
+    profile = tuned(profile, store, executor=executor, workers=workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs, **how)
     studies, notebooks = phase_studies(profile, only, seeds), pick_phases(only)
     every = [s for group in studies.values() for s in group]
     planned = distinct(every)
@@ -266,7 +267,7 @@ def run_plan(
     say(f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, {report.trained} to train; results in {store.path}")
     for name, notebook in notebooks.items(): check_parameters(notebook, dict(profile=0, results=0) | (dict(seeds=0) if seeds else {}))  # before hours of training
     report.seconds["looking what is there"] = max(0.0, time.perf_counter() - begin - sum(report.seconds.values()))
-    records = run_studies(every, store, executor, workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs)
+    records = run_studies(every, store, executor, workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs, **how)
     report.runs = len(records)
     for p, r in zip(planned, records, strict=True):
         report.statuses[r.status] = report.statuses.get(r.status, 0) + 1

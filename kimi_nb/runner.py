@@ -8,16 +8,18 @@ __all__ = ['EXECUTORS', 'H100', 'RunnerError', 'PlanInterrupted', 'distinct', 'p
            'time_step', 'predict_seconds', 'expect_h100']
 
 # %% ../nbs/12_runner.ipynb #c8f7a9fd
-import contextlib, json, math, os, signal, sys, threading, time, traceback
+import contextlib, faulthandler, json, math, os, re, signal, socket, sys, threading, time, traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pathlib import Path
 
+from .cluster import connected, has_gpus, room, spread
 from .config import DataConfig, KimiError, RunConfig
 from .store import Store
-from .study import Planned, Record, Study
+from .study import Planned, Record, Study, code_hash
 
 # %% ../nbs/12_runner.ipynb #eb8d59bb
 class RunnerError(KimiError): "A plan that cannot be run."
@@ -45,6 +47,32 @@ def pending(
     return [p for p in planned if not usable(p.run.run_id)]
 
 # %% ../nbs/12_runner.ipynb #eeb6f24a
+def _trace(store, run_id): return Path(store.path) / ".locks" / f"{run_id}.trace"
+
+@contextlib.contextmanager
+def _time_limit(store, run_id, hours):
+    "Within it, this process ends after so many hours and leaves a trace; none is no limit."
+    if hours is None: yield; return
+    with _trace(store, run_id).open("w") as file:
+        faulthandler.dump_traceback_later(hours * 3600, exit=True, file=file)
+        try: yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            with contextlib.suppress(OSError): os.unlink(file.name)
+
+def _overdue(store, run_id) -> str:
+    "Where a run stood when its time was over; '' when that is not why its process ended."
+    file = _trace(store, run_id)
+    try: text = file.read_text(errors="replace")
+    except OSError: return ""
+    with contextlib.suppress(OSError): file.unlink()
+    if not text.startswith("Timeout"): return ""  # killed within its time
+    with contextlib.suppress(OSError), (store.folder(run_id) / "training_log.txt").open("a") as f: f.write(text)
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text.rpartition("most recent call first):\n")[2])  # the thread that trains is the oldest, so the last
+    ours = [f for f in frames if Path(f[0]).parent.name == "kimi_nb"] or frames
+    return f"last in {ours[0][2]} ({Path(ours[0][0]).name}, line {ours[0][1]})" if ours else "it is not known where"
+
+# %% ../nbs/12_runner.ipynb #4286000c
 def run_one(
     run:RunConfig,
     store:Store,
@@ -54,6 +82,7 @@ def run_one(
     progress:bool=False,
     on_step=None,      # function of (step, metrics)
     keep:int=1,        # numbered checkpoints kept
+    hours:float|None=None, # after which this process ends itself, for worker processes
 ) -> Record:
     """The record of a run: the store's, or a new one.
 
@@ -69,7 +98,8 @@ def run_one(
         pick_device(device)
         prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
         folder = store.begin(run, name)
-        try: return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step, keep=keep)
+        try:
+            with _time_limit(store, run.run_id, hours): return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step, keep=keep)
         except (Interrupted, CheckpointError, DiskError): raise
         except KimiError as e: reason = str(e)
         except Exception as e:  # unforeseen: the record says so, and the other runs go on
@@ -97,32 +127,43 @@ def _watch(parent):
     os.kill(os.getpid(), signal.SIGTERM)  # `fit` saves and leaves
     time.sleep(20); os._exit(1)
 
-def _worker(pipe, store, threads, device, parent, born):
+def _attempt(run, store, **how):
+    "(kind, what, seconds) of a run, as workers and nodes report it."
+    from kimi_nb.train import Interrupted
+    start = time.perf_counter()
+    try: record = run_one(run, store, **how)
+    except Interrupted: return "interrupted", None, None
+    except KimiError as e: return "refused", str(e), None
+    except Exception: return "broken", traceback.format_exc(), None
+    return "done", record.status, _seconds(record, start)
+
+def _seconds(record, start):
+    training, seconds = (record.metrics.get(k) or 0.0 for k in ("training_seconds", "seconds"))
+    return dict(total=time.perf_counter() - start, training=training, evaluation=max(0.0, seconds - training))
+
+def _name(planned): return f"{planned.study}-{planned.arm}-s{planned.seed}"
+
+def _worker(pipe, store, threads, device, hours, parent):
     "A worker's life: runs come in through the pipe as (config, name), what became of them goes back."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; `fit` listens while it trains
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     try:
         import torch
+        import kimi_nb.train  # before it says that it is ready
         from tqdm.auto import tqdm
-        from kimi_nb.train import Interrupted
         tqdm.set_lock(threading.RLock())  # its own is shared between processes, and is left behind by one that is killed
         torch.set_num_threads(threads)
-        pipe.send(("ready", time.time() - born, None))
+        pipe.send(("ready", None, None))
         while True:
             config, name, keep = pipe.recv()
-            run, last, start = RunConfig(**config), 0.0, time.perf_counter()
+            last = 0.0
             def report(step, line):
                 nonlocal last
                 if (now := time.monotonic()) - last < 0.2: return
                 last = now
                 try: pipe.send(("step", step, line["train_loss"]))
                 except OSError: os.kill(os.getpid(), signal.SIGTERM)  # nobody listens any more: save and leave
-            try: record = run_one(run, store, name, device, threads, on_step=report, keep=keep)
-            except Interrupted: pipe.send(("interrupted", None, None)); continue
-            except KimiError as e: pipe.send(("refused", str(e), None)); continue
-            except Exception: pipe.send(("broken", traceback.format_exc(), None)); continue
-            spent = dict(total=time.perf_counter() - start, training=record.metrics.get("training_seconds") or 0.0, evaluation=max(0.0, (record.metrics.get("seconds") or 0.0) - (record.metrics.get("training_seconds") or 0.0)))
-            pipe.send(("done", record.status, spent))
+            pipe.send(_attempt(RunConfig(**config), store, name=name, device=device, threads=threads, on_step=report, keep=keep, hours=hours))
     except (EOFError, OSError): return  # nobody listens any more
 
 @dataclass
@@ -132,19 +173,21 @@ class Worker:
     pipe: object
     ready: bool = False
     busy: object = None  # the Planned it is at
+    born: float = 0.0    # on a clock that nobody sets
 
     @classmethod
-    def start(cls, store, threads, device):
+    def start(cls, store, threads, device, hours=None):
         context = get_context("spawn")
         mine, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs, store, threads, device, os.getpid(), time.time()), daemon=True)
+        process = context.Process(target=_worker, args=(theirs, store, threads, device, hours, os.getpid()), daemon=True)
+        born = time.monotonic()
         with _plain_main(), _deaf(): process.start()
         theirs.close()
-        return cls(process, mine)
+        return cls(process, mine, born=born)
 
     def give(self, planned):
         self.busy = planned
-        with contextlib.suppress(OSError): self.pipe.send((planned.run.model_dump(mode="json"), f"{planned.study}-{planned.arm}-s{planned.seed}", planned.keep))  # if it has died, its end of the pipe says so
+        with contextlib.suppress(OSError): self.pipe.send((planned.run.model_dump(mode="json"), _name(planned), planned.keep))  # if it has died, its end of the pipe says so
 
     def stop(self, patience=30.0):
         "Let it finish its step and save; insist after `patience` seconds."
@@ -228,23 +271,30 @@ def _signals():
     finally:
         for s, h in before.items(): signal.signal(s, h)
 
-def _in_processes(todo, store, workers, device, bar, team, spent):
+def _fail(planned, store, bar, reason):
+    store.put(Record.of(planned.run, "failed", provenance=dict(error=reason)), _name(planned))
+    bar.finish(planned.run.run_id)
+
+def _late(hours, where): return f"not done after {hours:g} hours, {_TRIES} times, {where}: raise --time-limit, or look with kimi-nb profile where the time goes"
+
+def _raise_if_not_done(planned, kind, what):
+    "Raises: RunnerError, RuntimeError for what is not the run's own fault."
+    if kind == "refused": raise RunnerError(what)
+    if kind == "broken": raise RuntimeError(f"run {planned.run.run_id} ({planned.study}, {planned.arm}, seed {planned.seed}) broke:\n{what}")
+
+def _in_processes(todo, store, workers, device, bar, team, spent, hours):
     "Hand the runs out to the workers in `team`, which are started already."
     threads, left, tries = share_of_cores(workers), list(todo), Counter()
-    def fail(planned, reason):
-        store.put(Record.of(planned.run, "failed", provenance=dict(error=reason)), f"{planned.study}-{planned.arm}-s{planned.seed}")
-        bar.finish(planned.run.run_id)
     def hear(worker):
         kind, what, more = worker.pipe.recv()
         planned = worker.busy
-        if kind == "ready": worker.ready = True; spent["start-up"] += what
+        if kind == "ready": worker.ready = True; spent["start-up"] += time.monotonic() - worker.born
         elif kind == "step": bar.step(planned.run.run_id, what, more)
         else:
             worker.busy = None
             if kind == "interrupted": left.insert(0, planned)  # a signal to the worker alone: the run goes on elsewhere
-            elif kind == "refused": raise RunnerError(what)
-            elif kind == "broken": raise RuntimeError(f"run {planned.run.run_id} ({planned.study}, {planned.arm}, seed {planned.seed}) broke:\n{what}")
             else:
+                _raise_if_not_done(planned, kind, what)
                 for part, seconds in more.items(): spent[part] += seconds
                 bar.finish(planned.run.run_id)
     with _signals() as asked:
@@ -259,12 +309,14 @@ def _in_processes(todo, store, workers, device, bar, team, spent):
                     worker.stop(); team.remove(worker)
                     if planned := worker.busy:
                         tries[planned.run.run_id] += 1
+                        late = _overdue(store, planned.run.run_id)
                         if tries[planned.run.run_id] < _TRIES: left.insert(0, planned)
-                        else: fail(planned, f"its worker process died {_TRIES} times (out of memory, or killed): use fewer with --workers")
+                        elif late: _fail(planned, store, bar, _late(hours, late))
+                        else: _fail(planned, store, bar, f"its worker process died {_TRIES} times (out of memory, or killed): use fewer with --workers")
                     else:
                         tries[None] += 1
                         if tries[None] >= _TRIES * workers: raise RunnerError(f"worker processes die before they take a run ({_TRIES * workers} did; out of memory, or killed): use fewer with --workers") from None
-                    if left or any(w.busy for w in team): team.append(Worker.start(store, threads, device))
+                    if left or any(w.busy for w in team): team.append(Worker.start(store, threads, device, hours))
         if asked:
             for worker in team: worker.process.terminate()  # all at once; then each gets its time
             for worker in team: worker.stop()
@@ -278,44 +330,122 @@ def _in_process(todo, store, device, bar, spent):
         for p in todo:
             if asked: raise PlanInterrupted(_stopped(bar))
             start = time.perf_counter()
-            try: record = run_one(p.run, store, f"{p.study}-{p.arm}-s{p.seed}", device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]), keep=p.keep)
+            try: record = run_one(p.run, store, _name(p), device, on_step=lambda step, line: bar.step(p.run.run_id, step, line["train_loss"]), keep=p.keep)
             except Interrupted: raise PlanInterrupted(_stopped(bar)) from None
-            training = record.metrics.get("training_seconds") or 0.0
-            spent.update(total=time.perf_counter() - start, training=training, evaluation=max(0.0, (record.metrics.get("seconds") or 0.0) - training))
+            spent.update(_seconds(record, start))
             bar.finish(p.run.run_id)
 
-EXECUTORS = ("process", "inprocess")
+# %% ../nbs/12_runner.ipynb #f031f9ae
+def _on_a_node(run_id, code, config, store, how):
+    "One run as a task on a node; what became of it, as `_attempt`."
+    here = f"node {socket.gethostname()}"
+    if not (Path(store.path) / "studies").is_dir(): return "refused", f"{here} does not see {store.path}: put the results into a folder that all nodes share", None
+    if (found := code_hash()) != code: return "refused", f"{here} has other training code ({found}, here {code}): install the same kimi_nb on every node", None
+    run = RunConfig(**config)
+    if run.run_id != run_id: return "refused", f"{here} has other data under the name {run.data.corpus}: give every node the same files", None
+    return _attempt(run, store, **how)
+
+def _last_step(file):
+    "(step, loss) of the last whole line of a journal, None without one."
+    try:
+        with open(file, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - 16384))
+            lines = f.read().split(b"\n")[:-1]
+    except OSError: return None
+    for text in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+            line = json.loads(text)
+            return int(line["step"]), line["train_loss"]
+
+def _arrived(store, run_id, seconds=60.0):
+    "A network file system may show a new file late.  Raises: RunnerError where it shows none."
+    end = time.monotonic() + seconds
+    while not (store.folder(run_id) / "result.json").exists():
+        if time.monotonic() > end: raise RunnerError(f"a node finished run {run_id}, and its record is not in {store.path}: put the results into a folder that all nodes share")
+        time.sleep(0.2)
+
+def _on_cluster(ray, todo, store, workers, device, bar, spent, hours, cpus, gpus):
+    "Hand the runs out to the nodes of a Ray cluster."
+    planned, shared = {p.run.run_id: p for p in todo}, type(store)(Path(store.path).resolve())
+    how = lambda p: dict(name=_name(p), device=device, threads=max(1, int(cpus)), keep=p.keep, hours=hours)
+    jobs = {k: (k, code_hash(), p.run.model_dump(mode="json"), shared, how(p)) for k, p in planned.items()}
+    looked, late = time.monotonic(), {}
+    with _signals() as asked:
+        while jobs and not asked:
+            events = spread(ray, dict(jobs), _on_a_node, cpus, gpus, workers, _TRIES, stop=lambda: bool(asked))
+            with contextlib.closing(events):
+                for key, event, what in events:
+                    if key is None or time.monotonic() - looked > 1:
+                        if time.monotonic() - looked < 1: continue
+                        looked, folders = time.monotonic(), {n[-12:]: n for n in os.listdir(shared.path / "experiments")} if (shared.path / "experiments").is_dir() else {}
+                        for k in jobs:
+                            if k in folders and (seen := _last_step(shared.path / "experiments" / folders[k] / "metrics.jsonl")): bar.step(k, *seen)
+                    if event in ("lost", "failed"):
+                        late[key] = _overdue(store, key)
+                        if event == "failed": del jobs[key]; _fail(planned[key], store, bar, _late(hours, late[key]) if late[key] else f"its worker died {_TRIES} times (out of memory, or killed): give it more with --cpus-per-run ({what})")
+                    elif event == "done":
+                        kind, what, more = what
+                        if kind == "interrupted": continue  # a signal to the worker alone: the run goes on in the next round
+                        _raise_if_not_done(planned[key], kind, what)
+                        _arrived(store, key)
+                        del jobs[key]
+                        for part, seconds in more.items(): spent[part] += seconds
+                        bar.finish(key)
+    if asked: raise PlanInterrupted(_stopped(bar))
+
+@contextlib.contextmanager
+def _cluster(executor, address, device, cpus, gpus):
+    "(ray, cpus, gpus, jobs at a time); nothing for the other executors."
+    if executor != "ray": yield None, cpus, gpus, None; return
+    with connected(address) as ray:
+        gpus = (1 if has_gpus(ray) and not str(device or "").startswith("cpu") else 0) if gpus is None else gpus
+        slots = room(ray, cpus, gpus)
+        if not slots: raise RunnerError(f"no node of the cluster has {cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "") + " for a run: ask for less with --cpus-per-run and --gpus-per-run, or start a larger node")
+        yield ray, cpus, gpus, slots
+
+# %% ../nbs/12_runner.ipynb #28a690b4
+EXECUTORS = ("process", "inprocess", "ray")
 
 def run_studies(
     studies:list[Study],
     store:Store,
-    executor:str="process",    # process, or inprocess (one after the other, here)
-    workers:int|None=None,     # processes; none is one per core, one on a GPU
+    executor:str="process",    # process, inprocess (one after the other, here) or ray (on the nodes of a cluster)
+    workers:int|None=None,     # processes; none is one per core, one on a GPU, or what a cluster has room for
     device:str|None=None,      # none: CUDA, else Apple's, else CPU
     progress:bool=True,        # show a bar with the time left
     spent:dict|None=None,      # where the time went is added to it: part -> wall seconds
     max_epochs:float|None=None, # passes over its training text that no run may exceed; none is no limit
+    hours_per_run:float|None=None, # after which a run is taken to hang: its process ends, and it is tried again; none is no limit
+    address:str|None=None,     # with ray: of the cluster; none is RAY_ADDRESS, else one of this machine's own
+    cpus:float=1,              # with ray: cores of a run
+    gpus:float|None=None,      # with ray: GPUs of a run, a part of one below 1; none is one where the cluster has any
 ) -> list[Record]:
     """Records of every run of the studies, in order; trains only what the store does not hold, and writes the studies' manifests.
 
-    Raises: RunnerError for an unknown executor, too many passes over a text, or workers that keep dying; PlanInterrupted after SIGINT or SIGTERM; DataError when a corpus cannot be had.
+    Raises: RunnerError for an unknown executor, too many passes over a text, or workers that keep dying; ClusterError for a cluster that cannot be used; PlanInterrupted after SIGINT or SIGTERM; DataError when a corpus cannot be had.
     """
     if executor not in EXECUTORS: raise RunnerError(f"executor {executor!r} is unknown: one of {', '.join(EXECUTORS)}")
     if workers is not None and workers < 1: raise RunnerError(f"workers {workers} is out of range: at least 1")
+    if address is not None and executor != "ray": raise RunnerError(f"address {address!r} belongs to executor ray: give --executor ray too")
+    for what, value in (("cpus", cpus), ("gpus", gpus), ("hours_per_run", hours_per_run)):
+        if value is not None and not (0 < value < math.inf or what == "gpus" and value == 0): raise RunnerError(f"{what} {value:g} is out of range: above 0")
+    if hours_per_run is not None and executor == "inprocess": raise RunnerError("a time limit ends the process of a run, and executor inprocess has only this one: use executor process or ray")
     plan, begin = distinct(studies), time.perf_counter()
     for study in studies: store.record_study(study)
     if todo := pending(plan, store):
-        workers, used, team = min(workers or default_workers(), len(todo)), Counter(), []
+        at_once, workers, used, team = workers, min(workers or default_workers(), len(todo)), Counter(), []
         try:
-            if executor == "process": team += [Worker.start(store, share_of_cores(workers), device) for _ in range(workers)]
-            else: workers = 1
-            start = time.perf_counter()
-            _prepare(todo, max_epochs)
-            used["data"], start = time.perf_counter() - start, time.perf_counter()
-            weights = {p.run.run_id: weight(p.run) for p in todo}
-            with Progress(weights, {p.run.run_id: p.run.train.steps for p in todo}, progress) as bar:
-                if executor == "inprocess": _in_process(todo, store, device, bar, used)
-                else: _in_processes(todo, store, workers, device, bar, team, used)
+            with _cluster(executor, address, device, cpus, gpus) as (ray, cpus, gpus, slots):
+                if executor == "process": team += [Worker.start(store, share_of_cores(workers), device, hours_per_run) for _ in range(workers)]
+                else: workers = min(slots, at_once or slots, len(todo)) if ray else 1
+                start = time.perf_counter()
+                _prepare(todo, max_epochs)
+                used["data"], start = time.perf_counter() - start, time.perf_counter()
+                weights = {p.run.run_id: weight(p.run) for p in todo}
+                with Progress(weights, {p.run.run_id: p.run.train.steps for p in todo}, progress) as bar:
+                    if executor == "inprocess": _in_process(todo, store, device, bar, used)
+                    elif ray: _on_cluster(ray, todo, store, at_once, device, bar, used, hours_per_run, cpus, gpus)
+                    else: _in_processes(todo, store, workers, device, bar, team, used, hours_per_run)
         finally:
             for worker in team:
                 if not worker.busy: worker.process.kill()  # it holds nothing
@@ -343,9 +473,9 @@ def _where_time_went(used, workers, wall):
     parts["waiting for the last"] = max(0.0, wall - sum(parts.values()))
     return parts
 
-def run_study(study:Study, store:Store, executor:str="process", workers:int|None=None, device:str|None=None, progress:bool=True) -> list[Record]:
+def run_study(study:Study, store:Store, executor:str="process", workers:int|None=None, device:str|None=None, progress:bool=True, **how) -> list[Record]:
     "`run_studies` for one."
-    return run_studies([study], store, executor, workers, device, progress)
+    return run_studies([study], store, executor, workers, device, progress, **how)
 
 # %% ../nbs/12_runner.ipynb #e7862be7
 def weight(run:RunConfig) -> float:
@@ -381,7 +511,6 @@ def _untrained(run, vocab_size, seed=None):
     return KimiModel(run.model if run.model.vocab_size else run.model.override({"vocab_size": vocab_size}), seed)
 
 def _vocab(run):
-    import re
     t = run.data.tokenizer
     return int(t[4:]) if re.fullmatch(r"bpe:\d+", t) else 257 if t == "byte" else 100 if t == "char" else 50257
 

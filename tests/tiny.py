@@ -110,3 +110,12 @@ def wait_until(condition, seconds=60.0, what="it"):
         assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
         time.sleep(0.01)
     return found
+
+
+def hang(store, study, arm):
+    """Every run of an arm will stand still when it starts: it waits for a checkpoint's file that nobody writes."""
+    for p in study.expand():
+        if p.arm == arm:
+            folder = store.begin(p.run, f"{p.study}-{p.arm}-s{p.seed}") / "checkpoints" / "step_00000001"
+            folder.mkdir(parents=True)
+            os.mkfifo(folder / "state.json")

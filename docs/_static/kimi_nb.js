@@ -1,0 +1,35 @@
+// Tables can be sorted: a click on a heading sorts by that column, a second click the other way round.
+(() => {
+  const number = (text) => {
+    const m = text.replace(/[,\u2009]/g, "").replace(/\u2212/g, "-").match(/^[<>≈×~\s]*([-+]?\d*\.?\d+(?:e[-+]?\d+)?)/i);
+    return m ? parseFloat(m[1]) : NaN;
+  };
+  const compare = (a, b) => {
+    const x = number(a), y = number(b);
+    if (!isNaN(x) && !isNaN(y)) return x - y;
+    return isNaN(x) !== isNaN(y) ? (isNaN(x) ? 1 : -1) : a.localeCompare(b);
+  };
+  const prepare = (table) => {
+    const body = table.tBodies[0], head = table.tHead && table.tHead.rows.length === 1 && table.tHead.rows[0];
+    const spans = [...table.querySelectorAll("th, td")].some((c) => c.colSpan > 1 || c.rowSpan > 1);
+    if (table.closest(".knb") || !head || !body || body.rows.length < 3 || spans) return;
+    [...head.cells].forEach((cell, i) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "sort";
+      button.title = "sort by this column";
+      button.append(...(cell.querySelector("p") || cell).childNodes);
+      (cell.querySelector("p") || cell).append(button);
+      button.addEventListener("click", () => {
+        const down = cell.getAttribute("aria-sort") === "ascending";
+        for (const other of head.cells) other.removeAttribute("aria-sort");
+        cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const rows = [...body.rows].map((row) => [row.cells[i].textContent.trim(), row]);
+        const empty = (t) => t === "" || t === "—";
+        rows.sort(([a], [b]) => empty(a) - empty(b) || (down ? -1 : 1) * compare(a, b)); // what is missing stays last
+        body.append(...rows.map(([, row]) => row));
+      });
+    });
+  };
+  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("article table").forEach(prepare));
+})();

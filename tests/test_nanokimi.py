@@ -1,0 +1,388 @@
+"""nanoKimi's interface: its snippets run with the import changed, its files load, and what is said about nanoGPT was measured."""
+
+import io
+import math
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_run
+
+from kimi_nb.cli import main
+from kimi_nb.config import ConfigError, KimiError, ModelConfig, RunConfig
+from kimi_nb.data import prepare
+from kimi_nb.generate import Generator
+from kimi_nb.model import KimiModel, count_parameters
+from kimi_nb.nanogpt import NanoGPTComparison, nanogpt_equal
+from kimi_nb.nanokimi import ArrayDataset, DataConfig, ModelEvaluator, TextDataProcessor, dataset_settings, read_config, toy_dataset, track, train_on
+from kimi_nb.store import Store
+from kimi_nb.tokenizer import ByteTokenizer, PairTokenizer
+
+REPO = Path(__file__).resolve().parents[1]
+
+# as nanoKimi's description has it, but for the first line's package
+SNIPPET = '''import torch
+from kimi_nb import KimiModel, KimiConfig, Generator
+
+# Create model configuration
+config = KimiConfig(
+    n_layer=12,
+    n_head=12, 
+    n_embd=768,
+    vocab_size=50257,
+    block_size=1024,
+    moe={
+        "use_moe": True,
+        "num_experts": 8,
+        "top_k": 2,
+    }
+)
+
+# Create and use model
+model = KimiModel(config)
+generator = Generator(model)
+
+# Generate text
+text = generator.generate_text("The future of artificial intelligence", max_new_tokens=50)
+print(text)
+'''  # noqa: W291
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Data sets are remembered by name in the cache: a test's names are its own."""
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two training files and a validation file of other words."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(40)]
+    for name, n in (("train1.txt", 900), ("train2.txt", 900), ("val.txt", 400)):
+        (tmp_path / name).write_text(" ".join(rng.choice(words, n)) + f" {name[:3]} end")
+    return tmp_path
+
+
+def ran(*argv):
+    """`kimi-nb` with these arguments has to succeed."""
+    assert main([str(a) for a in argv]) == 0
+
+
+# --- the package -------------------------------------------------------------------------------------------------
+
+
+def test_the_names_come_without_torch_until_one_needs_it():
+    code = "import sys, kimi_nb; from kimi_nb import KimiConfig, RunConfig, ModelEvaluator, TextDataProcessor, TokenDataset; KimiConfig(n_layer=1); assert 'torch' not in sys.modules; from kimi_nb import KimiModel, Generator; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+    import kimi_nb
+
+    assert kimi_nb.KimiModel is KimiModel and kimi_nb.KimiConfig is ModelConfig and {"Generator", "NanoGPTComparison", "__version__"} <= set(dir(kimi_nb))
+    with pytest.raises(AttributeError, match="has no attribute 'KimiModell'"):
+        _ = kimi_nb.KimiModell
+
+
+@pytest.mark.slow
+def test_the_snippet_runs_as_written(data_dir, capsys, monkeypatch):
+    """Twelve layers, 768 wide, eight experts, GPT-2's vocabulary: constructed, and 50 tokens written."""
+    monkeypatch.setattr(PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name)))
+    here: dict = {}
+    exec(SNIPPET, here)
+    assert len(here["generator"].tokenizer.encode(here["text"])) >= 25 and capsys.readouterr().out.strip()
+    assert here["model"].config.flat() | {"n_layers": 12, "n_heads": 12, "d_model": 768, "max_seq_len": 1024, "ffn.kind": "moe", "moe.n_experts": 8, "moe.top_k": 2} == here["model"].config.flat()
+
+
+def test_the_snippet_runs_at_a_small_size(capsys):
+    small = SNIPPET.replace("n_layer=12", "n_layer=2").replace("n_embd=768", "n_embd=24").replace("vocab_size=50257", "vocab_size=257")
+    with pytest.warns(UserWarning, match="no tokenizer was given"):
+        exec(small, {})
+    assert capsys.readouterr().out
+
+
+def test_the_snippet_is_the_descriptions_own(repo):
+    text = repo.parent / "shared" / "requirements" / "nanokimi.md"
+    if not text.is_file():
+        pytest.skip("needs ../shared/requirements/nanokimi.md, which is not part of the checkout")
+    assert SNIPPET.replace("from kimi_nb import", "from nanokimi import") in text.read_text(encoding="utf-8")
+
+
+# --- configuration files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "experts", "kind", "low", "high"),
+    [("nano", 6, 384, 4, "non_embedding", 9e6, 11e6), ("small", 12, 768, 8, "total", 122e6, 126e6), ("medium", 24, 1024, 16, "total", 330e6, 360e6)],
+)
+def test_the_three_sizes_are_those_of_the_description(name, layers, width, experts, kind, low, high):
+    run, tracking = read_config(REPO / "examples" / f"{name}.yaml")
+    config = run.model if run.model.vocab_size else run.model.override(vocab_size=4096)
+    assert (config.n_layers, config.d_model, config.moe.n_experts, config.ffn.kind, tracking.tool) == (layers, width, experts, "moe", "none")
+    assert read_config(f"{name}.yaml")[0] == run  # kimi-nb train --config nano.yaml
+    assert RunConfig.load(REPO / "examples" / f"{name}.yaml") == run  # one vocabulary: the project's own reader takes them too
+    with torch.device("meta"):
+        assert low < count_parameters(KimiModel(config, seed=None))[kind] < high
+
+
+NANOKIMI = """
+model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 32, moe: {use_moe: true, num_experts: 4, top_k: 2}}
+training:
+  max_steps: 50
+  batch_size: 4
+  learning_rate: 2e-3
+  weight_decay: 0.2
+  optimizer: muon
+  mixed_precision: true
+  compile_model: false
+  use_wandb: true
+  wandb_project: "my-nanokimi-experiments"
+  wandb_run_name: "experiment-1"
+data: {dataset: tinyworld, tokenizer_name: byte}
+"""
+
+
+def test_a_file_that_is_nowhere_is_refused_by_name(capsys):
+    assert main(["train", "--config", "nanno.yaml"]) == 2
+    assert capsys.readouterr().err == "kimi-nb: error: nanno.yaml cannot be read: No such file or directory\n"
+
+
+def test_nanokimis_file_is_read_and_every_switch_does_something(tmp_path):
+    def read(text):
+        (tmp_path / "c.yaml").write_text(text)
+        return read_config(tmp_path / "c.yaml")
+
+    run, tracking = read(NANOKIMI)
+    assert run.flat() | {"model.n_layers": 1, "model.max_seq_len": 32, "model.ffn.kind": "moe", "model.moe.n_experts": 4, "train.steps": 50, "train.batch_size": 4, "train.lr": 2e-3,
+                         "train.optimizer.weight_decay": 0.2, "train.optimizer.name": "muon", "train.precision": "auto", "data.corpus": "tinyworld", "data.tokenizer": "byte"} == run.flat()  # fmt: skip
+    assert (tracking.tool, tracking.project, tracking.name) == ("wandb", "my-nanokimi-experiments", "experiment-1")
+    for change, path, value in (("mixed_precision: true", "train.precision", "fp32"), ("compile_model: false", "train.compile", True)):
+        flipped = read(NANOKIMI.replace(change, change.split(":")[0] + (": false" if "true" in change else ": true")))[0]
+        assert {k: v for k, v in flipped.flat().items() if v != run.flat()[k]} == {path: value}
+    assert read(NANOKIMI.replace("use_wandb: true", "use_wandb: false"))[1].tool == "none"
+    assert read(NANOKIMI.replace("use_wandb", "use_trackio"))[1].tool == "trackio"
+    for wrong, line in (("use_wandb: true", "training.use_wandb 'maybe' is not true or false"), ("compile_model: false", "train.compile 'maybe' is not true or false")):
+        with pytest.raises(ConfigError, match=re.escape(line)):
+            read(NANOKIMI.replace(wrong, wrong.split(":")[0] + ": maybe"))
+
+
+def test_training_and_generation_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """The commands of the quick start, cut to seconds."""
+    (tmp_path / "nano.yaml").write_text(NANOKIMI.replace("tinyworld", "tinyworld\n  num_documents: 60\n  ".replace("\n  ", ", ").rstrip(", ")))
+    out = tmp_path / "checkpoints" / "nano"
+    ran("train", "--config", tmp_path / "nano.yaml", "--max-steps", 6, "--no-wandb", "--out", out, "--quiet")
+    assert re.search(r"steps +6\n", capsys.readouterr().out)
+    for how in ([], ["--stream"]):
+        ran("generate", "--checkpoint", out, "--prompt", "The future of AI is", "--max-new-tokens", 8, "--seed", 1, *how)
+    first, second = capsys.readouterr().out.split("The future of AI is")[1:]
+    assert first.strip("\n") == second.strip("\n") and first
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n\n"))
+    ran("generate", "--checkpoint", out, "--interactive", "--max-new-tokens", 5)
+    g = Generator.from_checkpoint(out)
+    assert g.generate_text("Once", use_cache=True, seed=3) == g.generate_text("Once", use_cache=False, seed=3)
+
+
+def test_tracking_logs_every_step_where_it_was_asked_for(tmp_path, monkeypatch, capsys):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **k: calls.append(("init", k["project"], k["name"])), log=lambda line, step: calls.append((step, "train_loss" in line)), finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("dataset: tinyworld", "corpus: tinyworld, num_documents: 60"))
+    ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--out", tmp_path / "a", "--quiet")
+    assert calls == [("init", "my-nanokimi-experiments", "experiment-1"), (1, True), (2, True), (3, True), "finish"]
+    calls.clear()
+    ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--out", tmp_path / "b", "--quiet", "--no-wandb")
+    assert calls == []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--max-steps", "3", "--out", str(tmp_path / "d")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "kimi-nb: error: tracker 'wandb' is not installed: pip install 'kimi_nb[track]'"
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_files_that_were_given_for_it(texts, tmp_path, capsys):
+    config = DataConfig(tokenizer_name="bpe:300", block_size=32)
+    train_path, val_path = made = TextDataProcessor(config).process_dataset("my_dataset", train_files=[texts / "train1.txt", texts / "train2.txt"], val_files=[texts / "val.txt"])
+    read = lambda path: made.tokens.tokenizer.decode(np.fromfile(path, dtype="<u2")).split("<|endoftext|>")[:-1]
+    assert read(val_path) == [(texts / "val.txt").read_text()]
+    assert sorted(read(train_path)) == sorted((texts / n).read_text() for n in ("train1.txt", "train2.txt"))
+    # by name in a file, a run trains on the one and is scored on the other
+    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("{dataset: tinyworld, tokenizer_name: byte}", "{dataset: my_dataset}"))
+    run = read_config(tmp_path / "c.yaml")[0]
+    assert run.data == made.data and prepare(run.data).fingerprint == made.tokens.fingerprint
+    ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--no-wandb", "--out", tmp_path / "out", "--quiet")
+    from kimi_nb.study import Record
+
+    record = Record.from_json((tmp_path / "out" / "result.json").read_text())
+    assert record.metrics["val_tokens"] == len(np.fromfile(val_path, dtype="<u2")) - 1
+    # and on the command line, by its name or its corpus
+    capsys.readouterr()
+    ran("data", "--dataset", "my_dataset")
+    ran("data", "--data.corpus", made.corpus, "--data.tokenizer", "bpe:300", "--data.test_fraction", 0)
+    assert capsys.readouterr().out.count(f"fingerprint {made.tokens.fingerprint}") == 2
+
+
+def test_the_processors_own_snippets(texts, data_dir, monkeypatch):
+    monkeypatch.setattr(PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name)))
+    monkeypatch.chdir(texts)
+    processor = TextDataProcessor(DataConfig(tokenizer_name="gpt2", block_size=1024))
+    train_path, val_path = processor.process_dataset("my_dataset", train_files=["train1.txt", "train2.txt"], val_files=["val.txt"])
+    assert train_path.is_file() and val_path.is_file()
+    made = TextDataProcessor(DataConfig()).process_dataset("openwebtext", ["train1.txt"], ["val.txt"])
+    assert made.tokens.vocab_size == 50257 and dataset_settings("openwebtext")["corpus"] == made.corpus  # what was processed goes before the hub
+
+
+def test_what_cannot_be_processed_is_refused_in_one_line(texts):
+    p = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=32))
+    train, val = texts / "train1.txt", texts / "val.txt"
+    odd = texts / "a,b.txt"
+    odd.write_text("text " * 50)
+    short = texts / "short.txt"
+    short.write_text("too short")
+    for arguments, line in (
+        (("x", [train], []), "no val files"), (("x", [train], [train]), "two splits"), (("x", [texts / "none.txt"], [val]), "does not exist"), (("x", [odd], [val]), "rename it"),
+        (("pydocs", [train], [val]), "is not possible"), (("a/b", [train], [val]), "is not possible"), (("x", [train], [short]), "needs 33"),
+    ):  # fmt: skip
+        with pytest.raises(KimiError, match=line) as e:
+            p.process_dataset(*arguments)
+        assert "\n" not in str(e.value)
+    assert dataset_settings("x") == dict(corpus="x")  # nothing that failed is remembered
+
+
+def test_the_toy_data_set_cannot_be_learned():
+    toy = toy_dataset(6000)
+    run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32), train=dict(steps=60, batch_size=8, lr=5e-3))
+    model, losses = train_on(run, toy.tokens)
+    assert 4.1 < ModelEvaluator().evaluate(model, toy)["loss"] < 4.4 and losses[-1] > 4.0  # ln 64 = 4.16
+
+
+class Alternating:
+    """The interface and nothing more, as a user would write it."""
+
+    tokenizer = ByteTokenizer()
+    train, val, test = (np.tile(np.array([97, 98], dtype=np.uint16), n) for n in (500, 60, 0))
+    vocab_size, fingerprint, n_bytes = 257, "alternating", dict(train=1000, val=120, test=0)
+
+
+def test_a_data_set_of_ones_own_can_be_trained_on_and_scored():
+    run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=120, batch_size=8, lr=1e-2))
+    model, _ = train_on(run, Alternating())
+    assert ModelEvaluator().evaluate_perplexity(model, Alternating()) < 1.5
+    assert Generator(model).generate_text("ab", 4, greedy=True) == "abab"
+    same = ArrayDataset(Alternating.train, Alternating.val, ByteTokenizer())
+    assert ModelEvaluator().evaluate(model, same)["bits_per_byte"] == pytest.approx(ModelEvaluator().evaluate(model, Alternating())["bits_per_byte"])
+    with pytest.raises(KimiError, match="ids below 257"):
+        ArrayDataset([1, 300], [1], ByteTokenizer())
+
+
+def test_training_on_a_data_set_takes_the_steps_of_the_run(tmp_path):
+    from kimi_nb.train import fit
+
+    run = tiny_run(train__eval_every=0)
+    record = fit(run, tmp_path / "run", progress=False)
+    _, losses = train_on(run, prepare(run.data))
+    assert losses == record.curves["train_loss"]["value"]
+
+
+def test_perplexity_is_that_of_the_definition():
+    """exp of the mean negative log-likelihood over all tokens but the first, each in its window, computed by hand in float64."""
+    model, ids = KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1), ByteTokenizer().encode("The cat sat on the mat. " * 8)[:161]
+    found = ModelEvaluator().evaluate_perplexity(model, ids)
+    with torch.no_grad():
+        total = 0.0
+        for start in range(0, 160, 16):
+            x = torch.as_tensor(ids[start : start + 17])[None]
+            logp = model(x[:, :-1]).logits.double().log_softmax(-1)
+            total -= logp[0, torch.arange(16), x[0, 1:]].sum().item()
+    assert found == pytest.approx(math.exp(total / 160), rel=1e-5)
+    with pytest.raises(KimiError, match="the model's vocabulary has 257"):
+        ModelEvaluator().evaluate(model, np.full(40, 300))
+
+
+# --- nanoGPT -----------------------------------------------------------------------------------------------------
+
+
+def contest(**changes):
+    """A small MoE run and a small budget."""
+    return tiny_run(**dict(model__ffn__kind="moe", model__norm__kind="rmsnorm", train__optimizer__name="muon", train__steps=20) | changes)
+
+
+def test_the_opponent_is_nanogpt_at_the_same_size():
+    for run in (contest(), RunConfig.preset("kimi"), RunConfig.preset("small")):
+        g = nanogpt_equal(run)
+        m = g.model
+        assert (m.norm.kind, m.norm.bias, m.position.kind, m.attention.kind, m.ffn.kind, m.ffn.activation, m.tie_embeddings, g.train.optimizer.name) == ("layernorm", False, "learned", "mha", "dense", "gelu", True, "adamw")
+        assert (m.d_model, m.n_layers, m.n_heads, m.max_seq_len, m.dense_width) == (run.model.d_model, run.model.n_layers, run.model.n_heads, run.model.max_seq_len, 4 * run.model.d_model)
+        assert (g.tokens_per_step, g.train.steps, g.data, g.seed) == (run.tokens_per_step, run.train.steps, run.data, run.seed)
+
+
+def test_the_table_holds_the_runs_numbers_whichever_way_they_fall(tmp_path, capsys):
+    store = Store(tmp_path)
+    compare = NanoGPTComparison(store, speed=False)
+    fair = compare.compare_runs(contest(), seeds=2)
+    for name in ("nanoKimi", "nanoGPT"):
+        mine = [r for r in store.records() if (r.run.model.ffn.kind == "moe") == (name == "nanoKimi")]
+        assert len(mine) == 2 and fair["test_bpb"][name] == pytest.approx(np.mean([r.metrics["test_bpb"] for r in mine]))
+        assert fair["total_parameters"][name] == mine[0].metrics["total_parameters"]
+    shown = capsys.readouterr().out
+    assert f"{fair['test_bpb']['nanoKimi']:.4f}" in shown and "2 pairs of seeds" in shown and fair.verdict is not None
+    for lr_kimi, lr_gpt, winner in ((1e-7, 3e-3, "nanoGPT"), (3e-3, 1e-7, "nanoKimi")):
+        run = contest(train__lr=lr_kimi)
+        result = NanoGPTComparison(speed=False, show=False).compare_runs(run, nanogpt_equal(run, lr=lr_gpt))
+        row = result.frame.set_index("name").loc["test_bpb"]
+        assert row["better"] == winner and (row["change"] > 0) == (winner == "nanoGPT")
+
+
+def test_what_the_store_holds_is_not_trained_again(tmp_path, monkeypatch):
+    compare = NanoGPTComparison(str(tmp_path), speed=False, show=False)
+    first = compare.compare_runs(contest())
+    monkeypatch.setattr("kimi_nb.train.Trainer.step", lambda *a: pytest.fail("trained again"))
+    assert compare.compare_runs(contest()).frame.equals(first.frame)
+
+
+def test_budgets(monkeypatch):
+    compare = NanoGPTComparison(speed=False, show=False)
+    tokens = compare.compare_runs(contest())
+    assert tokens["tokens"]["nanoKimi"] == tokens["tokens"]["nanoGPT"] and tokens["training_flops"]["nanoKimi"] != tokens["training_flops"]["nanoGPT"]
+    flops = compare.compare_runs(contest(), budget="flops")["training_flops"]
+    assert flops["nanoKimi"] == pytest.approx(flops["nanoGPT"], rel=0.03)
+    monkeypatch.setattr(NanoGPTComparison, "_speed", lambda self, runs: __import__("pandas").DataFrame(dict(name=["nanoKimi", "nanoGPT"], step_seconds=[0.3, 0.1])))
+    steps = compare.compare_runs(contest(train__steps=10), budget="seconds")["steps"]
+    assert (steps["nanoKimi"], steps["nanoGPT"]) == (10, 30)
+    with pytest.raises(KimiError, match="budget 'money' is unknown: one of tokens, flops, seconds"):
+        compare.compare_runs(contest(), budget="money")
+
+
+def test_models_and_folders_of_models_are_compared_as_they_are(tmp_path):
+    from kimi_nb.train import fit
+
+    run = contest()
+    fit(run, tmp_path / "kimi", progress=False)
+    data = prepare(run.data)
+    model, _ = train_on(nanogpt_equal(run), data)
+    result = NanoGPTComparison(speed=False, show=False).compare_models(tmp_path / "kimi", model, data)
+    assert result["val_ppl"]["nanoGPT"] == pytest.approx(ModelEvaluator().evaluate_perplexity(model, data))
+    assert result["active_parameters"]["nanoKimi"] < result["total_parameters"]["nanoKimi"]
+    with pytest.raises(KimiError, match="the nanoGPT model is a Linear"):
+        NanoGPTComparison(show=False).compare_models(model, torch.nn.Linear(2, 2), data)
+
+
+def test_speed_and_memory_are_measured():
+    result = NanoGPTComparison(show=False).compare_runs(contest())
+    for metric in ("tokens_per_second", "inference_tokens_per_second", "peak_memory_mb"):
+        assert min(result[metric].values()) > 0
+    assert any("alone and in turns" in n for n in result.notes)
+
+
+def test_tracking_names_itself_after_the_run_by_default(monkeypatch):
+    seen = {}
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **k: seen.update(k)))
+    from kimi_nb.nanokimi import Tracking
+
+    run = tiny_run()
+    assert track(run, Tracking()) is None and seen == {}
+    track(run, Tracking(tool="trackio"))
+    assert (seen["project"], seen["name"]) == ("kimi_nb", run.run_id)

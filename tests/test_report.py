@@ -1,0 +1,179 @@
+"""Paper and slides: what they say follows the records, whatever these are, and all forms can be made."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from kimi_nb.config import load_profile
+from kimi_nb.document import compile_typst, to_markdown, to_typst
+from kimi_nb.findings import Evidence, ReportError
+from kimi_nb.paper import paper
+from kimi_nb.phases import combined, norm
+from kimi_nb.plan import record_outcome
+from kimi_nb.report import short_report, write_report
+from kimi_nb.slides import slides, talk_typst
+from kimi_nb.store import Store
+from kimi_nb.study import Arm, Record, Study
+
+EFFECTS = dict(attention=0.10, norm=-0.06, routing=0.0, optimizer=-0.40)
+
+
+def tiny_profile():
+    profile = load_profile("quick")
+    return profile.model_copy(update=dict(base=profile.base.override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60}), tune={}))
+
+
+def factorial_results(path, effects, synergy=0.0, status=None):
+    """A results folder with an invented factorial: each part changes bits per byte by its effect, all together by `synergy` more."""
+    profile, store = tiny_profile(), Store(path)
+    study = combined.study(profile)
+    for k, p in enumerate(study.expand()):
+        on = combined.cell_factors(p.arm)
+        bpb = 3.0 + sum(effects[f] for f in on) + synergy * (len(on) == 4) + 0.001 * p.seed + 0.002 * ((7 * k) % 5 - 2)
+        metrics = dict(test_bpb=bpb, test_loss=1.7 * bpb, val_loss=1.7 * bpb, tokens=1e5, steps=300, step_seconds=0.01, active_parameters=1e5, total_parameters=3e5, epochs=0.5)
+        curves = dict(val_loss=dict(step=[100, 200, 300], value=[1.7 * bpb + 1, 1.7 * bpb + 0.3, 1.7 * bpb]))
+        store.put(Record.of(p.run, (status or {}).get((p.arm, p.seed), "done"), metrics, curves, dict(device="cpu", device_name="Test CPU")), "combined")
+    store.record_study(study)
+    _, found, contrasts = combined.analyse(store, study)
+    record_outcome(store, "combined", profile, combined.judge(found, contrasts))
+    return store
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory):
+    """The factorial with `EFFECTS`, to be read only."""
+    return factorial_results(tmp_path_factory.mktemp("invented") / "results", EFFECTS)
+
+
+def words_of(store):
+    """(abstract, conclusion, the whole as Markdown) of the paper."""
+    doc = paper(Evidence(store))
+    whole = to_markdown(doc)
+    return doc.abstract, re.search(r"Conclusion\n\n(.*?)## References", whole, re.S)[1], whole
+
+
+def test_the_wording_follows_the_records(tmp_path, invented):
+    """Opposite effects give opposite sentences, in the abstract, the findings and the conclusion."""
+    abstract, conclusion, whole = words_of(invented)
+    other_abstract, other_conclusion, other = words_of(factorial_results(tmp_path / "b", {k: -v for k, v in EFFECTS.items()}))
+    assert re.search(r"Muon lowers test bits per byte by 0\.40\d .*?: an improvement", abstract)
+    assert re.search(r"latent attention \(MLA\) raises test bits per byte by 0\.1\d\d .*?makes the model worse", abstract)
+    assert re.search(r"Muon raises test bits per byte by 0\.\d+ .*?makes the model worse", other_abstract)
+    assert re.search(r"latent attention \(MLA\) lowers test bits per byte by .*?: an improvement", other_abstract)
+    assert "RMSNorm and Muon make the model better" in conclusion and "MLA makes it worse" in conclusion
+    assert "MLA makes the model better" in other_conclusion and "RMSNorm and Muon make it worse" in other_conclusion
+    assert "The model with all parts is better than the baseline." in conclusion and "The model with all parts is worse than the baseline." in other_conclusion
+    assert "**Muon makes the model better (fewer bits per byte), averaged over the other parts:** *supported*" in whole
+    assert "**Muon makes the model better (fewer bits per byte), averaged over the other parts:** *contradicted*" in other
+
+
+def test_synergy_and_its_absence(tmp_path):
+    """The sentence on synergy follows its sign."""
+    helps, hinders = (words_of(factorial_results(tmp_path / n, EFFECTS, synergy=s))[0] for n, s in (("a", -0.3), ("b", 0.3)))
+    assert "the combination gains 0.3" in helps and "give more together than the sum" in helps
+    assert "the combination loses 0." in hinders and "give less together than the sum" in hinders
+
+
+def test_nothing_found_is_said(tmp_path):
+    """Without effects nothing is claimed, and what could have been seen is named."""
+    abstract, conclusion, whole = words_of(factorial_results(tmp_path / "a", dict.fromkeys(EFFECTS, 0.0)))
+    assert ": an improvement" not in abstract and "the data do not decide; effects from about 0.0" in abstract
+    assert "make the model better" not in conclusion and "makes the model better" not in conclusion
+    assert "*This phase has not run; nothing is claimed in its place.*" in whole and "**Contradicted.** None." in whole
+
+
+def test_runs_that_were_lost_are_listed(tmp_path):
+    """A diverged run is in the negative results and not counted as finished."""
+    store = factorial_results(tmp_path / "a", EFFECTS, status={("all", 1): "diverged"})
+    whole = words_of(store)[2]
+    assert "We train 47 models" in whole and re.search(r"Of 48 runs 1 diverged: `[0-9a-f]{12}` \(diverged\)", whole)
+    assert any("One run did not finish" in s.text for s in slides(Evidence(store), {}))
+
+
+def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
+    """Study, verdict and table of a phase that the paper has never heard of appear; its odd characters do no harm."""
+    store = Store(shutil.copytree(invented.path, tmp_path / "a"))
+    own = norm.study(tiny_profile())
+    base, odd = own.base.override({"train.steps": 120}), "R*S $x$ {fig:none} | #1 [@nobody]"
+    study = Study(name="toy", phase="toy", question=f"Is {odd} better?", base=base, arms=[Arm("a", {}), Arm("b", {"model.norm.kind": "rmsnorm"}, odd)], baseline="a", seeds=(0, 1))
+    for p in study.expand():
+        store.put(Record.of(p.run, "done", dict(test_bpb=2.0 + p.seed * 0.01 * (p.arm == "b")), {}, dict(device="cpu")), "toy")
+    store.record_study(study)
+    record_outcome(store, "toy", tiny_profile(), [dict(id="toy", claim=f"{odd} is better.", word="undecided", sentence=f"It {odd}.", caveats=[f"Mind {odd}."])])
+    files = write_report(store, tmp_path / "out", say=lambda line: None)
+    text = (tmp_path / "out" / "paper.md").read_text()
+    assert re.search(r"## .*\d+ Toy\n", text) and "| toy | " in text and all(f.stat().st_size > 1000 for f in files)
+    assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
+
+
+def test_all_forms_hold_together(tmp_path, invented):
+    """PDF, HTML and Markdown say the same; links lead somewhere; PowerPoint has the slides of the PDF, inside their frame, with notes."""
+    store, out = invented, tmp_path / "out"
+    write_report(store, out, say=lambda line: None)
+    md, page = (out / "paper.md").read_text(), (out / "paper.html").read_text()
+    for target in set(re.findall(r"\]\(#([\w-]+)\)", md)):
+        assert f'id="{target}"' in md and f'id="{target}"' in page, target
+    assert "<math" in page and "Muon lowers test bits per byte" in page and 'src="figures' not in page
+    assert (out / "paper.pdf").read_bytes()[:5] == b"%PDF-" and (out / "slides.pdf").read_bytes()[:5] == b"%PDF-"
+    with zipfile.ZipFile(out / "slides.pptx") as z:
+        made = [n for n in z.namelist() if re.fullmatch(r"ppt/slides/slide\d+\.xml", n)]
+        frame = re.search(r'<p:sldSz cx="(\d+)" cy="(\d+)"', z.read("ppt/presentation.xml").decode())
+        for n in made:
+            root = ElementTree.fromstring(z.read(n))
+            for picture in root.iter("{http://schemas.openxmlformats.org/presentationml/2006/main}pic"):
+                off, ext = (next(picture.iter(f"{{http://schemas.openxmlformats.org/drawingml/2006/main}}{k}")) for k in ("off", "ext"))
+                assert int(off.get("x")) + int(ext.get("cx")) <= int(frame[1]) and int(off.get("y")) + int(ext.get("cy")) <= int(frame[2]), n
+        text = " ".join(z.read(n).decode() for n in made)
+        assert all(f"<a:t>{s.title}</a:t>" in text for s in slides(Evidence(store), {})) and any("notesSlide" in n for n in z.namelist())
+
+
+def test_the_short_report_has_every_answer(invented):
+    """Each question of the plan stands in it with its word."""
+    e = Evidence(invented)
+    text = short_report(e)
+    assert len(e.answers) >= 18
+    for v in e.answers:
+        assert f"| {v['id']} | " in text and f"**{v['word']}**" in text
+    assert "## combined" in text and "mean ± sd" in text
+
+
+def test_an_empty_folder_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ReportError, match="holds no record"):
+        Evidence(Store(tmp_path / "none"))
+    done = subprocess.run([sys.executable, "-c", "import sys; from kimi_nb.cli import main; sys.exit(main())", "report", "--results", str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no record" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_published_records_give_a_whole_paper(tmp_path):
+    """Body of twenty pages or more, twelve to twenty slides, in well under three minutes, without training."""
+    import time
+
+    from kimi_nb.publish import published, published_profiles
+
+    if "quick" not in published_profiles():
+        pytest.skip("no published reference run of profile quick")
+    start, store = time.perf_counter(), published("quick")
+    write_report(store, tmp_path, say=lambda line: None)
+    assert time.perf_counter() - start < 120
+    e = Evidence(store)
+    doc = paper(e)
+    talk = slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")})
+    assert 12 <= len(talk) + 1 <= 20 and len(e.outcomes) == 10
+    assert pages(talk_typst(talk, doc), tmp_path) == len(talk) + 1  # none runs over
+    first = next(i for i, b in enumerate(doc.blocks) if getattr(b, "appendix", False))
+    assert pages(to_typst(replace(doc, blocks=doc.blocks[:first]), tmp_path), tmp_path) >= 20
+
+
+def pages(source, folder):
+    """Pages that Typst makes of a source."""
+    for old in folder.glob("pages-*.png"):
+        old.unlink()
+    compile_typst(source, folder / "pages-{0p}.png", folder, 20)
+    return len(list(folder.glob("pages-*.png")))

@@ -1,0 +1,244 @@
+"""The site: it builds without a warning, every link leads somewhere, and a browser finds nothing wrong on any page."""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from filelock import FileLock
+
+REPO = Path(__file__).resolve().parents[1]
+NBS = REPO / "nbs"
+PAGES = sorted(p.relative_to(NBS).with_suffix("").as_posix() for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+PHASES = [p for p in PAGES if p.startswith("phases/")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site; built once for all workers, or taken from $KIMI_NB_SITE."""
+    if os.environ.get("KIMI_NB_SITE"):
+        return Path(os.environ["KIMI_NB_SITE"])
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with FileLock(base / "site.lock"):
+        if not (base / "site.log").exists():
+            command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-c", "docs", "-d", str(base / "trees"), "nbs", str(base / "site")]
+            done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+            (base / "site.log").write_text(json.dumps([done.returncode, done.stderr[-4000:]]))
+    code, said = json.loads((base / "site.log").read_text())
+    assert code == 0, f"the site does not build without warnings:\n{said}"
+    return base / "site"
+
+
+class Seen(HTMLParser):
+    """Links, pictures, anchors and text of a page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links, self.sources, self.ids, self.text, self.tables, self._hidden = [], [], set(), [], 0, 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        if a.get("id"):
+            self.ids.add(a["id"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag in ("img", "script") and a.get("src"):
+            self.sources.append(a["src"])
+        if tag == "link" and a.get("href") and a.get("rel") in ("stylesheet", "icon"):
+            self.sources.append(a["href"])
+        self.tables += tag == "table"
+        self._hidden += tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._hidden -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self._hidden:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[str, Seen]:
+    return {p.relative_to(site).as_posix(): Seen(p) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts}
+
+
+def test_every_notebook_has_a_page_without_directives(pages):
+    """No page is missing, none shows nbdev's directives, and each module's page ends with its reference."""
+    assert [p for p in PAGES if f"{p}.html" not in pages] == []
+    assert [name for name, page in pages.items() if re.search(r"^\s*#\s*\|", "".join(page.text), re.M)] == []
+    exporting = [p for p in PAGES if re.search(r"#\|\s*default_exp", (NBS / f"{p}.ipynb").read_text(encoding="utf-8"))]
+    assert [p for p in exporting if "Everything kimi_nb." not in re.sub(r"\s+", " ", "".join(pages[f"{p}.html"].text))] == []
+
+
+def test_no_link_or_picture_is_broken(site, pages):
+    """Every link of every page leads to a page and a place on it; every picture and script is there."""
+    wrong = []
+    for name, page in pages.items():
+        for target in [*page.links, *page.sources]:
+            parts = urlsplit(target)
+            if parts.scheme or target.startswith("//"):
+                continue
+            path = (site / name).parent / unquote(parts.path) if parts.path else site / name
+            path = path / "index.html" if path.is_dir() else path
+            if not path.exists():
+                wrong.append(f"{name}: {target}")
+            elif parts.fragment and path.suffix == ".html" and unquote(parts.fragment) not in pages[path.resolve().relative_to(site.resolve()).as_posix()].ids:
+                wrong.append(f"{name}: no place {target}")
+    assert wrong == []
+    outside = sorted({urlsplit(s).netloc for page in pages.values() for s in page.sources if urlsplit(s).netloc})
+    assert outside == [] or not (REPO / "docs" / "_static" / "vendor").is_dir(), f"pages load from {outside}"
+
+
+def test_what_is_published_is_whole_and_small():
+    """Every published bundle opens, fits the limit, and holds an outcome, a notebook and figures for each phase it names."""
+    from kimi_nb.publish import LIMIT, published_profiles, read_bundle
+
+    for profile in published_profiles(REPO):
+        about, files = read_bundle(profile, REPO)
+        assert sum(map(len, files.values())) <= LIMIT
+        for phase in about["phases"]:
+            outcome = json.loads(files[f"data/records/{profile}/phases/{phase}.json"])
+            assert outcome["profile"] == profile and any(re.search(rf"/\d\d_{phase}\.ipynb$", name) for name in files)
+            assert [f for f in outcome["figures"] if f"figures/{profile}/{Path(f).name}" not in files] == []
+
+
+def test_phase_pages_show_the_published_results(pages):
+    """Where the reference run is published, its tables and figures stand on the phases' pages, and a line says where they are from."""
+    folder, shown = REPO / "data" / "records" / "quick" / "notebooks", 0
+    for phase in PHASES:
+        page, executed = pages[f"{phase}.html"], folder / f"{Path(phase).name}.ipynb"
+        text = re.sub(r"\s+", " ", "".join(page.text))
+        if not executed.exists():
+            assert "No reference run of the profile" in text, phase
+            continue
+        ran = {c["source"].strip(): c for c in json.loads(executed.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and not c["source"].startswith("#| hide")}
+        now = {"".join(c["source"]).strip() for c in json.loads((NBS / f"{phase}.ipynb").read_text(encoding="utf-8"))["cells"]}
+        same = [c for text, c in ran.items() if text in now]
+        pictures = sum("image/png" in o["data"] for c in same for o in c["outputs"] if "data" in o)
+        tables = sum(any("text/markdown" in o.get("data", {}) for o in c["outputs"]) for c in same)
+        assert sum("_images/" in s for s in page.sources) >= pictures, f"{phase}: pictures of the reference run are missing"
+        assert page.tables >= tables, f"{phase}: tables are missing"
+        assert "Results of the published reference run" in text and "commit" in text, phase
+        assert len(same) == len(ran) or "edited since" in text, f"{phase}: changed cells are shown without a word"
+        shown += pictures + tables
+    assert shown or not folder.is_dir(), "no page shows a result"
+
+
+def test_a_changed_cell_loses_its_results(tmp_path, monkeypatch):
+    """A cell that was edited since the reference run must not stand above numbers that other code gave."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    space = {"__file__": str(REPO / "docs" / "conf.py"), "__name__": "conf"}
+    monkeypatch.setattr(shutil, "which", lambda *a, **k: None)
+    exec(compile((REPO / "docs" / "conf.py").read_text(encoding="utf-8"), "conf.py", "exec"), space)
+    name = Path(PHASES[2]).name
+    if f"data/records/quick/notebooks/{name}.ipynb" not in space["published"]()[1]:
+        pytest.skip("no reference run is published")
+    notebook = json.loads((NBS / "phases" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    space["with_results"](notebook, name)
+    shown = [c for c in notebook["cells"] if c["cell_type"] == "code" and c["outputs"]]
+    assert shown
+    again = json.loads((NBS / "phases" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    next(c for c in again["cells"] if c["id"] == shown[-1]["id"])["source"].append("\n1 + 1")
+    space["with_results"](again, name)
+    assert [c["id"] for c in again["cells"] if c["cell_type"] == "code" and c["outputs"]] == [c["id"] for c in shown[:-1]]
+    assert "edited since" in "".join(again["cells"][1]["source"])
+
+
+# --- in a browser ------------------------------------------------------------------------------------------------
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as p:
+        try:
+            started = p.chromium.launch(executable_path=executable, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        except playwright.Error as problem:
+            pytest.skip(f"needs chromium: {str(problem).splitlines()[0]}")
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page that notes what goes wrong on it, and reaches no other host."""
+    context = browser.new_context(viewport=dict(width=1280, height=900))
+    page, page.wrong = context.new_page(), []
+    vendored = (REPO / "docs" / "_static" / "vendor").is_dir()
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" and (vendored or "ERR_NAME_NOT_RESOLVED" not in m.text) else None)
+    page.on("pageerror", lambda e: page.wrong.append(str(e)))
+    page.on("response", lambda r: page.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    yield page
+    context.close()
+
+
+def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
+    """Every page of the site, opened in Chromium: no error on the console, no picture that does not show, no sideways scrolling."""
+    found = {}
+    for name in pages:
+        page.wrong.clear()
+        page.goto(f"{address}/{name}", wait_until="load")
+        blank = page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && !(i.complete && i.naturalWidth)).map(i => i.src)")
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        if page.wrong or blank or wide > 1:
+            found[name] = [*page.wrong, *(f"blank {b}" for b in blank), *([f"{wide} pixels too wide"] if wide > 1 else [])]
+    assert found == {}
+
+
+def test_search_finds_noaux_tc(page, address):
+    """The search works without a server's help and leads to the notebook that explains the router."""
+    page.goto(f"{address}/search.html?q=noaux_tc")
+    page.wait_for_selector("#search-results li a", timeout=15000)
+    page.wait_for_function("document.querySelectorAll('#search-results li a').length > 2", timeout=15000)
+    targets = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.getAttribute('href'))")
+    assert any("06_moe" in t for t in targets), targets
+    assert page.wrong == []
+
+
+def test_what_can_be_operated_works_without_python(page, address):
+    """A table is sorted by its heading, the slider of the verdict page moves, and dark mode is remembered."""
+    page.goto(f"{address}/howto/decision_guide.html", wait_until="load")
+    table = page.locator("article table").first
+    before = table.locator("tbody tr td:first-child").all_inner_texts()
+    table.locator("th button.sort").first.click()
+    after = table.locator("tbody tr td:first-child").all_inner_texts()
+    assert sorted(before) == sorted(after) and after == sorted(after, key=str.lower) and len(after) == 4
+    page.goto(f"{address}/howto/reading_a_verdict.html", wait_until="networkidle")
+    handle = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
+    handle.wait_for(timeout=20000)
+    assert "smallest difference found with 3 seeds" in page.locator(".cell_output .widget-box, .cell_output .jupyter-widgets").first.inner_text()
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.body.innerText.includes('smallest difference found with 4 seeds')", timeout=10000)
+    page.evaluate("localStorage.setItem('mode', 'dark'); localStorage.setItem('theme', 'dark')")
+    page.goto(f"{address}/index.html", wait_until="load")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert max(light) < 80, "the page stays bright in dark mode"
+    assert page.wrong == []

@@ -1,0 +1,248 @@
+"""The workbench where it lives: JupyterLab in a real browser; and runs that outlive the kernel that started them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tiny import settings_text, tiny_run, wait_until
+
+from kimi_nb.apart import ACTIVE, LiveRun, live_runs, start_run
+from kimi_nb.store import Store
+
+REPO = Path(__file__).resolve().parents[1]
+TEXT = "".join(f"The {a} {b} looks at the {c} and says that {n} is more than {n - 1}.\n" for n in range(1, 30) for a in ("old", "small", "grey") for b in ("cat", "dog") for c in ("moon", "sea"))
+
+
+def chromium():
+    """Path of a Chromium, or None."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if found := shutil.which(name):
+            return found
+    with contextlib.suppress(Exception):
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as p:
+            if Path(p.chromium.executable_path).exists():
+                return p.chromium.executable_path
+    return None
+
+
+@contextlib.contextmanager
+def jupyterlab(folder, **environment):
+    """A server over a copy of the notebook, with settings, workspace and results of its own; gives its address."""
+    (folder / "nbs").mkdir()
+    shutil.copy(REPO / "nbs" / "workbench.ipynb", folder / "nbs")
+    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps(dict(checkForUpdates=False, fetchNews="false", doNotDisturbMode=True)))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces", IPYTHONDIR="ipython")
+    clean = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "KIMI_NB_WIDGETS")}
+    options = ("--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'nbs'}")
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=clean | {k: str(folder / v) for k, v in places.items()} | environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def answers():
+        assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{address}/api/status").status == 200
+
+    try:
+        wait_until(answers, 60, "the server's answer")
+        yield address
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+GROWTH = """() => { window.grown = []; new MutationObserver(() => { const s = document.querySelector('.knb-curves svg[data-points]');
+    const n = s ? +s.dataset.points : 0; if (n && window.grown[window.grown.length - 1] !== n) window.grown.push(n); }).observe(document.body, {childList: true, subtree: true}); }"""
+
+
+@pytest.mark.timeout(170)
+def test_a_person_chooses_trains_and_compares(tmp_path, request):
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = chromium()
+    if browser_path is None:
+        pytest.skip("needs Chromium: playwright install chromium")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    settings = tmp_path / "settings.ini"
+    wanted = {"data__corpus": str(text), "data__tokenizer": "char", "model__ffn__kind": "moe", "train__steps": 1000, "train__eval_every": 200, "train__save_every": 0}
+    settings.write_text(settings_text(**wanted).replace("[tiny]", "[quick]").replace("data.num_documents = 60\n", ""))
+    results = tmp_path / "results"
+    store = Store(results)
+    with jupyterlab(tmp_path, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address, sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page, problems = browser.new_page(viewport=dict(width=1280, height=1000)), []
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        request.addfinalizer(lambda: print("browser's console:", problems))
+        page.goto(f"{address}/lab/tree/workbench.ipynb")
+        page.wait_for_function("document.body.innerText.includes('| Idle')")  # asked to run before it has its kernel, JupyterLab shows a dialog
+        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+
+        # while the kernel starts: another run, to compare with later
+        from kimi_nb.config import load_profile
+        from kimi_nb.runner import run_one
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KIMI_NB_SETTINGS", str(settings))
+            base = load_profile("quick").base
+        other = run_one(base, store, "other", threads=1)
+        assert other.status == "done"
+
+        count = page.locator("[data-cost=total_parameters]")
+        count.wait_for()
+        before = count.inner_text()
+        page.click('.knb-model-attention-kind button:text-is("mla")')
+        page.wait_for_function("before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=before)
+        between = count.inner_text()
+        page.click('.knb-model-moe-router button:text-is("noaux_tc")')
+        page.wait_for_selector(".knb-diagram :text('noaux_tc')")
+        page.locator(".knb-model-moe-n-shared-experts input").fill("1")
+        page.keyboard.press("Tab")
+        page.wait_for_function("before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=between)
+        assert "needs rope" in page.locator(".knb-model-position-kind .knb-note").inner_text()
+        assert page.locator('.knb-model-position-kind button:text-is("learned")').is_disabled()
+
+        page.evaluate(GROWTH)
+        page.click(".knb-train")
+        page.wait_for_selector('.knb-progress [data-state="done"]', timeout=90_000)
+        grown = page.evaluate("window.grown")
+        assert len(grown) >= 2 and grown == sorted(grown), grown
+
+        chosen = base.override({"model.attention.kind": "mla", "model.moe.router": "noaux_tc", "model.moe.n_shared_experts": 1})
+        record = store.get(chosen.run_id)
+        assert record is not None and record.status == "done" and not record.stale and record.metrics["steps"] == 1000
+        assert f"{record.metrics['total_parameters']:,}" != before and store.verify() == []
+
+        page.click(".knb-pin:not([disabled])")
+        page.wait_for_selector(f".knb-compare code:text-is('{chosen.run_id}')")
+        row = page.locator(".knb-run", has=page.locator(f"[data-run='{base.run_id}']"))
+        row.locator("input[type=checkbox]").check()
+        page.wait_for_selector(f".knb-compare code:text-is('{base.run_id}')")
+        table = page.locator(".knb-compare").inner_text()
+        assert "model.attention.kind" in table and "model.moe.router" in table and "one shared seed" in table
+
+        row.get_by_role("button", name="open").click()  # its configuration back in the picker
+        page.wait_for_selector('.knb-model-attention-kind button.mod-active:text-is("mha")')
+        assert problems == []
+        browser.close()
+
+
+def test_a_run_outlives_the_kernel_that_started_it(tmp_path):
+    run, store = tiny_run(train__steps=1500, train__save_every=0), Store(tmp_path / "results")
+    code = f"""
+from kimi_nb.apart import start_run; from kimi_nb.config import RunConfig; from kimi_nb.store import Store; import time
+start_run(Store({str(store.path)!r}), RunConfig.load({str(tmp_path / "run.json")!r}), threads=1); print("started", flush=True); time.sleep(60)"""
+    run.save(tmp_path / "run.json")
+    kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert kernel.stdout.readline() == b"started\n"
+    os.killpg(kernel.pid, signal.SIGKILL)  # what Jupyter does to a kernel that it restarts
+    kernel.wait()
+
+    assert [live.run_id for live in live_runs(store)] == [run.run_id]  # as the next kernel finds it
+    live = LiveRun(store, run.run_id)
+    wait_until(lambda: live.journal.exists() and live.journal.stat().st_size, 60, "the first step")
+    assert live.status() in ACTIVE
+    live.pause()
+    live.stop()  # at once: the end of the step must not be taken for a pause that goes on
+    assert live.wait(30) == "stopped"
+    stopped_at = live.journal.read_text().count("train_loss")
+    assert 0 < stopped_at < 1500 and [live.run_id for live in live_runs(store)] == [run.run_id]
+    start_run(store, run, threads=1)
+    assert live.wait(60) == "done"
+    record = store.get(run.run_id)
+    assert record.metrics["steps"] == 1500 and "goes on after" in (live.folder / "training_log.txt").read_text()
+    assert live_runs(store) == [] and start_run(store, run).status() == "done"
+
+
+@pytest.mark.slow
+def test_a_plan_is_started_from_the_notebook_and_followed(tmp_path, monkeypatch):
+    from tiny import Workplace
+
+    from kimi_nb.planview import PlanState, plan_html
+
+    place = Workplace(tmp_path)
+    for name, value in place.environment().items():
+        monkeypatch.setenv(name, value)
+    state = PlanState("tiny", Store(place.results))
+    before = state.rows()
+    assert sum(r["done"] for r in before) == 0 and all(r["left"] == r["runs"] and r["seconds"] > 0 for r in before if r["runs"])
+    state.start()
+    wait_until(lambda: sum(r["done"] for r in state.rows()) > 0, 90, "the first run")
+    again = PlanState("tiny", Store(place.results))  # another kernel
+    assert again.apart.alive
+    wait_until(lambda: not again.apart.alive, 120, "the plan's end")
+    rows = again.rows()
+    assert [(r["left"], r["failed"], r["reused"]) for r in rows] == [(0, 0, 0)] * len(rows), again.apart.said()
+    assert plan_html(rows).count("RQ0 ") == 2 and "not running" in plan_html(rows), state.apart.log.read_text()[-1500:]
+    again.start()
+    wait_until(lambda: not again.apart.alive, 120, "the second plan's end")
+    assert all(r["reused"] == r["runs"] for r in again.rows())
+
+
+def test_toggling_answers_at_once():
+    """Every choice of every kind, at a size with many layers and experts: the counts are there within a fifth of a second."""
+    from kimi_nb.config import RunConfig
+    from kimi_nb.widgets import Picker
+
+    picker, taken = Picker(RunConfig.preset("small"), wait=True), {}
+    for path, row in picker._rows.items():
+        for word, button in row.buttons.items():
+            if not button.disabled and not button.value:
+                start = time.process_time()  # others share the machine
+                button.value = True
+                taken[f"{path} {word}"] = time.process_time() - start
+                picker.run = picker.base
+    assert len(taken) > 15 and max(taken.values()) < 0.2, max(taken, key=taken.get)
+
+
+def test_without_a_front_end_there_is_a_page_and_no_control(tmp_path, monkeypatch):
+    from kimi_nb.workbench import workbench
+
+    monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KIMI_NB_WIDGETS"):
+        monkeypatch.delenv(name, raising=False)
+    shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
+    assert set(shown) == {"text/html", "text/plain"} and "<svg" in shown["text/html"] and "no record" not in shown["text/plain"]
+    monkeypatch.setenv("JPY_SESSION_NAME", "workbench.ipynb")
+    shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in shown
+
+
+def test_the_command_shown_trains_exactly_the_chosen_run(tmp_path, monkeypatch):
+    import shlex
+
+    from kimi_nb.cli import build_parser, chosen_run
+    from kimi_nb.config import RunConfig, load_profile
+    from kimi_nb.settings import command_line
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
+    quick = load_profile("quick").base
+    runs = [RunConfig(), RunConfig.preset("kimi").override({"train.lr": 3e-7, "train.optimizer.betas": (0.9, 0.99), "data.corpus": "it's a file.txt", "model.tie_embeddings": False}), quick, quick.override({"model.attention.kind": "mla", "seed": 3})]
+    for run in runs:
+        text = command_line(run)
+        if "<<" in text:  # what the shell would write
+            (tmp_path / "run.yaml").write_text(text.partition("<<'END'\n")[2].partition("END\n")[0])
+        argv = shlex.split(text.splitlines()[-1] if "<<" in text else text.replace("\\\n", " "))[1:]
+        assert chosen_run(build_parser(argv).parse_args(argv)) == run, text
