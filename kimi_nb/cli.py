@@ -34,7 +34,13 @@ def chosen_run(args) -> RunConfig:
     from kimi_nb.nanokimi import dataset_settings, read_config
     run = read_config(args.config)[0] if args.config else RunConfig.preset(args.preset) if args.preset else RunConfig()
     if args.dataset: run = run.override({f"data.{k}": v for k, v in dataset_settings(args.dataset).items()})
-    return run.override({k[4:]: v for k, v in vars(args).items() if k.startswith("set:")})
+    changes = {k[4:]: v for k, v in vars(args).items() if k.startswith("set:")}
+    if "train.steps" in changes and "train.warmup_steps" not in changes and (had := run.train.warmup_steps):
+        steps = run._changed({**changes, "train.warmup_steps": 0})[0].train.steps
+        if had > steps > 0:  # a short trial of a long run
+            changes["train.warmup_steps"] = steps
+            print(f"kimi-nb: train.warmup_steps {had} of {'the file' if args.config else 'the preset'} is cut to the {steps} steps asked for", file=sys.stderr)
+    return run.override(changes)
 
 # %% ../nbs/20_cli.ipynb #94bf5183
 def _store(args):
@@ -93,11 +99,13 @@ def cmd_run(args):
     from kimi_nb.stats import compare
     from kimi_nb.tuning import tuned
     store = _store(args)
-    profile = tuned(load_profile(args.profile), store, executor=args.executor, workers=args.workers, progress=not args.quiet, **_how(args))
+    profile = load_profile(args.profile)
+    how = dict(progress=not args.quiet, max_epochs=profile.max_epochs, **_how(args))
+    profile = tuned(profile, store, executor=args.executor, workers=args.workers, **how)
     studies = {s.name: s for g in phase_studies(profile, seeds=args.seeds).values() for s in g}
     if args.study not in studies: raise KimiError(f"study {args.study!r} is unknown: {near(args.study, studies)}")
     study = studies[args.study]
-    run_study(study, store, args.executor, profile.workers if args.workers is None else args.workers, progress=not args.quiet, **_how(args))
+    run_study(study, store, args.executor, profile.workers if args.workers is None else args.workers, **how)
     frame = store.frame(study.name)
     print(_table(frame.groupby(["block", "arm"], sort=False)[[c for c in ("test_bpb", "val_loss", "tokens_per_second") if c in frame]].mean().reset_index()))
     print("\n" + _table(compare(frame, study.metric, study.baseline)[["block", "arm", "n", "diff", "ci_low", "ci_high", "p_adj", "verdict"]]))
@@ -109,6 +117,7 @@ def cmd_train(args):
     from kimi_nb.ranks import first_rank_first, joined, rank_and_size
     from kimi_nb.train import fit
     run = chosen_run(args)
+    if run.train.steps == 0: raise KimiError("train.steps 0 trains nothing: give --max-steps 1 or more")
     if args.fresh and not args.out: raise KimiError("--fresh needs --out DIR: records of the results folder are never replaced, use --repeat 1 for another run of the same")
     asked = read_config(args.config)[1] if args.config else Tracking()
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
@@ -201,6 +210,7 @@ def _benchmarks(args):
         for name, r in results.items():
             if r["status"] != "done": print(f"{name}: {r['status']}")
         if score is not None: print(f"\noverall (mean of (score - chance) / (1 - chance)): {score:.4f}")
+    if not any(r["status"] == "done" for r in results.values()): raise KimiError("no task could be scored, the reasons are above: give local rows with --data-dir")
     return 0
 
 def _published(args):

@@ -369,6 +369,11 @@ class Profile(Config):
         "Seeds per arm of a phase."
         return self.grids.get(phase, {}).get("seeds", (self.seeds,))[0]
 
+def _is_ours(path):
+    "Other projects have a settings.ini too; ours says how long a profile may take."
+    try: return "budget_minutes" in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError): return False
+
 def settings_path() -> Path:
     "settings.ini: $KIMI_NB_SETTINGS, else the nearest above the working folder, else the one of this checkout."
     if named := os.environ.get("KIMI_NB_SETTINGS"):
@@ -376,7 +381,7 @@ def settings_path() -> Path:
         return Path(named)
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent if "__file__" in globals() else here):
-        if (folder / "settings.ini").is_file(): return folder / "settings.ini"
+        if _is_ours(folder / "settings.ini"): return folder / "settings.ini"
     raise ConfigError("settings.ini", f"is neither above {here} nor in the package's checkout: set KIMI_NB_SETTINGS to its path")
 
 _PLAIN = ("seeds", "budget_minutes", "max_epochs", "workers")

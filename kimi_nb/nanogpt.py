@@ -128,20 +128,21 @@ class NanoGPTComparison:
 
     def compare_runs(self,
         run:RunConfig,            # of the nanoKimi side
-        nanogpt:RunConfig|None=None, # none is `nanogpt_equal(run)`
+        nanogpt:RunConfig|None=None, # none is `nanogpt_equal(run)`; its steps are set by the budget
         budget:str="tokens",      # tokens, flops or seconds
         seeds=None,               # which, or how many; none is the run's own
         executor:str="inprocess", # or process: one worker per core
         progress:bool=False,      # show a bar
     ) -> Comparison:
-        "Train both under one budget, or take their records from the store, and compare."
+        "Train both under one budget, or take their records from the store, and compare.  Raises: KimiError for an unknown budget, and for batches of two sizes."
         from kimi_nb.analysis import with_targets
         from kimi_nb.runner import run_study
         from kimi_nb.store import Store
         if budget not in ("tokens", "flops", "seconds"): raise KimiError(f"budget {budget!r} is unknown: one of tokens, flops, seconds")
         other = nanogpt or nanogpt_equal(run)
-        if budget != "tokens":
-            steps = max(1, round(run.train.steps * self._cost_ratio(run, other, budget)))
+        if other.tokens_per_step != run.tokens_per_step: raise KimiError(f"a step of {_GPT} has {other.tokens_per_step:,} tokens, one of {_KIMI} {run.tokens_per_step:,}: both need the same batches, give them one train.batch_size and context")
+        steps = run.train.steps if budget == "tokens" else max(1, round(run.train.steps * self._cost_ratio(run, other, budget)))
+        if steps != other.train.steps:
             other = other.override({"train.steps": steps, **({"train.warmup_steps": steps} if other.train.warmup_steps > steps else {})})
         seeds = (run.seed,) if seeds is None else tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
         name = f"nanogpt-{run.run_id[:6]}{other.run_id[:6]}"  # one manifest for each comparison
@@ -155,8 +156,8 @@ class NanoGPTComparison:
         for n in (_KIMI, _GPT):
             mine = frame[(frame["arm"] == n) & (frame["status"] == "done")]
             values[n] = {k: mine[k].mean() for _, names in _ROWS for k in names if k in mine and k not in ("tokens_per_second", "peak_memory_mb")}
-            if mine.get("steps_to_target") is not None and mine["steps_to_target"].isna().any(): values[n]["steps_to_target"] = math.nan
-        values[_GPT]["steps_to_target"] = float(other.train.steps)  # the target is where it ends
+            if n == _GPT: values[n]["steps_to_target"] = mine["steps_to_target"].fillna(mine["steps"]).mean()  # the target is where its runs end on average: one that ends above it counts with its whole length
+            elif mine["steps_to_target"].isna().any(): values[n]["steps_to_target"] = math.nan
         notes = [f"{_GPT}: learned positions, LayerNorm, GELU, AdamW at learning rate {other.train.lr:g}; {_KIMI}: {run.train.optimizer.name} at {run.train.lr:g}. Neither rate was tuned here."]
         notes += [f"{a} with seed {s} {w}." for a, s, w in zip(lost["arm"], lost["seed"], lost["status"])]
         goal = frame["target_loss"].iloc[0]

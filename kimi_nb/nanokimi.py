@@ -90,11 +90,14 @@ def track(
     run:RunConfig,
     tracking:Tracking, # from `read_config`
 ):                     # function of (step, metrics) for `fit`, or None
-    "Logs every step to wandb or trackio, where that is asked for.  Raises: KimiError when it is not installed."
+    "Logs every step to wandb or trackio, where that is asked for.  Raises: KimiError when it is not installed or cannot start."
     if tracking.tool == "none": return None
     try: library = importlib.import_module(tracking.tool)
     except ImportError: raise KimiError(f"tracker {tracking.tool!r} is not installed: pip install 'kimi_nb[track]'") from None
-    library.init(project=tracking.project, name=tracking.name or run.run_id, config=run.flat())
+    try: library.init(project=tracking.project, name=tracking.name or run.run_id, config=run.flat())
+    except Exception as e:  # of the library's own kinds: no login, no network, no such project
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise KimiError(f"{tracking.tool} cannot start ({reason}): {'run wandb login, or ' if tracking.tool == 'wandb' else ''}use --no-track") from None
     def on_step(step, line):
         library.log({k: v for k, v in line.items() if k != "step" and not isinstance(v, list)}, step=step)
         if step == run.train.steps: library.finish()
@@ -136,10 +139,14 @@ class TextDataProcessor:
 
         Raises: DataError for a name or file that cannot be used, a document in two splits, or a split shorter than a context.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in BUILTIN: raise DataError(f"data set name {name!r} is not possible: letters, digits, _ . - and none of {', '.join(BUILTIN)}")
+        taken = (*BUILTIN, "toy")
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in taken: raise DataError(f"data set name {name!r} is not possible: letters, digits, _ . - and none of {', '.join(taken)}")
+        return self._process(name, train_files, val_files, test_files)
+
+    def _process(self, name, train_files, val_files, test_files=()):
         parts = []
         for split, files in (("train", train_files), ("val", val_files), ("test", test_files)):
-            files = [files] if isinstance(files, (str, Path)) else list(files)
+            files = [files] if isinstance(files, (str, Path)) else list(files or ())
             paths = [str(Path(f).expanduser().resolve()) for f in files]
             for p in paths:
                 if set(p) & set(",;="): raise DataError(f"{p}: a path with a comma, semicolon or equals sign cannot be named in a corpus; rename it")
@@ -158,7 +165,7 @@ def toy_dataset(
     rng, letters, folder = random.Random(0), string.ascii_letters + string.digits + " .", _registry() / "toy"
     for split, n in (("train", characters), ("val", characters // 10)):
         write_atomic(folder / f"{split}.txt", "".join(rng.choices(letters, k=n)).encode())
-    return TextDataProcessor(TextConfig(tokenizer_name="char", block_size=block_size)).process_dataset("toy", folder / "train.txt", folder / "val.txt")
+    return TextDataProcessor(TextConfig(tokenizer_name="char", block_size=block_size))._process("toy", folder / "train.txt", folder / "val.txt")
 
 def dataset_settings(
     name:str, # one that `process_dataset` made, `toy`, or what `data.corpus` takes
@@ -191,14 +198,26 @@ class ArrayDataset:
         self.n_bytes = {s: len(tokenizer.decode(getattr(self, s)).encode()) for s in ("train", "val", "test")}
         self.fingerprint = hashlib.sha256(b"".join(a.tobytes() for a in (self.train, self.val, self.test)) + tokenizer.fingerprint.encode()).hexdigest()[:16]
 
+def _opened(dataset):
+    "The tokens of a processed data set or of a run's data section; anything else as it is."
+    if isinstance(dataset, ProcessedDataset): return dataset.tokens
+    if isinstance(dataset, RunConfig): dataset = dataset.data
+    return prepare(dataset) if isinstance(dataset, RunData) else dataset
+
+def _no_data(dataset, allowed):
+    given = f"data set {dataset!r} is only a name" if isinstance(dataset, str) else f"the data set is a {type(dataset).__name__}"
+    return KimiError(f"{given}: give a TokenDataset, what process_dataset returned{allowed}")
+
 def train_on(
     run:RunConfig,        # its model, its training settings and its seed
-    dataset:TokenDataset, # instead of the run's own data
+    dataset:TokenDataset, # instead of the run's own data; also what `process_dataset` returned
     device:str|None=None, # none: CUDA, else Apple's, else CPU
     on_step=None,         # function of (step, metrics dict)
 ):                        # (the trained KimiModel, its training losses)
-    "Take the steps of a run on a data set of one's own."
+    "Take the steps of a run on a data set of one's own.  Raises: KimiError for what is no data set."
     from kimi_nb.train import Trainer, pick_device
+    dataset = _opened(dataset)
+    if not isinstance(dataset, TokenDataset): raise _no_data(dataset, " or a run's data section")
     trainer = Trainer(run, dataset, pick_device(device))
     lines = []
     for step in range(run.train.steps):
@@ -210,34 +229,56 @@ def train_on(
 # %% ../nbs/17c_nanokimi.ipynb #c20b9eee
 def _split(dataset, split):
     "Token ids and bytes per id of a split."
-    if isinstance(dataset, ProcessedDataset): dataset = dataset.tokens
-    if isinstance(dataset, RunConfig): dataset = dataset.data
-    if isinstance(dataset, RunData): dataset = prepare(dataset)
-    if not hasattr(dataset, split): return np.asarray(dataset).reshape(-1), None  # an array or tensor of ids
-    tokens, size = getattr(dataset, split), dataset.tokenizer.token_bytes()
-    return tokens, dataset.n_bytes[split] / max(1, len(tokens)) if size is None else size
+    dataset = _opened(dataset)
+    if isinstance(dataset, TokenDataset):
+        tokens, size = getattr(dataset, split), dataset.tokenizer.token_bytes()
+        return tokens, dataset.n_bytes[split] / max(1, len(tokens)) if size is None else size
+    if hasattr(dataset, "detach"): dataset = dataset.detach().cpu()  # a tensor, wherever it is
+    try: tokens = np.asarray(dataset)
+    except (TypeError, ValueError): raise _no_data(dataset, ", a run's data section or an array of token ids") from None
+    if tokens.dtype.kind not in "iufb": raise _no_data(dataset, ", a run's data section or an array of token ids")
+    return tokens.reshape(-1), None
+
+def _count(name, value):
+    "None or a whole number of at least 1."
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1): raise KimiError(f"{name} {value!r} is not possible: a whole number of at least 1, or None")
+    return value
 
 class ModelEvaluator:
     "Scores a model on a data set."
     def __init__(self,
         split:str="val",           # train, val or test
         max_tokens:int|None=None,  # score so many, spread evenly; none is all
-        precision:str="fp32",      # fp32, bf16 or fp16
+        precision:str="fp32",      # auto, fp32, bf16 or fp16
     ):
         if split not in ("train", "val", "test"): raise KimiError(f"split {split!r} is unknown: one of train, val, test")
-        self.split, self.max_tokens, self.precision = split, max_tokens, precision
+        if precision not in ("auto", "fp32", "bf16", "fp16"): raise KimiError(f"precision {precision!r} is unknown: one of auto, fp32, bf16, fp16")
+        self.split, self.max_tokens, self.precision = split, _count("max_tokens", max_tokens), precision
 
     def evaluate(self,
-        model,             # a KimiModel, or any model whose output has .logits
+        model,             # a KimiModel, the folder of a trained run, or any torch module whose output has .logits
         dataset,           # a TokenDataset, a processed data set, a run's data section, or an array of ids
         seq_len:int|None=None, # context; none is the model's
     ) -> dict[str, float]:
-        "loss, perplexity, bits_per_byte (not for a bare array), accuracy, n_tokens.  Raises: DataError for a split shorter than a context, KimiError for ids the model does not have."
+        "loss, perplexity, bits_per_byte (not for a bare array), accuracy, n_tokens.  Raises: DataError for a split shorter than a context, KimiError for ids the model does not have and for what is no model or data set."
+        from torch.nn import Module
+        from kimi_nb.checkpoint import load_model
         from kimi_nb.evaluate import held_out_scores
+        from kimi_nb.hardware import pick_precision
+        if isinstance(model, (str, Path)): model = load_model(model)[0]
+        if not isinstance(model, Module) or (weight := next(model.parameters(), None)) is None: raise KimiError(f"the model is a {type(model).__name__}: give a KimiModel, the folder of a run, or a torch module whose output has .logits")
+        try: precision = pick_precision(self.precision, weight.device)
+        except ConfigError as e: raise KimiError(str(e).removeprefix("train.")) from None
+        config = getattr(model, "config", None)
+        length, vocab = _count("seq_len", seq_len) or getattr(config, "max_seq_len", None), getattr(config, "vocab_size", None)
+        if length is None: raise KimiError(f"the {type(model).__name__} does not say its context: give seq_len")
         tokens, size = _split(dataset, self.split)
-        length, vocab = seq_len or model.config.max_seq_len, getattr(model.config, "vocab_size", None)
-        if vocab and len(tokens) and int(np.max(tokens)) >= vocab: raise KimiError(f"the text has token {int(np.max(tokens))}, the model's vocabulary has {vocab}: use the tokenizer it was trained with")
-        found = held_out_scores(model, tokens, length, 1.0 if size is None else size, self.max_tokens, precision=self.precision)
+        if len(tokens):
+            if (kind := np.asarray(tokens).dtype).kind not in "iu": raise KimiError(f"the token ids are {kind}: give whole numbers")
+            low, high = int(np.min(tokens)), int(np.max(tokens))
+            if low < 0: raise KimiError(f"the text has token {low}: ids are at least 0")
+            if vocab and high >= vocab: raise KimiError(f"the text has token {high}, the model's vocabulary has {vocab}: use the tokenizer it was trained with")
+        found = held_out_scores(model, tokens, length, 1.0 if size is None else size, self.max_tokens, precision=precision)
         if size is None: del found["bits_per_byte"], found["n_bytes"]
         return found
 

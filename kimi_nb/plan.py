@@ -76,6 +76,7 @@ def pick_phases(
 ) -> dict[str, Path]:
     "Raises: PlanError for a phase that does not exist."
     there = phase_notebooks()
+    if not there: raise PlanError(f"there are no phases beside {settings_path()}: work in a checkout of kimi_nb, or set KIMI_NB_SETTINGS to its settings.ini")
     for name in only:
         if name not in there: raise PlanError(f"phase {name!r} is unknown: {near(name, there)}")
     return {k: v for k, v in there.items() if not only or k in only}
@@ -285,7 +286,7 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
     def one(phase):
         start, key = time.perf_counter(), phase_key(notebooks[phase], studies[phase], store, profile)
         known = read_outcome(store, phase) or {}
-        if known.get("key") == key and (Path(store.path) / "notebooks" / notebooks[phase].name).is_file(): return phase, known, None
+        if known.get("key") == key and all((Path(store.path) / n).is_file() for n in (f"notebooks/{notebooks[phase].name}", *known["figures"])): return phase, known, None
         try: outcome = execute_phase(phase, notebooks[phase], store, profile, seeds)
         except PlanError as e: return phase, str(e), None
         write_json(Path(store.path) / "phases" / f"{phase}.json", outcome | dict(key=key))

@@ -9,7 +9,7 @@ __all__ = ['short_report', 'write_report']
 from pathlib import Path
 
 from .document import write_document
-from .findings import Evidence, capital, tally
+from .findings import Evidence, ReportError, capital, tally
 from .ledger import write_whole
 from .paper import abstract, paper
 from .slides import write_slides
@@ -34,9 +34,10 @@ def write_report(
 ) -> list[Path]:
     """Paper (PDF, HTML, Markdown), slides (PDF, PowerPoint) and `research_report.md`.
 
-    Raises: ReportError for a folder without records, DocumentError where pandoc or Typst is missing.
+    Raises: ReportError for a folder without records or without a phase's conclusions, DocumentError where pandoc or Typst is missing.
     """
     e, out = Evidence(store), Path(out)
+    if not e.outcomes: raise ReportError(f"no phase has been concluded in {e.path}: run kimi-nb plan, or kimi-nb report --published quick")
     doc = paper(e)
     files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out), out / "research_report.md"]
     write_whole(files[-1], short_report(e))

@@ -272,7 +272,8 @@ def _signals():
         for s, h in before.items(): signal.signal(s, h)
 
 def _fail(planned, store, bar, reason):
-    store.put(Record.of(planned.run, "failed", provenance=dict(error=reason)), _name(planned))
+    if pending([planned], store):  # else it had its record when its worker was lost
+        store.put(Record.of(planned.run, "failed", provenance=dict(error=reason)), _name(planned))
     bar.finish(planned.run.run_id)
 
 def _late(hours, where): return f"not done after {hours:g} hours, {_TRIES} times, {where}: raise --time-limit, or look with kimi-nb profile where the time goes"
@@ -357,6 +358,12 @@ def _last_step(file):
             line = json.loads(text)
             return int(line["step"]), line["train_loss"]
 
+def _follow(jobs, store, bar):
+    "Show how far each run is."
+    with contextlib.suppress(KimiError):  # a folder that cannot be read for a moment is the nodes' business
+        for folder, run_id, _ in store._folders():
+            if run_id in jobs and (seen := _last_step(folder / "metrics.jsonl")): bar.step(run_id, *seen)
+
 def _arrived(store, run_id, seconds=60.0):
     "A network file system may show a new file late.  Raises: RunnerError where it shows none."
     end = time.monotonic() + seconds
@@ -369,20 +376,16 @@ def _on_cluster(ray, todo, store, workers, device, bar, spent, hours, cpus, gpus
     planned, shared = {p.run.run_id: p for p in todo}, type(store)(Path(store.path).resolve())
     how = lambda p: dict(name=_name(p), device=device, threads=max(1, int(cpus)), keep=p.keep, hours=hours)
     jobs = {k: (k, code_hash(), p.run.model_dump(mode="json"), shared, how(p)) for k, p in planned.items()}
-    looked, late = time.monotonic(), {}
+    looked = time.monotonic()
     with _signals() as asked:
         while jobs and not asked:
             events = spread(ray, dict(jobs), _on_a_node, cpus, gpus, workers, _TRIES, stop=lambda: bool(asked))
             with contextlib.closing(events):
                 for key, event, what in events:
-                    if key is None or time.monotonic() - looked > 1:
-                        if time.monotonic() - looked < 1: continue
-                        looked, folders = time.monotonic(), {n[-12:]: n for n in os.listdir(shared.path / "experiments")} if (shared.path / "experiments").is_dir() else {}
-                        for k in jobs:
-                            if k in folders and (seen := _last_step(shared.path / "experiments" / folders[k] / "metrics.jsonl")): bar.step(k, *seen)
+                    if time.monotonic() - looked > 1: _follow(jobs, shared, bar); looked = time.monotonic()
                     if event in ("lost", "failed"):
-                        late[key] = _overdue(store, key)
-                        if event == "failed": del jobs[key]; _fail(planned[key], store, bar, _late(hours, late[key]) if late[key] else f"its worker died {_TRIES} times (out of memory, or killed): give it more with --cpus-per-run ({what})")
+                        late = _overdue(store, key)
+                        if event == "failed": del jobs[key]; _fail(planned[key], store, bar, _late(hours, late) if late else f"its worker died {_TRIES} times (out of memory, or killed): give it more with --cpus-per-run ({what})")
                     elif event == "done":
                         kind, what, more = what
                         if kind == "interrupted": continue  # a signal to the worker alone: the run goes on in the next round
@@ -463,7 +466,7 @@ def _prepare(todo, max_epochs):
     ready = {data: prepare(DataConfig(**json.loads(data)), seq_len) for data, seq_len in longest.items()}
     for p in todo if max_epochs else ():
         epochs = Batches(ready[p.run.data.to_json()].train, p.run.train.batch_size, p.run.seq_len, p.seed).epochs_after(p.run.train.steps)
-        if epochs > max_epochs: raise RunnerError(f"study {p.study}, arm {p.arm}: {epochs:.1f} passes over {p.run.data.corpus} are more than max_epochs {max_epochs:g}: take a larger corpus or fewer steps, or raise max_epochs in settings.ini")
+        if epochs > max_epochs: raise RunnerError(f"study {p.study}, arm {p.arm}: {epochs:.3g} passes over {p.run.data.corpus} are more than max_epochs {max_epochs:g}: take a larger corpus or fewer steps, or raise max_epochs in settings.ini")
 
 def _where_time_went(used, workers, wall):
     "Worker seconds as shares of the wall time; what no worker accounts for is waiting and the parent's own work."

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .config import KimiError
 from .document import TableBlock, compile_typst, inline, pandoc, plain
-from .findings import Evidence, capital, count_of, effect_words, listed, pairs_words, parts_words, said, tally, together_words
+from .findings import Evidence, NOT_RUN, capital, compute_words, count_of, effect_words, listed, pairs_words, parts_words, said, tally, together_words, turned
 from .ledger import writing
 from .paper import TITLES, conclusion, reading
 from .plots import forest, loss_curves, save
@@ -68,7 +68,7 @@ def redrawn(
 # %% ../nbs/19h_slides.ipynb #d1665a4a
 def _bullets(verdicts, most=4):
     "The claims with their words, the decided ones first."
-    order = {"supported": 0, "contradicted": 0, "undecided": 1, "not testable here": 2}
+    order = {"supported": 0, "contradicted": 0, "undecided": 1, "not testable here": 2, NOT_RUN: 3}
     chosen = sorted(verdicts, key=lambda v: order[v["word"]])[:most]
     more = len(verdicts) - len(chosen)
     return "\n".join([f"- **{v['word']}:** {plain(v['claim'].rstrip('.'))}" for v in chosen] + ([f"- and {count_of(more, 'more claim')}: see the paper"] if more else []))
@@ -87,7 +87,7 @@ def slides(
     out = [Slide("The question", "- Each part of Kimi K2 was shown to help in models of billions of parameters: which make a **small** model better?\n- Alone, on top of the others, and together? And how sure can one be?",
                  table=TableBlock("", ["Part", "Baseline", "Kimi K2", "What changes"], [["Attention", "multi-head", "latent (MLA)", "keys and values from one small vector"], ["Norm", "LayerNorm", "RMSNorm", "no centring"], ["Routing", "softmax, auxiliary loss", "noaux_tc, shared expert", "a bias keeps experts busy"], ["Optimizer", "AdamW, tuned", "Muon, tuned", "orthogonal updates of matrices"]])),
            Slide("How arms are compared", f"- {done:,} runs of {count_of(len(e.studies), 'study', 'studies')}; {e.span('active_parameters')} active parameters, {e.span('tokens', study=e.main)} tokens a run\n- Machine: {e.hardware}\n"
-                 + (f"- The spine: {len(main.arms)} cells, {e.seeds('combined')} in each, every run answers every question\n" if main else "") + "- Same batches, same order, same initial values; equal compute per token\n" + ("- Every optimizer tuned with the same number of trials, on a seed of its own\n" if "tuning" in e.studies else "") + "- Margins, families and directions declared before the run"),
+                 + (f"- The spine: {len(main.arms)} cells, {e.seeds('combined')} in each, every run answers every question\n" if main else "") + "- Same batches, same order, same initial values; equal tokens" + compute_words(e) + "\n" + ("- Every optimizer tuned with the same number of trials, on a seed of its own\n" if "tuning" in e.studies else "") + "- Margins, families and directions declared before the run"),
            Slide("A verdict is computed", "- **supported**: significant in the claimed direction, after correction\n- **contradicted**: significant in the other, or the claimed size excluded\n- **undecided**: neither, and the smallest effect that could have been seen is named\n- **not testable here**: the runs cannot bear on it", figure=drawn.get("power"), notes="The figure is the power of a paired comparison over the true difference, in standard deviations of the paired differences.")]
     figures = {"baseline": pick(own("baseline", "baseline-loss")), "attention": pick(drawn.get("attention-loss"), own("attention", "attention-loss")), "norm": pick(drawn.get("norm-loss")), "moe": pick(drawn.get("moe-maxvio")),
                "optimizer": pick(drawn.get("optimizer-loss")), "rope": pick(own("rope", "rope-context")), "scaling": pick(own("scaling", "scaling-law-flops"), own("scaling", "scaling-loss")), "benchmarks": pick(own("benchmarks", "benchmarks-tiers")), "stats": pick(own("stats", "stats-calibration"))}
@@ -115,10 +115,11 @@ def slides(
     return out
 
 def _interaction(e):
-    _, effects, _ = e.factorial
+    frame, effects, _ = e.factorial
     r = effects[effects["order"] == 2].sort_values("diff", key=abs).iloc[-1]
     a, b = r["term"].split(":")
     sure = {"supported": "The two help each other", "contradicted": "The two hinder each other", "undecided": "Whether the two help or hinder each other is not decided"}.get(r["verdict"], "It cannot be tested here")
+    if r["verdict"] in ("supported", "contradicted") and (sign := turned(frame, r["term"], r["metric"])): sure = capital(sign)
     return f"- Of all pairs, {a} and {b} interact most\n- {sure}: {effect_words(r, 'their interaction')}\n- Parallel lines would mean that they add up"
 
 # %% ../nbs/19h_slides.ipynb #74e55827

@@ -161,6 +161,7 @@ def verdict(
         word = "undecided"
         caveats.append(f"The runs of {' and '.join(suspects)} that diverged are missing from the numbers, so they cannot decide this.")
     if same and suspects: same = False
+    if r.get("by_seeds"): caveats.append(f"Seeds differ in this effect more than the pooled error allows (F = {r['f_seeds']:.1f}), so their own spread, with {df:.0f} degrees of freedom, is its error.")
     if r.get("mixed"):
         word, same = "undecided", False
         caveats.append(f"The runs come from more than one device or precision ({r['mixed']}), so the declared difference is not the only one.")

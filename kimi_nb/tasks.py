@@ -73,7 +73,7 @@ def read_rows(
     limit:int|None=None,  # the first so many; none is all
 ) -> list[dict]:
     "The rows of a local file, checked.  Raises: BenchmarkError that names row and column."
-    try: lines = [(i, line) for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    try: lines = [(i, line) for i, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as e: raise BenchmarkError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     if not lines: raise BenchmarkError(f"{path} is empty: task {task.name} needs at least one row with {', '.join(task.columns)}")
     rows = []
@@ -92,6 +92,8 @@ def _check_row(task, row, where):
     for column in task.columns:
         kind = dict if (task.name, column) == ("squad", "answers") else list if column in ("choices", "endings", "entities", "answers") else int if column in ("span2_index", "start1", "end1") else None if column == "label" or column == "answer" and task.name in TASK_NAMES else str
         if kind is not None and (not isinstance(row[column], kind) or isinstance(row[column], bool)): raise BenchmarkError(f"{where}: {column} must be {dict(dict='an object', list='a list', int='a whole number', str='text')[kind.__name__]}, not {type(row[column]).__name__}")
+        if kind is str and not row[column].strip() and column not in ("ctx_b", "activity_label"): raise BenchmarkError(f"{where}: {column} is blank")
+    if task.name == "piqa" and row["sol1"].strip() == row["sol2"].strip(): raise BenchmarkError(f"{where}: sol1 and sol2 are the same, a question needs two different choices")
     choices = row[task.choices] if task.choices else None
     if choices is not None:
         if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices): raise BenchmarkError(f"{where}: {task.choices} must be a list of texts")
@@ -100,10 +102,10 @@ def _check_row(task, row, where):
     for column in ("label", "answer"):
         if column not in task.columns or (column == "answer" and task.name not in TASK_NAMES): continue
         label, first = row[column], 1 if task.name == "siqa" else 0
-        try: good = int(label) == float(label) and first <= int(label) < first + n
+        try: good = not isinstance(label, bool) and int(label) == float(label) and first <= int(label) < first + n
         except (TypeError, ValueError, OverflowError): good = False
         if not good: raise BenchmarkError(f"{where}: {column} is {label!r}, task {task.name} allows {first} to {first + n - 1}")
-    if task.name == "squad" and not ((texts := row["answers"].get("text")) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)): raise BenchmarkError(f"{where}: answers must be an object with a list text of at least one answer")
+    if task.name == "squad" and not ((texts := row["answers"].get("text")) and isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)): raise BenchmarkError(f"{where}: answers must be an object with a list text of at least one answer")
     if task.name == "record" and not (row["answers"] and all(isinstance(a, str) and a in choices for a in row["answers"])): raise BenchmarkError(f"{where}: answers must be a list of texts that are among entities")
     if task.name == "lambada" and " " not in row["text"].strip(): raise BenchmarkError(f"{where}: text has one word, the task is to predict the last of several")
 

@@ -23,7 +23,7 @@ from .hardware import DiskError, PeakMemory, TrainError, environment, pick_devic
 from .model import costs
 from .moe import expert_backend, load_statistics
 from .optim import describe_groups
-from .ranks import anywhere, first_rank_first, rank_and_size, wait
+from .ranks import anywhere, first_rank_first, is_loss, rank_and_size, share_folder, wait
 from .study import Record, code_hash
 from .trainer import Trainer
 
@@ -139,6 +139,9 @@ def fit(
         if rank_and_size()[1] > 1: raise TrainError("several ranks need a folder that all of them see: give out_dir")
         with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep)
     folder, device = Path(out_dir), pick_device(device)
+    if rank_and_size()[1] > 1:
+        with contextlib.suppress(OSError): folder.mkdir(parents=True, exist_ok=True)
+        share_folder(folder)
     if resume and (folder / "result.json").is_file():
         record = Record.from_json((folder / "result.json").read_text(), str(folder / "result.json"))
         if record.run_id == run.run_id and not record.stale: return record
@@ -180,7 +183,7 @@ def _with_the_others(trainer, journal):
     "Where a rank has gone, the others say so and end."
     try: yield
     except RuntimeError as e:
-        if trainer.ranks == 1 or isinstance(e, torch.OutOfMemoryError): raise
+        if trainer.ranks == 1 or not is_loss(e): raise
         step = journal.lines[-1]["step"] if journal.lines else 0
         raise TrainError(f"rank {trainer.rank} lost the others after step {step} ({' '.join(str(e).split())[:120]}): start them again with the same command to go on from the last checkpoint") from None
 
@@ -236,7 +239,8 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
             if step < steps and run.train.save_every and step % run.train.save_every == 0: save()
             if step < steps and anywhere(stop(), trainer.device):
                 journal.log(f"stopped after step {step}")
-                raise Interrupted(f"stopped after step {step} of {steps}, saved in {save()}: run the same command again to go on")
+                place = save() or "the run's folder by rank 0"
+                raise Interrupted(f"stopped after step {step} of {steps}, saved in {place}: run the same command again to go on")
     return _finish(trainer, state, folder, journal, identity, status, step, before + time.perf_counter() - clock, memory(), keep)
 
 def _finish(trainer, state, folder, journal, identity, status, step, seconds, memory, keep):

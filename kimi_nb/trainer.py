@@ -82,7 +82,7 @@ class Trainer:
         if self.ranks > 1:  # gradients are averaged while the backward pass still runs; short inputs leave latent tokens unused
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # the name that is coming means something else
-                self.forward = torch.nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=config.attention.kind == "latent")
+                self.forward = torch.nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=config.attention.kind == "latent" and run.seq_len <= config.attention.chunk_size)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.micro_batch = pick_micro_batch(run, config.vocab_size, device)
         self.moe = self.model.moe_layers()

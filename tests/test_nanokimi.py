@@ -19,8 +19,20 @@ from kimi_nb.data import prepare
 from kimi_nb.generate import Generator
 from kimi_nb.model import KimiModel, count_parameters
 from kimi_nb.nanogpt import NanoGPTComparison, nanogpt_equal
-from kimi_nb.nanokimi import ArrayDataset, DataConfig, ModelEvaluator, TextDataProcessor, dataset_settings, read_config, toy_dataset, track, train_on
+from kimi_nb.nanokimi import (
+    ArrayDataset,
+    DataConfig,
+    ModelEvaluator,
+    TextDataProcessor,
+    Tracking,
+    dataset_settings,
+    read_config,
+    toy_dataset,
+    track,
+    train_on,
+)
 from kimi_nb.store import Store
+from kimi_nb.study import Record
 from kimi_nb.tokenizer import ByteTokenizer, PairTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -200,6 +212,28 @@ def test_tracking_logs_every_step_where_it_was_asked_for(tmp_path, monkeypatch, 
     assert capsys.readouterr().err.strip().splitlines()[-1] == "kimi-nb: error: tracker 'wandb' is not installed: pip install 'kimi_nb[track]'"
 
 
+def test_a_tracker_that_cannot_start_is_refused_in_one_line(monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured\n(no-tty). call wandb.login(key=...)")
+
+    for tool, remedy in (("wandb", "run wandb login, or use --no-track"), ("trackio", "use --no-track")):
+        monkeypatch.setitem(sys.modules, tool, types.SimpleNamespace(init=init))
+        with pytest.raises(KimiError) as e:
+            track(tiny_run(), Tracking(tool=tool))
+        assert str(e.value) == f"{tool} cannot start (api_key not configured (no-tty). call wandb.login(key=...)): {remedy}"
+
+
+def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("max_steps: 50", "max_steps: 50\n  warmup_steps: 20").replace("dataset: tinyworld", "corpus: tinyworld, num_documents: 60"))
+    trial = ["train", "--config", str(tmp_path / "c.yaml"), "--no-track", "--quiet", "--out", str(tmp_path / "out"), "--max-steps"]
+    ran(*trial, 3)
+    assert capsys.readouterr().err == "kimi-nb: train.warmup_steps 20 of the file is cut to the 3 steps asked for\n"
+    assert RunConfig(**Record.from_json((tmp_path / "out" / "result.json").read_text()).config).train.warmup_steps == 3
+    for arguments, line in ((["3", "--train.warmup_steps", "4"], "train.warmup_steps 4 is over steps 3"), (["0"], "train.steps 0 trains nothing: give --max-steps 1 or more")):
+        assert main(trial + arguments) == 2
+        assert capsys.readouterr().err == f"kimi-nb: error: {line}\n"
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +248,6 @@ def test_validation_is_the_files_that_were_given_for_it(texts, tmp_path, capsys)
     run = read_config(tmp_path / "c.yaml")[0]
     assert run.data == made.data and prepare(run.data).fingerprint == made.tokens.fingerprint
     ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--no-wandb", "--out", tmp_path / "out", "--quiet")
-    from kimi_nb.study import Record
-
     record = Record.from_json((tmp_path / "out" / "result.json").read_text())
     assert record.metrics["val_tokens"] == len(np.fromfile(val_path, dtype="<u2")) - 1
     # and on the command line, by its name or its corpus
@@ -250,6 +282,16 @@ def test_what_cannot_be_processed_is_refused_in_one_line(texts):
             p.process_dataset(*arguments)
         assert "\n" not in str(e.value)
     assert dataset_settings("x") == dict(corpus="x")  # nothing that failed is remembered
+
+
+def test_the_name_of_the_toy_set_is_taken_and_no_files_may_be_none(texts):
+    p = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=32))
+    train, val = texts / "train1.txt", texts / "val.txt"
+    with pytest.raises(KimiError, match=r"'toy' is not possible: .* none of .*, toy"):
+        p.process_dataset("toy", train, val)
+    with pytest.raises(KimiError, match="no val files"):
+        p.process_dataset("mine", train, None)
+    assert p.process_dataset("mine", train, val, None).data == p.process_dataset("mine", train, val).data
 
 
 def test_the_toy_data_set_cannot_be_learned():
@@ -300,6 +342,35 @@ def test_perplexity_is_that_of_the_definition():
     assert found == pytest.approx(math.exp(total / 160), rel=1e-5)
     with pytest.raises(KimiError, match="the model's vocabulary has 257"):
         ModelEvaluator().evaluate(model, np.full(40, 300))
+
+
+def test_what_a_data_set_stands_for_is_trained_on_as_itself(texts):
+    made = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=16)).process_dataset("mine", texts / "train1.txt", texts / "val.txt")
+    run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=2, batch_size=2))
+    assert train_on(run, made)[1] == train_on(run, made.tokens)[1]
+    with pytest.raises(KimiError, match="data set 'mine' is only a name"):
+        train_on(run, "mine")
+
+
+def test_the_evaluator_takes_a_folder_and_refuses_what_it_cannot_score_in_one_line(tmp_path):
+    from kimi_nb.train import fit
+
+    run = tiny_run()
+    record = fit(run, tmp_path / "run", progress=False)
+    found = ModelEvaluator(max_tokens=run.train.eval_tokens).evaluate(tmp_path / "run", run.data, run.seq_len)
+    assert found["loss"] == pytest.approx(record.metrics["val_loss"], rel=1e-5)
+    model, ids = KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1), np.arange(40)
+    assert ModelEvaluator().evaluate(model, torch.as_tensor(ids)) | {"seconds": 0} == ModelEvaluator(precision="auto").evaluate(model, list(ids)) | {"seconds": 0}
+    for options, arguments, line in (
+        ({}, (model, ids - 1), "the text has token -1: ids are at least 0"), ({}, (model, ids + 0.5), "the token ids are float64: give whole numbers"), ({}, (model, ids > 3), "the token ids are bool: give whole numbers"),
+        ({}, (model, "pets"), "data set 'pets' is only a name: give "), ({}, (model, model), "the data set is a KimiModel: give "), ({}, (model, [[1], [2, 3]]), "the data set is a list: give "), ({}, (model, {}), "the data set is a dict: give "),
+        ({}, (model, ids, 0), "seq_len 0 is not possible: a whole number of at least 1"), ({}, (model, ids, 8.0), "seq_len 8.0 is not possible"), (dict(max_tokens=-5), (model, ids), "max_tokens -5 is not possible"),
+        (dict(precision="fp8"), (model, ids), "precision 'fp8' is unknown: one of auto, fp32, bf16, fp16"), (dict(precision="fp16"), (model, ids), "precision 'fp16' is not possible on a CPU: fp32 or bf16"),
+        ({}, (None, ids), "the model is a NoneType: give a KimiModel, the folder of a run"), ({}, (torch.nn.Linear(2, 2), ids), "the Linear does not say its context: give seq_len"), ({}, (tmp_path / "none", ids), "holds no checkpoint"),
+    ):  # fmt: skip
+        with pytest.raises(KimiError, match=re.escape(line)) as e:
+            ModelEvaluator(**options).evaluate(*arguments)
+        assert "\n" not in str(e.value)
 
 
 # --- nanoGPT -----------------------------------------------------------------------------------------------------
@@ -356,6 +427,32 @@ def test_budgets(monkeypatch):
         compare.compare_runs(contest(), budget="money")
 
 
+def test_a_budget_of_tokens_sets_the_opponents_steps():
+    run = contest(train__steps=4)
+    other = nanogpt_equal(run, steps=40).override({"train.warmup_steps": 30})
+    compare = NanoGPTComparison(speed=False, show=False)
+    found = compare.compare_runs(run, other)
+    assert found["tokens"]["nanoKimi"] == found["tokens"]["nanoGPT"] and found.runs["nanoGPT"].train.warmup_steps == 4
+    assert f"equal budget of tokens: 4 steps of {run.tokens_per_step:,} tokens" in found.title
+    with pytest.raises(KimiError, match="a step of nanoGPT has 64 tokens, one of nanoKimi 128: both need the same batches"):
+        compare.compare_runs(run, other.override({"train.batch_size": run.train.batch_size // 2}))
+
+
+def test_the_opponents_steps_to_the_target_are_measured(monkeypatch):
+    """The loss falls below its end early, or a seed ends above the mean end: that one counts with its whole length."""
+    from kimi_nb import analysis
+
+    ask = analysis.with_targets
+
+    def early(frame, curves, baseline):
+        out = ask(frame, curves, baseline)
+        return out.assign(steps_to_target=out["steps_to_target"].where(out["arm"] != baseline, out["seed"].map({0: 10.0, 1: math.nan})))
+
+    monkeypatch.setattr(analysis, "with_targets", early)
+    found = NanoGPTComparison(speed=False, show=False).compare_runs(contest(), seeds=2)
+    assert found["steps_to_target"]["nanoGPT"] == (10 + 20) / 2
+
+
 def test_models_and_folders_of_models_are_compared_as_they_are(tmp_path):
     from kimi_nb.train import fit
 
@@ -380,8 +477,6 @@ def test_speed_and_memory_are_measured():
 def test_tracking_names_itself_after_the_run_by_default(monkeypatch):
     seen = {}
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **k: seen.update(k)))
-    from kimi_nb.nanokimi import Tracking
-
     run = tiny_run()
     assert track(run, Tracking()) is None and seen == {}
     track(run, Tracking(tool="trackio"))

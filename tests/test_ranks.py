@@ -137,3 +137,19 @@ def test_dropout_differs_between_ranks_and_repeats(tmp_path):
         together(run, tmp_path / name)
     a, b = (result(tmp_path / n).curves["train_loss"]["value"] for n in ("a", "b"))
     assert a == b
+
+
+def apart(run, folder, rank, size, port):
+    """Ranks that were given different folders, as on machines without a common disk."""
+    try:
+        train(run, folder / f"disk{rank}", rank, size, port)
+    except Exception as e:
+        (folder / f"rank{rank}.txt").write_text(f"{type(e).__name__}: {e}")
+
+
+def test_ranks_without_a_common_folder_are_refused(tmp_path):
+    """Every rank says so in one line, before anything is trained."""
+    together(tiny_run(train__save_every=0), tmp_path, target=apart)
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("RanksError: rank 1 does not see ")
+    assert not list(tmp_path.rglob("metrics.jsonl"))

@@ -12,10 +12,11 @@ from importlib.util import find_spec
 
 import psutil
 import pytest
-from tiny import Workplace, tiny_run, wait_until
+from tiny import Workplace, hang, tiny_run, wait_until
 
+from kimi_nb import runner
 from kimi_nb.cli import main
-from kimi_nb.runner import run_studies
+from kimi_nb.runner import RunnerError, run_studies
 from kimi_nb.store import Store
 from kimi_nb.study import Arm, Study
 
@@ -52,6 +53,94 @@ def test_a_cluster_that_does_not_answer_is_one_line(place, capsys, argv, words):
     assert main([*PLAN, *argv]) == 2 and time.monotonic() - begin < 30
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(w in err for w in words), err
+
+
+class Here:
+    """As much of Ray as the runner uses: tasks are done here when their result is asked for; `lose` workers die before."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    def __init__(self, lose=()):
+        self.lose = list(lose)
+
+    def remote(self, **options):
+        class Task:
+            def __init__(self, work, arguments=None):
+                self.work, self.arguments = work, arguments
+
+            def remote(self, *arguments):
+                return Task(self.work, arguments)
+
+        return Task
+
+    def nodes(self):
+        return [dict(Alive=True, Resources=dict(CPU=1.0))]
+
+    cluster_resources = dict
+
+    def wait(self, refs, num_returns=1, timeout=None):
+        return refs[:num_returns], refs[num_returns:]
+
+    def get(self, ref):
+        if ref.arguments[0] in self.lose:
+            self.lose.remove(ref.arguments[0])
+            raise self.exceptions.RayError("the worker died")
+        return ref.work(*ref.arguments)
+
+    def cancel(self, ref, force=False):
+        pass
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A stand-in for a cluster, in this process."""
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
+    made = Here()
+    monkeypatch.setattr(runner, "connected", lambda address: contextlib.nullcontext(made))
+    return made
+
+
+def test_lost_workers_cost_a_try(here, tmp_path):
+    """A run whose worker is lost twice is done at the third try, one that loses three is a failed record, and all others are done; every record is there once."""
+    store, study = Store(tmp_path / "s"), sweep("tries", 2, train__steps=2, train__save_every=0)
+    twice, thrice, *_ = (p.run.run_id for p in study.expand())
+    here.lose = [twice] * 2 + [thrice] * 3
+    records = {r.run_id: r for r in run_studies([study], store, "ray", progress=False)}
+    assert {k: r.status for k, r in records.items()} == {k: "failed" if k == thrice else "done" for k in records} and len(records) == 4
+    assert "died 3 times" in records[thrice].provenance["error"] and store.verify() == []
+    assert [r.status for r in run_studies([study], store, "ray", progress=False)] == ["done"] * 4
+
+
+def test_a_node_that_is_different_is_refused(here, tmp_path, monkeypatch):
+    """A node with other training code, other data under the same name or another folder in the place of the results is refused in one line, and writes nothing."""
+    study, real = sweep("different", 1, train__steps=2, train__save_every=0), runner._on_a_node
+    for change, words in (
+        (lambda a: (a[0], "0" * 16, *a[2:]), "has other training code"),
+        (lambda a: ("0" * 12, *a[1:]), "has other data under the name tinyworld"),
+        (lambda a: (*a[:3], Store(tmp_path / "elsewhere"), a[4]), "does not see"),
+    ):
+        monkeypatch.setattr(runner, "_on_a_node", lambda *a, change=change: real(*change(a)))
+        with pytest.raises(RunnerError, match=words):
+            run_studies([study], Store(tmp_path / "s"), "ray", progress=False)
+    assert not list(tmp_path.glob("*/experiments/*"))
+    with pytest.raises(RunnerError, match="--cpus-per-run"):
+        run_studies([study], Store(tmp_path / "s"), "ray", progress=False, cpus=64)
+
+
+def test_progress_on_a_cluster_is_read_from_the_journals(tmp_path):
+    """The bar moves with the last whole line of each run's metrics.jsonl, whatever else the file ends with."""
+    store, study = Store(tmp_path / "s"), sweep("shown", 1)
+    first, second = study.expand()
+    journal = store.begin(first.run, "x") / "metrics.jsonl"
+    journal.write_text("".join(json.dumps(dict(step=n, train_loss=5.0 - n)) + "\n" for n in (1, 2, 3)) + json.dumps(dict(step=3, val_loss=1.0)) + '\n{"step": 4, "tra')
+    bar = runner.Progress({p.run.run_id: 1.0 for p in (first, second)}, dict.fromkeys((first.run.run_id, second.run.run_id), 12), show=False)
+    runner._follow({first.run.run_id, second.run.run_id}, store, bar)
+    assert bar.seen == {first.run.run_id: 250, second.run.run_id: 0} and "loss 2.000" in bar.note
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +246,6 @@ def test_a_sweep_of_64_runs_loses_a_node(cluster, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_hangs_on_a_node_fails_alone(cluster, tmp_path, monkeypatch):
     """With a time limit a run that hangs on a node is ended, tried again, and becomes a failed record that says where it stood; the others are done."""
-    from tiny import hang
-
-    from kimi_nb import runner
-
     monkeypatch.setattr(runner, "_TRIES", 2)
     store, study = Store(tmp_path / "s"), sweep("hangs", 1)
     hang(store, study, "rmsnorm")
