@@ -226,7 +226,7 @@ A relative change of perplexity is $e^{\\Delta} - 1$ for a difference of $\\Delt
 
 $$ y = \\beta_0 + \\sum_{j} \\beta_j z_j + \\sum_{j<k} \\beta_{jk} z_j z_k + \\dots + \\text{seed} + \\varepsilon, $$
 
-the main effect of a part is $2 \\beta_j$: the mean over all combinations of the others. Its error is pooled over the whole design, which makes it far sharper than any single pair. An interaction is the amount by which the effect of one part changes with another; *synergy* is the gain of all parts together minus the sum of the gains of each alone.
+the main effect of a part is $2 \\beta_j$: the mean over all combinations of the others. Its error is pooled over the whole design, which makes it far sharper than any single pair; where an effect differs between seeds by more than that error allows (an $F$ test at the 1% level), the spread of the effect over seeds is its error instead, with $n - 1$ degrees of freedom. An interaction is the amount by which the effect of one part changes with another; *synergy* is the gain of all parts together minus the sum of the gains of each alone.
 
 **Families.** Comparisons that answer one question form a family; $p$ values are corrected after Holm [@holm1979] inside it, and correlations, which explore, by the false discovery rate [@benjamini1995].
 

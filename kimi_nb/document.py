@@ -116,7 +116,7 @@ def _linked(text, names, cited, library, link):
 # %% ../nbs/19d_document.ipynb #a4e30191
 def _calm(text): return re.sub(r"([$<>^~])", r"\\\1", " ".join(str(text).split()))
 def _row(cells): return "| " + " | ".join(re.sub(r"(?<!\\)([$<>^~|])", r"\\\1", " ".join(str(c).split())) or " " for c in cells) + " |"
-def _is_number(c): return bool(re.fullmatch(r"([-+−–—±<>=≤≥\d.,e%×()/ ]|(?<=\d)[kMBT]| to )*", str(c)))
+def _is_number(c): return bool(re.fullmatch(r"([-+−–—±<>=≤≥\d.,e%×()/ ]|(?<=\d)[kMBT]| to | of )*", str(c)))
 
 def _aligned(table):
     "True for the columns that hold numbers only."

@@ -224,6 +224,7 @@ def reached(
     n, early = int(done[metric].notna().sum()), bool(done["target_at_first"].any())
     return "≤ " * early + text + (f" ({n} of {len(done)})" if n < len(done) else "")
 
+# %% ../nbs/19e_findings.ipynb #c6085b6c
 RUN_METRICS = ("test_bpb", "test_loss", "test_accuracy", "loss_residual_sd", "grad_norm_mean", "steps_to_target", "val_max_violation", "active_parameters", "flops_per_token", "cache_bytes_per_token")
 
 def runs_table(

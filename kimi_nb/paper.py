@@ -142,18 +142,24 @@ def seeds_words(
     "The factorial's intervals from the seeds alone beside those of its pooled error, and which of the two to believe."
     if e.factorial is None: return []
     frame, effects, contrasts = e.factorial
-    rows = [r | dict(name=LEVELS[r["term"]][1]) for r in effects[effects["order"] == 1].to_dict("records")] + [r | dict(name="synergy") for r in contrasts[contrasts["term"] == "synergy"].to_dict("records")]
-    rows = [r for r in rows if math.isfinite(r.get("ci_seed_low", math.nan)) and math.isfinite(r.get("ci_seed_high", math.nan)) and r["se"] > 0]
-    if not (main := [r for r in rows if r["name"] != "synergy"]): return []
+    if "ci_seed_low" not in effects: return []
     from scipy import stats
-    df = int(frame.loc[frame["status"] == "done", "seed"].nunique()) - 1
-    t = stats.t.ppf(1 - main[0]["alpha"] / 2, df)
-    ratio = sum(((r["ci_seed_high"] - r["ci_seed_low"]) / 2 / t / r["se"]) ** 2 for r in main) / len(main)  # of variances; the main effects are independent of each other
-    bold = stats.f.sf(ratio, len(main) * df, main[0]["df"]) < 0.05
-    judged = f"the effects vary over seeds {ratio:.1f} times as much (variance) as the pooled error implies" + (", more than chance explains: **the pooled error is too optimistic, and the wider intervals are the ones to trust**." if bold else ", which chance explains: nothing speaks against the pooled error.")
+    done, k = frame[frame["status"] == "done"], len(e.crossed)
+    seeds = int(done["seed"].nunique())
+    df, pooled_df = seeds - 1, float(effects["df"].max())
+    rows = [r | dict(name=LEVELS[r["term"]][1], weight=4 / 2 ** k) for r in effects[effects["order"] == 1].to_dict("records")]
+    rows += [r | dict(name="synergy", weight=1 + k + (k - 1) ** 2) for r in contrasts[contrasts["term"] == "synergy"].to_dict("records")]  # weight: sum of squares over the cells
+    rows = [r | dict(pooled=float(effects["sd"].iloc[0]) * math.sqrt(r["weight"] / seeds)) for r in rows if math.isfinite(r.get("ci_seed_low", math.nan))]
+    if not (main := [r for r in rows if r["name"] != "synergy"]): return []
+    t, pooled_t = (stats.t.ppf(1 - main[0]["alpha"] / 2, d) for d in (df, pooled_df))
+    ratio = sum(((r["ci_seed_high"] - r["ci_seed_low"]) / 2 / t / r["pooled"]) ** 2 for r in main) / len(main)  # of variances; main effects are independent of each other
+    unsure, changed = stats.f.sf(ratio, len(main) * df, pooled_df) < 0.05, [r["name"] for r in rows if r.get("by_seeds")]
+    judged = f"the main effects vary over seeds {ratio:.1f} times as much (variance) as the pooled error implies, " + ("more than chance explains: **the pooled error is too optimistic**, and of two intervals the wider is the one to trust." if unsure else "which chance explains.")
+    if changed: judged += f" For {listed(changed)} the verdict rests on the seeds alone."
     sure = [r["name"] for r in main if r["ci_seed_low"] * r["ci_seed_high"] > 0]
-    if short: return [f"As a check, from the {count_of(df + 1)} seeds alone (one effect in each) the interval excludes zero for {listed(sure) if sure else 'no part'}; {judged}"]
-    return [f"From the seeds alone (the effect in each of {count_of(df + 1, 'seed')}, $t$ with {count_of(df, 'degree')} of freedom) the 95% intervals are, with the pooled ones in brackets: " + "; ".join(f"{r['name']} {r['ci_seed_low']:.3f} to {r['ci_seed_high']:.3f} ({r['ci_low']:.3f} to {r['ci_high']:.3f})" for r in rows) + f". {capital(judged)}"]
+    if short: return [f"As a check, the interval from the {count_of(seeds)} seeds alone (one effect in each) excludes zero for {listed(sure) if sure else 'no part'}; {judged}"]
+    return [f"From the seeds alone (the effect in each of {count_of(seeds, 'seed')}, $t$ with {count_of(df, 'degree')} of freedom) the 95% intervals are, with those of the pooled error in brackets: "
+            + "; ".join(f"{r['name']} {r['ci_seed_low']:.3f} to {r['ci_seed_high']:.3f} ({r['diff'] - pooled_t * r['pooled']:.3f} to {r['diff'] + pooled_t * r['pooled']:.3f})" for r in rows) + f". {capital(judged)}"]
 
 def combined_words(
     e:Evidence,
@@ -170,7 +176,7 @@ def combined_tables(
     frame, effects, contrasts = e.factorial
     n = int((frame["status"] == "done").sum())
     main, rest = effects[effects["order"] == 1], effects[effects["order"] > 1]
-    tables = [effects_table(main, f"Main effects on test bits per byte: the mean difference over all combinations of the other parts ({n} runs, pooled error). Negative is better.", id="main-effects")]
+    tables = [effects_table(main, f"Main effects on test bits per byte: the mean difference over all combinations of the other parts ({n} runs, pooled error{', or that of the seeds where they differ by more' if main.get('by_seeds', main['diff'] * 0).any() else ''}). Negative is better.", id="main-effects")]
     if len(rest): tables.append(effects_table(rest, "Interactions: by how much the effect of one part changes with the others; a family of their own.", id="interactions"))
     return [*tables, effects_table(contrasts, "Each part alone (against the baseline), on top of the three others (against all but it), all together, and synergy (all together minus the sum of the single effects).", id="parts")]
 

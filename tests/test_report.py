@@ -12,7 +12,7 @@ import pytest
 
 from kimi_nb.config import load_profile
 from kimi_nb.document import compile_typst, to_markdown, to_typst
-from kimi_nb.findings import Evidence, ReportError
+from kimi_nb.findings import Evidence, ReportError, runs_table
 from kimi_nb.paper import paper
 from kimi_nb.phases import combined, norm
 from kimi_nb.plan import record_outcome
@@ -29,13 +29,13 @@ def tiny_profile():
     return profile.model_copy(update=dict(base=profile.base.override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60}), tune={}))
 
 
-def factorial_results(path, effects, synergy=0.0, status=None):
-    """A results folder with an invented factorial: each part changes bits per byte by its effect, all together by `synergy` more."""
+def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=0.0):
+    """A results folder with an invented factorial: each part changes bits per byte by its effect, all together by `synergy`, MLA with Muon by `pair` more; Muon's effect changes by `uneven` from seed to seed."""
     profile, store = tiny_profile(), Store(path)
     study = combined.study(profile)
     for k, p in enumerate(study.expand()):
         on = combined.cell_factors(p.arm)
-        bpb = 3.0 + sum(effects[f] for f in on) + synergy * (len(on) == 4) + 0.001 * p.seed + 0.002 * ((7 * k) % 5 - 2)
+        bpb = 3.0 + sum(effects[f] for f in on) + synergy * (len(on) == 4) + pair * ({"attention", "optimizer"} <= set(on)) + uneven * p.seed * ("optimizer" in on) + 0.001 * p.seed + 0.002 * ((7 * k) % 5 - 2)
         metrics = dict(test_bpb=bpb, test_loss=1.7 * bpb, val_loss=1.7 * bpb, tokens=1e5, steps=300, step_seconds=0.01, active_parameters=1e5, total_parameters=3e5, epochs=0.5)
         curves = dict(val_loss=dict(step=[100, 200, 300], value=[1.7 * bpb + 1, 1.7 * bpb + 0.3, 1.7 * bpb]))
         store.put(Record.of(p.run, (status or {}).get((p.arm, p.seed), "done"), metrics, curves, dict(device="cpu", device_name="Test CPU")), "combined")
@@ -88,6 +88,43 @@ def test_nothing_found_is_said(tmp_path):
     assert "*This phase has not run; nothing is claimed in its place.*" in whole and "**Contradicted.** None." in whole
 
 
+def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
+    """Where MLA helps with AdamW and hurts with Muon both numbers stand everywhere; where it only helps less, that is said."""
+    turns = factorial_results(tmp_path / "a", EFFECTS | dict(attention=-0.05), pair=0.1)
+    abstract, conclusion, whole = words_of(turns)
+    for text in (abstract, conclusion, whole.split("What the parts do.")[1]):
+        assert re.search(r"MLA helps with AdamW \(-0\.0[45]\d\) and hurts with Muon \(\+0\.0[45]\d\)", text) and "each gives less" not in text
+    less = words_of(factorial_results(tmp_path / "b", EFFECTS | dict(attention=-0.3), pair=0.1))[0]
+    assert "each gives less in the company of the other" in less and "hurts with" not in less
+
+
+def test_seeds_that_disagree_are_told_from_seeds_that_agree(tmp_path, invented):
+    """The intervals from seeds alone stand beside the pooled ones; that the pooled error is too small is said where it is."""
+    agree, differ = words_of(invented), words_of(factorial_results(tmp_path / "a", EFFECTS, uneven=0.1))
+    assert "excludes zero for" in agree[0] and "too optimistic" not in agree[0] + agree[2]
+    assert "the pooled error is too optimistic" in differ[0] and "For Muon the verdict rests on the seeds alone." in differ[0]
+    assert all(whole.count("From the seeds alone") == 2 for whole in (agree[2], differ[2]))  # section and threats
+
+
+def test_steps_to_target_say_what_they_leave_out(tmp_path):
+    """Runs that never arrived are counted, and a target reached at the first evaluation is a bound."""
+    table = runs_table(Evidence(factorial_results(tmp_path / "a", EFFECTS | dict(optimizer=-2.0))), "combined", ("steps_to_target",))
+    cells = {row[0]: row[-1] for row in table.rows}
+    assert cells["MLA"] == "— (0 of 3)" and cells["Muon"] == "≤ 100" and "of 3)" not in cells["RMSNorm"]
+    assert "counts with its whole length" in table.caption and "is a bound" in table.note
+
+
+def test_phases_that_are_missing_are_not_untestable(tmp_path, invented):
+    """An answer whose phase has not run says so; records without any conclusion make no paper."""
+    _, _, whole = words_of(invented)
+    assert "- **H4** *was not run*." in whole and "cannot compare the optimizers" not in whole and "**RQ5** is *" in whole
+    store = Store(shutil.copytree(invented.path, tmp_path / "a"))
+    shutil.rmtree(store.path / "phases")
+    with pytest.raises(ReportError, match=r"^no phase has been concluded in .*: run kimi-nb plan, or kimi-nb report --published quick$"):
+        write_report(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_that_were_lost_are_listed(tmp_path):
     """A diverged run is in the negative results and not counted as finished."""
     store = factorial_results(tmp_path / "a", EFFECTS, status={("all", 1): "diverged"})
@@ -101,14 +138,14 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
     store = Store(shutil.copytree(invented.path, tmp_path / "a"))
     own = norm.study(tiny_profile())
     base, odd = own.base.override({"train.steps": 120}), "R*S $x$ {fig:none} | #1 [@nobody]"
-    study = Study(name="toy", phase="toy", question=f"Is {odd} better?", base=base, arms=[Arm("a", {}), Arm("b", {"model.norm.kind": "rmsnorm"}, odd)], baseline="a", seeds=(0, 1))
+    study = Study(name="toy", phase="toy", question=f"Is {odd} better?", base=base, arms=[Arm("a", {}), Arm("b", {"model.norm.kind": "rmsnorm"}, odd), Arm("c", {"train.steps": 0})], baseline="a", seeds=(0, 1))
     for p in study.expand():
         store.put(Record.of(p.run, "done", dict(test_bpb=2.0 + p.seed * 0.01 * (p.arm == "b")), {}, dict(device="cpu")), "toy")
     store.record_study(study)
     record_outcome(store, "toy", tiny_profile(), [dict(id="toy", claim=f"{odd} is better.", word="undecided", sentence=f"It {odd}.", caveats=[f"Mind {odd}."])])
     files = write_report(store, tmp_path / "out", say=lambda line: None)
     text = (tmp_path / "out" / "paper.md").read_text()
-    assert re.search(r"## .*\d+ Toy\n", text) and "| toy | " in text and all(f.stat().st_size > 1000 for f in files)
+    assert re.search(r"## .*\d+ Toy\n", text) and "| toy | " in text and "A run takes 0 to 120 steps of " in text and re.search(r"We train 52 models of .*? \(and leave two untrained, as a floor\)", text) and all(f.stat().st_size > 1000 for f in files)
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
 
 
