@@ -81,7 +81,7 @@ class Tokenizer:
             tokenizer = PairTokenizer.from_folder(folder, d["name"])
             if (tokenizer.vocab_size, tokenizer.eot_id) != (d["vocab_size"], d["eot_id"]): raise ValueError("tokenizer.json is of another tokenizer")
             return tokenizer
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
             if isinstance(e, DataError): raise
             raise DataError(f"{path} is damaged ({(str(e) or type(e).__name__).splitlines()[0][:80]}): remove the folder and prepare the data again") from e
 
