@@ -158,12 +158,13 @@ def execute_phase(
     if outcome["profile"] != profile.name: raise PlanError(f"phase {phase} was asked for profile {profile.name} and recorded {outcome['profile']}: its parameters were not taken over")
     return outcome
 
-def _shown(notebook):
-    "The notebook without its hidden cells: they test the phase's functions, which is nbdev-test's business."
+def _shown(notebook, folder):
+    "A copy of the notebook without its hidden cells: they test the phase's functions, which is nbdev-test's business."
     import nbformat
     node = nbformat.read(notebook, as_version=4)
     node.cells = [c for c in node.cells if not re.match(r"#\s*\|\s*hide\b", c.source)]
-    return node
+    nbformat.write(node, copy := Path(folder) / Path(notebook).name)
+    return copy
 
 MEASURED = {"measuring": "speed, memory and spectra, measured alone", "scoring": "scoring of benchmarks and long contexts", "simulation": "simulated studies and fits"} # tag of a phase's cell -> what it spends its time on
 
@@ -189,13 +190,15 @@ def _threads(kernels):
 
 def _execute(notebook, target, parameters, cwd):
     "papermill, with the kernel on sockets in a private folder: nobody else can listen, and there is nothing to warn of."
-    import logging, papermill
+    import logging, nbformat, papermill
     from traitlets.config import Config as Traits
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it would print, we report ourselves
     with tempfile.TemporaryDirectory(prefix="knb-", ignore_cleanup_errors=True) as private:
         place = f"{private}/k"
         own = dict(config=Traits(KernelManager=dict(transport="ipc", ip=place))) if os.name == "posix" and len(place) < 90 else {}  # a socket's path has at most about 100 characters
-        papermill.execute_notebook(_shown(notebook), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3", cwd=str(cwd), extra_arguments=["--log-level=50"], **own)
+        made = papermill.execute_notebook(str(_shown(notebook, private)), str(target), parameters, progress_bar=False, log_output=False, kernel_name="python3", cwd=str(cwd), extra_arguments=["--log-level=50"], **own)
+    made.metadata["papermill"]["input_path"] = str(notebook)
+    write_whole(target, nbformat.writes(made) + "\n", sync=False)
 
 @contextlib.contextmanager
 def _no_kernel_left():

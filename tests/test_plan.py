@@ -180,7 +180,9 @@ def test_an_executed_notebook_with_papermill(place):
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300, check=False)
     assert (r.returncode, r.stderr) == (0, "") and sorted(executed(r.stdout)) == ["baseline", "norm"]
-    cells = json.loads((place.results / "notebooks" / "03_norm.ipynb").read_text())["cells"]
+    made = json.loads((place.results / "notebooks" / "03_norm.ipynb").read_text())
+    cells = made["cells"]
+    assert made["metadata"]["papermill"]["input_path"] == str(place.path / "nbs" / "phases" / "03_norm.ipynb")
     assert any(c["metadata"].get("tags") == ["injected-parameters"] and "tiny" in "".join(c["source"]) for c in cells)
     assert not list((place.path / "nbs").rglob("*-checkpoint*"))
 
