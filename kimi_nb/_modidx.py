@@ -335,6 +335,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kimi_nb.deepseek.to_deepseek_v3': ('deepseek.html#to_deepseek_v3', 'kimi_nb/deepseek.py')},
             'kimi_nb.design': { 'kimi_nb.design.ScalingFit': ('design.html#scalingfit', 'kimi_nb/design.py'),
                                 'kimi_nb.design.ScalingFit.__call__': ('design.html#scalingfit.__call__', 'kimi_nb/design.py'),
+                                'kimi_nb.design._by_seed': ('design.html#_by_seed', 'kimi_nb/design.py'),
                                 'kimi_nb.design._cells': ('design.html#_cells', 'kimi_nb/design.py'),
                                 'kimi_nb.design._columns': ('design.html#_columns', 'kimi_nb/design.py'),
                                 'kimi_nb.design._judged': ('design.html#_judged', 'kimi_nb/design.py'),

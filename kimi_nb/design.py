@@ -18,22 +18,26 @@ from .inference import StatsError, adjust, seeds_needed, t_interval, t_pvalue
 from .stats import compare, family_statistics, metric_info, verdict
 
 # %% ../nbs/13a_design.ipynb #aad3f28a
+def _by_seed(
+    runs,  # finished runs with y and `_cell`
+    block, # column of the seeds, or None
+):         # one row a seed, one column a cell
+    "The response of every cell in every seed."
+    return runs.pivot_table(index=block, columns="_cell", values="y") if block and len(runs) else pd.DataFrame()
+
 UNEQUAL = 0.01 # level at which an effect counts as different between seeds
 
 def _seeds_apart(
     r:dict,        # a row with diff, se, df
-    runs,          # finished runs with y and `_cell`
+    grid,          # of `_by_seed`
     weights:dict,  # cell -> weight of the contrast
-    block,         # column of the seeds, or None
     sse:float,     # residual sum of squares
     alpha:float,
-) -> dict:         # seeds_sd, p_seed, ci_seed_low, ci_seed_high, f_seeds, p_seeds_differ; se and df of the seeds where they differ
+) -> dict:         # p_seed, ci_seed_low, ci_seed_high, f_seeds, p_seeds_differ, by_seeds; se and df of the seeds where they differ
     "The contrast in each seed, and whether the seeds agree on it; NaN where a seed lacks a cell."
     from scipy.stats import f as fisher
     nothing = dict.fromkeys(("p_seed", "ci_seed_low", "ci_seed_high", "f_seeds", "p_seeds_differ"), math.nan) | dict(by_seeds=False)
-    if not block or not r["se"] > 0: return nothing
-    grid = runs.pivot_table(index=block, columns="_cell", values="y")
-    if grid.shape[0] < 2 or set(weights) - set(grid.columns) or grid[list(weights)].isna().any(axis=None): return nothing
+    if len(grid) < 2 or not r["se"] > 0 or set(weights) - set(grid.columns) or grid[list(weights)].isna().any(axis=None): return nothing
     c = grid[list(weights)].to_numpy() @ np.array(list(weights.values()))
     n, se = len(c), float(c.std(ddof=1)) / math.sqrt(len(c))
     ss = float(((c - c.mean()) ** 2).sum()) / sum(w * w for w in weights.values())
@@ -50,7 +54,7 @@ def _cells(
     metric:str,         # response
     factors,            # {column: (level off, level on)}, or columns with two levels in order of appearance
     block,              # column of blocks, or None
-):                      # (finished runs with x_<i> in ±1 and y, {column: (off, on)}, all runs that belong to a cell)
+):                      # (finished runs with x_<i> in ±1, their tuple `_cell` and y, {column: (off, on)}, all runs that belong to a cell)
     "The runs of a two-level design.  Raises: StatsError for a missing column or a factor without two levels."
     for c in (metric, *factors, *([block] if block else [])):
         if c not in frame: raise StatsError(f"the design needs a column {c!r} and the table has {', '.join(map(str, list(frame.columns)[:12]))}")
@@ -59,10 +63,10 @@ def _cells(
         if len(two) != 2: raise StatsError(f"factor {f!r} has the levels {', '.join(map(str, two))}: exactly two are needed, name them as {{{f!r}: (off, on)}}")
     runs = frame[np.logical_and.reduce([frame[f].isin(two) for f, two in levels.items()])].copy()
     for i, (f, (_, on)) in enumerate(levels.items()): runs[f"x_{i}"] = np.where(runs[f] == on, 1.0, -1.0)
+    runs["_cell"] = pd.Series(list(map(tuple, runs[[f"x_{i}" for i in range(len(levels))]].to_numpy())), index=runs.index, dtype=object)
     y = pd.to_numeric(runs[metric], errors="coerce").astype(float)
     ok = np.isfinite(y) & (runs["status"].astype(str).eq("done") if "status" in runs else True)
-    cell = list(map(tuple, runs[[f"x_{i}" for i in range(len(levels))]].to_numpy()))
-    return runs.assign(y=y, _cell=pd.Series(cell, index=runs.index, dtype=object))[ok], levels, runs
+    return runs.assign(y=y)[ok], levels, runs
 
 def _columns(
     runs:pd.DataFrame, # with x_<i>
@@ -100,14 +104,14 @@ def factorial(
         if len(runs) > x.shape[1] + 1 and np.linalg.matrix_rank(np.column_stack([np.ones(len(x)), x])) == x.shape[1] + 1: break
         order -= 1
     if order < 1: raise StatsError(f"{len(runs)} finished runs cannot carry the {k} main effects of {metric!r}: run the missing cells, or fewer factors")
-    seen = set(map(tuple, runs[[f"x_{i}" for i in range(k)]].to_numpy()))
+    seen = set(runs["_cell"])
     if missing := 2 ** k - len(seen): notes.append(f"{missing} of {2 ** k} cells have no finished run")
     if order < most: notes.append(f"interactions above order {order} cannot be told apart and are taken as zero")
     if runs.groupby([f"x_{i}" for i in range(k)]).size().nunique() > 1 or missing: notes.append("unbalanced: effects are adjusted for each other")
     fit = sm.OLS(runs["y"].to_numpy(), sm.add_constant(x, has_constant="add")).fit()
     flat = fit.mse_resid <= (1e-12 * np.abs(runs["y"]).max()) ** 2
     if flat: notes.append("no spread left: no test")
-    rows = []
+    rows, grid = [], _by_seed(runs, block if not missing else None)
     for j, t in enumerate(terms):
         diff, se, df = float(2 * fit.params[j + 1]), 0.0 if flat else float(2 * fit.bse[j + 1]), float(fit.df_resid)
         on = np.prod([every[f"x_{i}"].to_numpy() for i in t], axis=0) > 0
@@ -117,8 +121,7 @@ def factorial(
                  arm=str(levels[names[t[0]]][1]) if main else " × ".join(names[i] for i in t), baseline=str(levels[names[t[0]]][0]) if main else "no interaction",
                  phrase=f"{names[t[0]]} {levels[names[t[0]]][1]} instead of {levels[names[t[0]]][0]}, averaged over the other factors," if main else
                         f"the interaction of {' and '.join(names[i] for i in t)}", contrast=diff * 2 ** (len(t) - 1), p=t_pvalue(diff, se, df), note="; ".join(notes))
-        full = len(seen) == 2 ** k
-        r |= _seeds_apart(r, runs, {c: float(np.prod([c[i] for i in t])) / 2 ** (k - 1) for c in sorted(seen)} if full else {None: 0.0}, block, float(fit.ssr), alpha)
+        r |= _seeds_apart(r, grid, {c: float(np.prod([c[i] for i in t])) / 2 ** (k - 1) for c in sorted(seen)}, float(fit.ssr), alpha)
         if r["by_seeds"]: r["p"] = t_pvalue(diff, r["se"], r["df"])
         r["ci_low"], r["ci_high"] = t_interval(diff, r["se"], r["df"], alpha)
         for s, key in ((("diverged",), "n_diverged"), (("diverged", "failed"), "n_failed")):
@@ -162,14 +165,13 @@ def component_contrasts(
     plan |= {f"{f} alone": ({flip(none, i): 1, none: -1}, f"{f} {levels[f][1]} alone") for i, f in enumerate(names)}
     plan |= {f"{f} on top": ({whole: 1, flip(whole, i): -1}, f"{f} {levels[f][1]} on top of all other parts") for i, f in enumerate(names)}
     plan["synergy"] = ({whole: 1, none: k - 1} | {flip(none, i): -1 for i in range(k)}, "combining all parts, beyond the sum of each alone,")
-    where = [tuple(c) for c in runs[[f"x_{i}" for i in range(k)]].to_numpy()]
+    where = list(runs["_cell"])
     cells = sorted(set(where))
     x = np.column_stack([np.array([c == w for w in where], float) for c in cells]) if cells else np.zeros((0, 0))
     if block and len(runs) and runs[block].nunique() > 1:
         x = np.column_stack([x, _columns(runs, k, 0 or 1, block)[0][:, k:]])
     fit = sm.OLS(runs["y"].to_numpy(), x).fit() if len(runs) > x.shape[1] and np.linalg.matrix_rank(x) == x.shape[1] else None
-    state = every.assign(_cell=[tuple(c) for c in every[[f"x_{i}" for i in range(k)]].to_numpy()])
-    rows = []
+    rows, grid = [], _by_seed(runs, block)
     for name, (weights, phrase) in plan.items():
         lacking = [c for c in weights if c not in cells]
         r = dict(term=name, order=1, arm=name, baseline="the sum of the parts" if name == "synergy" else "all other parts" if name.endswith(" on top") else "none", phrase=phrase, metric=metric,
@@ -179,12 +181,12 @@ def component_contrasts(
         else:
             w = np.array([weights.get(c, 0.0) for c in cells] + [0.0] * (x.shape[1] - len(cells)))
             r["diff"], r["se"] = float(w @ fit.params), float(math.sqrt(max(0.0, w @ fit.cov_params() @ w)))
-            r |= _seeds_apart(r, runs, weights, block, float(fit.ssr), alpha)
+            r |= _seeds_apart(r, grid, weights, float(fit.ssr), alpha)
         r["p"] = t_pvalue(r["diff"], r["se"], r["df"])
         r["ci_low"], r["ci_high"] = t_interval(r["diff"], r["se"], r["df"], alpha)
         if margin: r |= dict(margin=margin, p_tost=tost_pvalue(r["diff"], r["se"], r["df"], margin))
         for sign, end in ((1, ""), (-1, "_baseline")):
-            mine = state[state["_cell"].map(lambda c: weights.get(c, 0) * sign > 0)]   # noqa: B023
+            mine = every[every["_cell"].map(lambda c: weights.get(c, 0) * sign > 0)]   # noqa: B023
             lost = mine["status"].astype(str) if "status" in mine else pd.Series(dtype=str)
             r["n_diverged" + end], r["n_failed" + end] = int((lost == "diverged").sum()), int(lost.isin(["diverged", "failed"]).sum())
         rows.append(r)
