@@ -222,6 +222,7 @@ def load_any(
     if folder.is_dir() and not local: return load_model(folder, device)[:2]
     if not local and (not str(place).count("/") <= 1 or str(place).startswith((".", "/")) or not hub_reachable()):
         raise BenchmarkError(f"checkpoint {str(place)!r} is no folder" + ("" if str(place).startswith((".", "/")) else ", and the Hugging Face hub cannot be reached") + ": name a run's folder, a transformers folder, or owner/name on the hub")
+    if (folder / "result.json").is_file(): raise BenchmarkError(f"{folder} has a record and no weights, as published records have none: delete this folder and train its run again")
     import transformers
     try: return transformers.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False).to(device).eval(), transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as e: raise BenchmarkError(f"checkpoint {str(place)!r} cannot be loaded by transformers: {' '.join(str(e).split())[:200]}") from None

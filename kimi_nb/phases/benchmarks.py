@@ -119,24 +119,27 @@ def tier_figure(
 def score_along(
     store:"Store",
     frame,           # of the study: untrained and trained runs
-    tasks="tiny",    # as `pick_tasks`
+    results,         # of `score_runs`: the ends
+    tasks,           # names
     limit=None,      # items of each task
     data_dir=None,   # folder of local rows
-):                   # run_id, seed, step, task, score, stderr, chance; one row a task and checkpoint
+):                   # run_id, seed, step, task, score, chance; one row a task and checkpoint
     "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0 and its final model the end."
     import pandas as pd
     from kimi_nb.benchmarks import evaluate, load_any
     from kimi_nb.checkpoint import checkpoints
     from kimi_nb.speed import remembered
-    rows, done = [], frame[frame["status"] == "done"]
+    rows, done = [], frame[frame["run_id"].isin(results)]
     for r in done[done["arm"] == "trained"].to_dict("records"):
         start = done[(done["arm"] == "untrained") & (done["seed"] == r["seed"])]["run_id"]
-        places = [(0, store.folder(i)) for i in start] + [(int(c.name[5:]), c) for c in checkpoints(store.folder(r["run_id"]) / "checkpoints")] + [(int(r["steps"]), store.folder(r["run_id"]))]
-        for step, place in dict(places).items():
-            scored = lambda: {k: {n: v.get(n) for n in ("score", "stderr", "chance", "halves")} for k, v in evaluate(*load_any(place), tasks, data_dir, limit).items() if v["status"] == "done"}
-            found = remembered(store, "benchmarks-along", dict(run=r["run_id"], digest=store.get(r["run_id"]).digest, step=step, tasks=str(tasks), limit=limit, data_dir=str(data_dir)), scored)
-            for task, v in found.items():
-                half = (v["halves"] or {}).get("tinyworld") or v
+        found = {0: results[i] for i in start} | {int(r["steps"]): results[r["run_id"]]}
+        for place in checkpoints(store.folder(r["run_id"]) / "checkpoints"):
+            whose = dict(run=r["run_id"], digest=store.get(r["run_id"]).digest, step=int(place.name[5:]), tasks=str(tasks), limit=limit, data_dir=str(data_dir))
+            found[whose["step"]] = remembered(store, "benchmarks-along", whose, lambda: dict(evaluate(*load_any(place), tasks, data_dir, limit)))
+        for step, scored in sorted(found.items()):
+            for task in tasks:
+                if (v := scored.get(task, {})).get("status") != "done": continue
+                half = (v.get("halves") or {}).get("tinyworld") or v
                 rows.append(dict(run_id=r["run_id"], seed=r["seed"], step=step, task=task, score=half["score"], chance=half.get("chance", v["chance"])))
     return pd.DataFrame(rows, columns=["run_id", "seed", "step", "task", "score", "chance"])
 
