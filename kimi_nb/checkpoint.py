@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from .config import KimiError, RunConfig
 from .files import fsync
 from .model import KimiModel
+from .shard import cut, for_disk
 from .tokenizer import Tokenizer
 
 # %% ../nbs/09a_checkpoint.ipynb #035cfeca
@@ -102,18 +103,22 @@ def checkpoints(folder:Path) -> list[Path]:
     return sorted(found)
 
 # %% ../nbs/09a_checkpoint.ipynb #1d5be8bf
-def model_tensors(model:KimiModel) -> dict[str, torch.Tensor]:
-    "The state dictionary without the tied head's second name."
+def _named(model):
     tensors = model.state_dict()
     if model.config.tie_embeddings: del tensors["lm_head.weight"]
     return tensors
 
+def model_tensors(model:KimiModel) -> dict[str, torch.Tensor]:
+    "The state dictionary without the tied head's second name; whole, and on rank 0 alone, where the model is sharded: every rank must call it."
+    return for_disk(_named(model))
+
 def load_model_tensors(model:KimiModel, tensors:dict, source=""):
     "Raises: CheckpointError when names or shapes do not fit the model."
-    want = model_tensors(model)
+    want = _named(model)
     for name in want.keys() ^ tensors.keys(): raise CheckpointError(f"{source} does not fit the model: {name} is {'missing' if name in want else 'not part of it'}")
     for name in want:
         if want[name].shape != tensors[name].shape: raise CheckpointError(f"{source} does not fit the model: {name} is {tuple(tensors[name].shape)}, the model has {tuple(want[name].shape)}")
+    tensors = {n: cut(t, want[n]) for n, t in tensors.items()}
     model.load_state_dict(tensors | ({"lm_head.weight": tensors["embed_tokens.weight"]} if model.config.tie_embeddings else {}))
 
 def save_model(
@@ -122,10 +127,11 @@ def save_model(
     run:RunConfig,       # that trained it
     tokenizer:Tokenizer,
     state:dict|None=None, # anything JSON-able beside it
+    tensors:dict|None=None, # the model's, where they are at hand
 ) -> Path:
     "Weights, configuration and tokenizer, for `load_model`."
     run = run.override({"model.vocab_size": model.config.vocab_size})
-    return save_checkpoint(folder, {"model": model_tensors(model)}, dict(state or {}, run=run.model_dump(mode="json")), extra=lambda temp: tokenizer.save(temp / "tokenizer"))
+    return save_checkpoint(folder, {"model": model_tensors(model) if tensors is None else tensors}, dict(state or {}, run=run.model_dump(mode="json")), extra=lambda temp: tokenizer.save(temp / "tokenizer"))
 
 def load_model(
     folder:Path,   # a saved model, a run's folder, or a numbered checkpoint

@@ -50,6 +50,7 @@ def held_out_scores(
     max_tokens:int|None=None,  # score this many tokens, spread evenly; none is all
     batch_size:int|None=None,  # windows at once; none chooses by size
     precision:str="fp32",      # fp32, bf16 or fp16
+    idle=None,                 # function of (B, T) inputs: what a rank without a batch does while others compute, for models that need every rank
 ) -> dict[str, float]:
     "loss (nats per token; NaN when the model gives NaN), perplexity, bits_per_byte of the scored text, accuracy (share of tokens ranked first), n_tokens and n_bytes scored, seconds."
     start, windows = time.perf_counter(), eval_windows(tokens, seq_len, max_tokens=max_tokens)
@@ -57,6 +58,7 @@ def held_out_scores(
     rank, ranks = rank_and_size()
     mine = batches[rank::ranks]
     scores = list(score_windows(model, mine, precision))
+    if idle and len(mine) < -(-len(batches) // ranks): idle(batches[0][0])
     sums = torch.tensor([float(sum(nll.cpu().double()[torch.as_tensor(y) != IGNORE].sum() for (nll, _), (_, y) in zip(scores, mine))), float(sum(hit.sum() for _, hit in scores))], dtype=torch.float64)  # a NaN that was scored stays
     if ranks > 1: sums = total(sums.to(next(model.parameters()).device)).cpu()
     loss, hits = sums[0].item() / windows.n_targets, int(sums[1].item())

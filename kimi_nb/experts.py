@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .config import ConfigError
 
@@ -177,20 +178,29 @@ def run_experts(
     return _Combine.apply(rows, weights.to(rows.dtype), plan.token, plan.order, plan.inverse)
 
 class _SwiGLU(torch.autograd.Function):
-    "(R, 2I) -> (R, I); backward writes both halves in place, where autograd would make and join two."
+    "(R, 2I) -> (R, I) of a fresh `h` that nobody else reads: backward writes the gradient over it, where autograd would make and join two."
     @staticmethod
     def forward(ctx, h):
         ctx.save_for_backward(h)
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         h, = ctx.saved_tensors
-        (gate, up), out = h.chunk(2, dim=-1), torch.empty_like(h)
-        to_gate, to_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-        return out
+        compiling = torch.compiler.is_compiling()
+        if compiling or _graph_is_kept(): h = h.clone()
+        size = _BLOCK if h.is_cpu and not compiling else max(1, len(h))
+        for h_part, grad_part in zip(h.split(size), grad.split(size)):                # a block at a time stays in the cache
+            gate, up = h_part.chunk(2, dim=-1)
+            to_gate = grad_part * up
+            torch.mul(F.silu(gate), grad_part, out=up)
+            torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=gate)
+        return h
+
+_BLOCK = 256 # rows on a CPU
+# the kernel hands out fresh pages zeroed, at several times the cost of the arithmetic; a second backward pass needs `h` as it was
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 def _activate(h, activation): return _SwiGLU.apply(h) if is_gated(activation) else ACTIVATIONS[activation](h)
 

@@ -24,8 +24,6 @@ def rank_and_size() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()): return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
-assert rank_and_size() == (0, 1)
-
 # %% ../nbs/05a_ranks.ipynb #ce4602b8
 def launched() -> bool:
     "Has torchrun started this process as one of several?"

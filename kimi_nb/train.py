@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .attention import kernel_name
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint, save_model
+from .checkpoint import checkpoints, load_checkpoint, model_tensors, save_checkpoint, save_model
 from .config import KimiError, RunConfig
 from .curves import gradient_statistics, loss_statistics
 from .data import prepare
@@ -24,6 +24,7 @@ from .model import costs
 from .moe import expert_backend, load_statistics
 from .optim import describe_groups
 from .ranks import anywhere, first_rank_first, is_loss, rank_and_size, share_folder, wait
+from .shard import check_shard
 from .study import Record, code_hash
 from .trainer import Trainer
 
@@ -114,6 +115,28 @@ def stop_requested():
     finally:
         for s, h in before.items(): signal.signal(s, h)
 
+class _Writer:
+    "Writes one checkpoint at a time, beside the training where asked to; an error comes back with the next call, or the next `check`."
+    def __init__(self, beside): self.beside, self.thread, self.error = beside, None, None
+    def __call__(self, work):
+        self.finish()
+        if not self.beside: work(); return
+        def run():
+            try: work()
+            except Exception as e: self.error = e
+        self.thread = threading.Thread(target=run, name="kimi_nb-checkpoint")
+        self.thread.start()
+    def check(self):
+        if self.error: error, self.error = self.error, None; raise error
+    def finish(self):
+        "Until what was begun is on disk."
+        if self.thread: self.thread.join(); self.thread = None
+        self.check()
+    def __enter__(self): return self
+    def __exit__(self, kind, *_):
+        if kind is None: self.finish()
+        elif self.thread: self.thread.join()  # the folder's lock is held until nobody writes there
+
 def _progress(run, step, show, name):
     from tqdm.auto import tqdm
     return tqdm(total=run.train.steps, initial=step, unit="step", desc=name, disable=not show or rank_and_size()[0] > 0, dynamic_ncols=True, mininterval=0.2)
@@ -128,6 +151,8 @@ def fit(
     progress:bool=True,  # show a bar with loss, tokens/s and the time left
     on_step=None,        # function of (step, metrics dict), called after every step
     keep:int=1,          # numbered checkpoints kept; a single one makes way for the final model at the end
+    shard:bool=False,    # the ranks share the model out, where each would have a copy; the record is the same
+    beside:bool|None=None, # write numbered checkpoints while the training goes on; none does on a GPU
 ) -> Record:
     """Train as configured and return the record.
 
@@ -135,9 +160,10 @@ def fit(
 
     Raises: Interrupted after SIGINT or SIGTERM, when the step is saved; DataError, ConfigError, TrainError, CheckpointError for what cannot be done; DiskError when the disk is full.
     """
+    if shard: check_shard(run.train.compile, run.train.precision)
     if out_dir is None:
         if rank_and_size()[1] > 1: raise TrainError("several ranks need a folder that all of them see: give out_dir")
-        with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep)
+        with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep, beside=beside)
     folder, device = Path(out_dir), pick_device(device)
     if rank_and_size()[1] > 1:
         with contextlib.suppress(OSError): folder.mkdir(parents=True, exist_ok=True)
@@ -153,10 +179,10 @@ def fit(
     before = torch.get_num_threads()
     if threads: torch.set_num_threads(threads)
     try:
-        with _alone(folder), _disk(folder): return _fit(run, folder, resume, device, progress, on_step, keep)
+        with _alone(folder), _disk(folder): return _fit(run, folder, resume, device, progress, on_step, keep, shard, device.type != "cpu" if beside is None else beside)
     finally: torch.set_num_threads(before)
 
-def _fit(run, folder, resume, device, progress, on_step, keep):
+def _fit(run, folder, resume, device, progress, on_step, keep, shard, beside):
     with first_rank_first(): data = prepare(run.data, run.seq_len)
     rank, ranks = rank_and_size()
     identity = dict(run_id=run.run_id, fingerprint=data.fingerprint, code_hash=code_hash())
@@ -169,14 +195,14 @@ def _fit(run, folder, resume, device, progress, on_step, keep):
     if not rank and not (folder / "config.json").exists(): write_file(folder / "config.json", run.to_json())
     with first_rank_first(): journal = _Journal(folder, state["step"])
     with stop_requested() as stop, contextlib.closing(journal.file):
-        trainer = Trainer(run, data, device, journal.log)
+        trainer = Trainer(run, data, device, journal.log, shard)
         if found:
             was, now = (state["device"], state["precision"]), (device.type, trainer.precision)
             if was != now: raise TrainError(f"{folder} was begun on {was[0]} in {was[1]} and would go on on {now[0]} in {now[1]}: choose that device and precision, or another folder")
             trainer.restore(*found, folder)
-        journal.log(f"run {run.run_id} {'goes on after' if found else 'starts at'} step {state['step']} of {run.train.steps} on {device}, {trainer.precision}, micro-batch {trainer.micro_batch}, {torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else ""))
+        journal.log(f"run {run.run_id} {'goes on after' if found else 'starts at'} step {state['step']} of {run.train.steps} on {device}, {trainer.precision}, micro-batch {trainer.micro_batch}, {torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else "") + (", sharded" if shard else ""))
         if not found: journal.log(f"data: {data.summary()}"); journal.log(f"optimizer: {describe_groups(trainer.optimizer)}")
-        with _with_the_others(trainer, journal): return _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep)
+        with _with_the_others(trainer, journal): return _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep, beside)
 
 @contextlib.contextmanager
 def _with_the_others(trainer, journal):
@@ -207,20 +233,28 @@ def _set_aside(folder, why):
     for p in old: os.replace(p, target / p.name)
     (folder / "checkpoints").mkdir()
 
-def _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep):
+def _train(trainer, state, folder, journal, identity, stop, progress, on_step, keep, beside):
     run, status, memory = trainer.run, "done", PeakMemory(trainer.device)
     step, steps, clock, before = state["step"], run.train.steps, time.perf_counter(), state["seconds"]
+    writer = _Writer(beside)
     def save():
+        writer.finish()
+        if trainer.rank and not trainer.shard: return
+        tensors, more = trainer.tensors()
         if trainer.rank: return
         journal.sync()
-        tensors, more = trainer.tensors()
-        kept = save_checkpoint(folder / "checkpoints" / f"step_{step:08d}", tensors, dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"],
-                               seconds=before + time.perf_counter() - clock), extra=lambda temp: trainer.data.tokenizer.save(temp / "tokenizer"))
-        for old in checkpoints(folder / "checkpoints")[:-keep]: shutil.rmtree(old)
-        return kept
+        if writer.beside: tensors = {name: {k: v.to("cpu", copy=True) for k, v in group.items()} for name, group in tensors.items()}  # the next step changes them
+        place = folder / "checkpoints" / f"step_{step:08d}"
+        more = dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"], seconds=before + time.perf_counter() - clock)
+        def write():
+            save_checkpoint(place, tensors, more, extra=lambda temp: trainer.data.tokenizer.save(temp / "tokenizer"))
+            for old in checkpoints(folder / "checkpoints")[:-keep]: shutil.rmtree(old)
+        writer(write)
+        return place
     bar = _progress(run, step, progress, run.run_id)
-    with contextlib.closing(bar):
+    with contextlib.closing(bar), writer:
         while step < steps:
+            writer.check()
             tick = time.perf_counter()
             line = trainer.step(step)
             step += 1
@@ -240,6 +274,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
             if step < steps and anywhere(stop(), trainer.device):
                 journal.log(f"stopped after step {step}")
                 place = save() or "the run's folder by rank 0"
+                writer.finish()
                 raise Interrupted(f"stopped after step {step} of {steps}, saved in {place}: run the same command again to go on")
     return _finish(trainer, state, folder, journal, identity, status, step, before + time.perf_counter() - clock, memory(), keep)
 
@@ -274,11 +309,12 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
         if column := journal.column("qk_clipped_heads"): metrics |= dict(qk_clips=int(np.sum(column)), qk_max_logit=float(np.max(journal.column("qk_max_logit"))))
     metrics |= dict(training_seconds=float(np.sum(times)), seconds=seconds + evaluation)
     config, dtype = trainer.model.config, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.precision]
-    provenance = dict(ranks=trainer.ranks, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
+    provenance = dict(ranks=trainer.ranks, sharded=trainer.shard, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
                       kernel=kernel_name(config, trainer.device, dtype), expert_backend=expert_backend(trainer.device, dtype, config.d_model, config.expert_width) if trainer.moe else None)
     record = Record.of(run, status, metrics, journal.curves(), provenance)
+    tensors = model_tensors(trainer.model)
     if trainer.rank: wait(); return record
-    if status == "done": save_model(folder / "checkpoints" / "final", trainer.model, run, data.tokenizer, dict(run_id=run.run_id))
+    if status == "done": save_model(folder / "checkpoints" / "final", trainer.model, run, data.tokenizer, dict(run_id=run.run_id), tensors)
     journal.sync()
     journal.log(f"{status} after step {step}: " + ", ".join(f"{k} {metrics[k]:.4f}" for k in ("val_loss", "test_bpb") if metrics.get(k) is not None))
     write_file(folder / "result.json", record.to_json())

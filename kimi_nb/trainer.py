@@ -13,12 +13,13 @@ import torch
 from .checkpoint import load_model_tensors, model_tensors
 from .config import ConfigError, RunConfig
 from .data import Batches, TokenData
-from .evaluate import autocast, held_out_scores
+from .evaluate import autocast, held_out_scores, score_windows
 from .hardware import TrainError, pick_precision
 from .model import KimiModel
 from .moe import max_violation, update_biases
 from .optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, qk_clip_, set_logit_tracking, set_lr
 from .ranks import part_of, rank_and_size, total
+from .shard import check_shard, shard_, whole
 
 # %% ../nbs/09c_trainer.ipynb #ffd2d405
 _LOGIT_BUDGET = 2**30  # bytes of logits, their float copy and gradient that one micro-batch may need on a CPU
@@ -64,14 +65,17 @@ class Trainer:
         data:TokenData,
         device:torch.device,
         log=lambda line: None, # where decisions are said
+        shard:bool=False,      # each rank keeps its part of the parameters, not a copy
     ):
-        self.run, self.data, self.device, self.log = run, data, device, log
+        self.run, self.data, self.device, self.log, self.shard = run, data, device, log, shard
         self.precision = pick_precision(run.train.precision, device)
+        if shard: check_shard(run.train.compile, self.precision)
         torch.manual_seed(run.seed)  # dropout draws from here; everything else has its own generator
         config = run.model if run.model.vocab_size else run.model.override({"vocab_size": data.vocab_size})
         if config.vocab_size < data.vocab_size: raise ConfigError("model.vocab_size", f"{config.vocab_size} is below the {data.vocab_size} ids of tokenizer {run.data.tokenizer}: raise it, or leave it none")
         if config.vocab_size > data.vocab_size: log(f"model.vocab_size {config.vocab_size} leaves {config.vocab_size - data.vocab_size} rows unused: the tokenizer has {data.vocab_size} ids")
-        self.model = KimiModel(config, seed=run.seed).to(device)
+        self.model = KimiModel(config, seed=run.seed)
+        self.model = shard_(self.model, device) if shard else self.model.to(device)
         self.batches = Batches(data.train, run.train.batch_size, run.seq_len, run.seed)
         self.optimizer = build_optimizer(self.model, run.train)
         self.clips = run.train.optimizer.name == "muonclip"
@@ -79,7 +83,7 @@ class Trainer:
             set_logit_tracking(self.model)
         self.mine, (self.rank, self.ranks) = part_of(run.train.batch_size), rank_and_size()
         self.forward = torch.compile(self.model) if run.train.compile else self.model
-        if self.ranks > 1:  # gradients are averaged while the backward pass still runs; short inputs leave latent tokens unused
+        if self.ranks > 1 and not shard:  # gradients are averaged while the backward pass still runs; short inputs leave latent tokens unused
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # the name that is coming means something else
                 self.forward = torch.nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=config.attention.kind == "latent" and run.seq_len <= config.attention.chunk_size)
@@ -92,7 +96,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         n, losses, aux = len(x) // self.micro_batch, [], []
         for i in range(0, len(x), self.micro_batch):
-            alone = self.forward.no_sync() if self.ranks > 1 and i + self.micro_batch < len(x) else contextlib.nullcontext()  # exchange once, after the last
+            last = i + self.micro_batch >= len(x)  # exchange once, after it
+            if self.shard: self.model.set_requires_gradient_sync(last)
+            alone = self.forward.no_sync() if self.ranks > 1 and not self.shard and not last else contextlib.nullcontext()
             with alone:
                 with autocast(self.device, self.precision): out = self.forward(x[i:i + self.micro_batch], y[i:i + self.micro_batch])
                 self.scaler.scale((out.loss + out.aux_loss) / n).backward()
@@ -129,7 +135,7 @@ class Trainer:
         if self.ranks > 1: torch.manual_seed(hash((self.run.seed, step, self.rank)))  # dropout, whatever the number of ranks was before
         loss, aux = self._accumulate_in_memory(x, y, step)
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.grad_clip or math.inf)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.grad_clip or math.inf))
         self.scaler.step(self.optimizer) if self.scaler.is_enabled() else self.optimizer.step()
         before, skipped = self.scaler.get_scale(), False
         if self.scaler.is_enabled(): self.scaler.update(); skipped = self.scaler.get_scale() < before  # an overflow in fp16: nothing was learnt
@@ -151,13 +157,19 @@ class Trainer:
         d = self.data
         if self.clips: set_logit_tracking(self.model, False)  # held-out text must not clip anything
         try:
-            with counted_load(self.moe.values()) as load: scores = held_out_scores(self.model, getattr(d, split), self.run.seq_len, d.n_bytes[split] / d.n_tokens[split] if d.token_bytes is None else d.token_bytes, max_tokens=self.run.train.eval_tokens, precision=self.precision)
+            with counted_load(self.moe.values()) as load:
+                def idle(inputs):
+                    counted = [c.clone() for c in load]
+                    list(score_windows(self.model, [(inputs, inputs)], self.precision))
+                    for c, n in zip(load, counted): c.copy_(n)
+                scores = held_out_scores(self.model, getattr(d, split), self.run.seq_len, d.n_bytes[split] / d.n_tokens[split] if d.token_bytes is None else d.token_bytes, max_tokens=self.run.train.eval_tokens, precision=self.precision, idle=idle if self.shard else None)
             return scores | (dict(expert_load=total(torch.stack(load)).tolist()) if load else {})
         finally:
             if self.clips: set_logit_tracking(self.model)
+            if self.shard: self.model.reshard()  # without a backward pass the root would stay whole
 
     def tensors(self) -> tuple[dict, dict]:
-        "What a checkpoint holds: tensors by file, and JSON-able state."
+        "What a checkpoint holds: tensors by file, and JSON-able state. Every rank of a sharded run must call it; rank 0 has the tensors."
         optimizer, meta = optimizer_tensors(self.optimizer)
         rng = dict(cpu=torch.get_rng_state())
         if self.device.type == "cuda": rng["cuda"] = torch.cuda.get_rng_state(self.device)

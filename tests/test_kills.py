@@ -31,6 +31,12 @@ def train(run, folder):
     fit(run, folder, progress=False)
 
 
+def train_beside(run, folder):
+    from kimi_nb.train import fit
+
+    fit(run, folder, progress=False, beside=True)
+
+
 def plan(study, folder, workers):
     run_studies([study], Store(folder), workers=workers, progress=False)
 
@@ -69,7 +75,7 @@ def trainers(pid):
     return found
 
 
-def kill_a_run(tmp_path, kills, steps, seed):
+def kill_a_run(tmp_path, kills, steps, seed, train=train):
     rng, run = random.Random(seed), tiny_run(train__steps=steps, train__save_every=4, train__eval_every=25)
     whole = tmp_path / "whole"
     finish(start(train, run, whole))  # makes the token cache, too
@@ -116,6 +122,12 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path):
     """The same with twenty kills."""
     kill_a_run(tmp_path, kills=20, steps=300, seed=1)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_a_thread_writes_its_checkpoints_ends_with_the_same_bits(tmp_path):
+    """The same where checkpoints are written beside the training."""
+    kill_a_run(tmp_path, kills=8, steps=150, seed=2, train=train_beside)
 
 
 def small_study(seeds, steps, save_every=8):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ KIMI = dict(
 )  # fmt: skip
 
 
-def train(run, folder, rank, size, port, on_step=None):
+def train(run, folder, rank, size, port, on_step=None, **how):
     """One rank's life."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -26,7 +27,11 @@ def train(run, folder, rank, size, port, on_step=None):
     from kimi_nb.train import fit
 
     with joined("cpu", minutes=1):
-        fit(run, folder, device="cpu", progress=False, on_step=on_step)
+        fit(run, folder, device="cpu", progress=False, on_step=on_step, **how)
+
+
+def train_sharded(run, folder, rank, size, port):
+    train(run, folder, rank, size, port, shard=True, keep=99)
 
 
 def kill_rank_one(step, line):
@@ -95,6 +100,54 @@ def test_two_ranks_take_the_steps_of_one(kind, tmp_path):
         assert max(both.curves["qk_clipped_heads"]["value"]) > 0 and sum(map(sum, both.curves["expert_load"]["value"][0])) == 4 * run.seq_len * 2
 
 
+def back_to(folder, step):
+    """What a run killed after this step's checkpoint leaves."""
+    (folder / "result.json").unlink()
+    for p in (folder / "checkpoints").iterdir():
+        if p.name != f"step_{step:08d}":
+            shutil.rmtree(p)
+
+
+def test_sharded_ranks_take_the_steps_of_one(tmp_path):
+    """Parameters, gradients and optimizer state cut in two (three experts, so unevenly): the curve of one process to 2e-5, its weights to 1e-5, checkpoints of the same form; each goes on from the other's."""
+    from kimi_nb.checkpoint import load_checkpoint, load_model
+    from kimi_nb.train import fit
+
+    mla = dict(model__attention__kind="mla", model__attention__kv_lora_rank=8, model__attention__qk_nope_head_dim=4, model__attention__qk_rope_head_dim=4, model__attention__v_head_dim=8)
+    run = tiny_run(**KIMI | mla | dict(model__tie_embeddings=True, model__moe__n_experts=3, train__save_every=6))
+    alone = fit(run, one := tmp_path / "one", device="cpu", progress=False, threads=1, keep=99)
+    (two := tmp_path / "two").mkdir()
+    together(run, two, target=train_sharded)
+    both = result(two)
+    assert (both.provenance["ranks"], both.provenance["sharded"], alone.provenance["sharded"]) == (2, True, False) and both.run_id == alone.run_id
+    assert max(both.curves["qk_clipped_heads"]["value"]) > 0
+    close(alone, both)
+    for name in ("step_00000006", "final"):
+        ours, theirs = (load_checkpoint(folder / "checkpoints" / name)[0] for folder in (one, two))
+        for group in {"model", "optimizer"} & ours.keys():
+            assert ours[group].keys() == theirs[group].keys()
+            for k, t in ours[group].items():
+                torch.testing.assert_close(theirs[group][k], t, atol=1e-5, rtol=1e-4, msg=lambda m, k=k: f"{k}: {m}")
+    assert load_model(two)[0].lm_head.weight.shape == (257, 16)
+    back_to(two, 6), back_to(one, 6)
+    went_on = fit(run, two, device="cpu", progress=False, threads=1)
+    assert went_on.provenance["sharded"] is False
+    close(alone, went_on)
+    together(run, one, target=train_sharded)
+    assert result(one).provenance["sharded"] is True
+    close(alone, result(one))
+
+
+def test_one_process_has_nothing_to_shard(tmp_path):
+    """One line, before there is a folder."""
+    from kimi_nb.ranks import RanksError
+    from kimi_nb.train import fit
+
+    with pytest.raises(RanksError, match="^one process has nobody to share a model with: start several with torchrun"):
+        fit(tiny_run(), tmp_path / "x", shard=True)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(tmp_path):
     """SIGKILL of one of two ranks in the middle: the other ends with one line; three ranks are refused, one goes on from the checkpoint to the same end."""
     from kimi_nb.train import fit
@@ -125,6 +178,11 @@ def test_torchrun_and_the_command_line(tmp_path):
 
     (record,) = Store(tmp_path / "r").records()
     assert record.provenance["ranks"] == 2 and record.status == "done" and not Store(tmp_path / "r").verify()
+    apart = [*command[:command.index("--results")], "--shard", "--out", str(tmp_path / "s"), *sizes]
+    done = subprocess.run([*apart, "--train.batch_size=4"], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sharded = result(tmp_path / "s")
+    assert sharded.run_id == record.run_id and sharded.provenance["sharded"] and sharded.metrics["test_bpb"] == pytest.approx(record.metrics["test_bpb"], abs=2e-5)
     odd = subprocess.run([*command, "--train.batch_size=3"], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
     assert odd.returncode != 0 and "3 sequences a step cannot be shared by 2 ranks: make train.batch_size a multiple of 2" in odd.stderr
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +60,68 @@ def test_a_broken_off_run_ends_bitwise_as_an_unbroken_one(changes, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(t) for t in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 9))
+
+
+def test_checkpoints_written_beside_the_training_are_those_written_in_between(tmp_path, monkeypatch):
+    """A slow disk: steps go on while a checkpoint is written, and every file is byte for byte that of a run which waited, but for its times."""
+    from kimi_nb import train
+
+    run, written, steps, save = tiny(KIMI, {"train.save_every": 2}), [], [], train.save_checkpoint
+    waited = fit(run, tmp_path / "a", device="cpu", progress=False, threads=1, keep=99, beside=False)
+
+    def slow(folder, *args, **how):
+        time.sleep(0.3)
+        lines = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+        assert int(folder.name[5:]) in lines  # the journal is never behind a checkpoint
+        written.append((folder.name, len(steps)))
+        return save(folder, *args, **how)
+
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    went_on = fit(run, tmp_path / "b", device="cpu", progress=False, threads=1, keep=99, beside=True, on_step=lambda step, line: steps.append(step))
+    assert numbers(waited) == numbers(went_on) and written[0] == ("step_00000002", 4)  # two steps further, where the next one waits
+    names = [p.name for p in checkpoints(tmp_path / "b" / "checkpoints")]
+    assert names == ["step_00000002", "step_00000004", "step_00000006"]
+    for name in (*names, "final"):
+        ours, theirs = (tmp_path / x / "checkpoints" / name for x in "ab")
+        files = sorted(p.relative_to(ours) for p in ours.rglob("*") if p.is_file())
+        assert files == sorted(p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()) and len(files) > 2
+        for file in files:
+            if file.name != "state.json":
+                assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (name, file)
+        a, b = ({k: v for k, v in json.loads((x / "state.json").read_text()).items() if k not in ("seconds", "started", "digest")} for x in (ours, theirs))
+        assert a == b
+
+
+@pytest.mark.parametrize("at", ["a step", "a stop", "the end"])
+def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_it(at, tmp_path, monkeypatch):
+    """The same line as without the thread; what was written before is intact, and the same command goes on."""
+    import signal
+
+    from kimi_nb import checkpoint, train
+
+    run = tiny({"train.save_every": 7 if at == "the end" else 2 if at == "a step" else 0, "train.steps": 8})
+    folder, save = tmp_path / "x", checkpoint.save_file
+
+    def full(tensors, path):
+        if at == "the end":
+            time.sleep(0.3)
+        if at != "a step" or "step_00000002" not in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    def on_step(step, line):
+        if at == "a step":
+            time.sleep(0.1)
+        if at == "a stop" and step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_file", full)
+        with pytest.raises(CheckpointError, match="cannot be written: No space left on device; what was there is untouched"):
+            fit(run, folder, device="cpu", progress=False, threads=1, on_step=on_step, beside=True)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == (["step_00000002"] if at == "a step" else []) and not (folder / "result.json").exists()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) < (8 if at == "a step" else 9)
+    assert numbers(fit(run, folder, device="cpu", progress=False, threads=1)) == numbers(fit(run, device="cpu", progress=False, threads=1))
 
 
 def test_the_record_and_the_folder(tmp_path):
