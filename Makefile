@@ -10,6 +10,8 @@ RESULTS ?= results
 ARGS ?=
 # PYTHON: the interpreter .venv is made with; found by itself when empty
 PYTHON ?=
+# HASHES: install the files whose hashes are in requirements.lock: prefer (by version where the index has others), require, off
+HASHES ?= prefer
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -26,7 +28,7 @@ ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.installed
 endif
 
-.PHONY: help setup plan test test-slow check lint lab docs bench export readme clean distclean
+.PHONY: help setup plan test test-slow check lint lab docs bench export readme lock audit clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,10 +37,10 @@ help: ## list the targets
 setup: $(VENV)/.installed ## build .venv (every target does it when needed)
 
 # .installing marks a set-up that did not end: such an environment is thrown away. A lock lets two makes start at once.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard requirements.lock)
 	@set -e; start=$$SECONDS; \
 	if command -v flock >/dev/null; then exec 9<Makefile; flock 9; fi; \
-	if [ "$$(cat $@ 2>/dev/null)" = '$(CURDIR)' ] && [ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ]; then exit 0; fi; \
+	if [ "$$(cat $@ 2>/dev/null)" = '$(CURDIR)' ] && [ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ] && [ ! requirements.lock -nt $@ ]; then exit 0; fi; \
 	new_enough() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
 	python='$(PYTHON)'; \
 	if [ -z "$$python" ]; then \
@@ -46,9 +48,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	if [ -z "$$python" ] || ! new_enough "$$python"; then \
 		echo "kimi_nb needs Python 3.11 or newer, found $$($${python:-python3} --version 2>&1 | head -n 1): install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	if [ -e $(VENV)/.installing ] || ! { $(PY) -m pip --version && new_enough $(PY); } >/dev/null 2>&1; then rm -rf $(VENV); "$$python" -m venv $(VENV); fi; \
+	case '$(HASHES)' in prefer|require|off) ;; *) echo "HASHES=$(HASHES) is unknown: one of prefer, require, off" >&2; exit 1;; esac; \
 	touch $(VENV)/.installing; rm -f $@; \
 	echo "== set-up: installing into $(VENV) (a few minutes the first time)"; \
-	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	pip="$(PY) -m pip install -qq --disable-pip-version-check"; \
+	if [ '$(HASHES)' != off ] && $$pip --require-hashes --no-deps -r requirements.lock 2>$(VENV)/.hashes; then \
+		$$pip -c constraints.txt torch; $$pip --no-deps -e .; \
+	elif [ '$(HASHES)' = require ]; then cat $(VENV)/.hashes >&2; exit 1; \
+	else \
+		[ '$(HASHES)' = off ] || echo "== set-up: note: installed by version, not by hash: $$(grep -m 1 ERROR $(VENV)/.hashes | cut -c 1-160)"; \
+		$$pip -c constraints.txt -e '.[dev]'; fi; \
 	rm $(VENV)/.installing; echo '$(CURDIR)' > $@; echo "== set-up: done in $$((SECONDS - start)) s"
 
 plan: $(VENV)/.installed ## run the plan and write records, executed notebooks and figures to RESULTS
@@ -98,6 +107,12 @@ export: $(VENV)/.installed ## write kimi_nb/ and README.md from the notebooks, a
 
 readme: $(VENV)/.installed ## write README.md from nbs/index.ipynb
 	$(PY) docs/readme.py
+
+lock: $(VENV)/.installed ## write requirements.lock: what constraints.txt pins, with hashes
+	$(PY) docs/lock.py write
+
+audit: $(VENV)/.installed ## known vulnerabilities of what constraints.txt pins; offline it only warns
+	@$(PY) docs/lock.py audit $(ARGS)
 
 clean: ## remove caches and built pages; records in RESULTS and .venv stay
 	rm -rf _docs jupyter_execute _proc docs/_build build dist .pytest_cache .ruff_cache .hypothesis .jupyter_cache *.egg-info

@@ -4,11 +4,13 @@ No notebook is changed and no page is written by hand. While a notebook is read,
 cells marked hidden are left out, and the exported names are listed below it as an API reference made from their
 signatures and the comments beside their parameters. Library notebooks are not executed. Phase notebooks show what they
 showed in the published reference run (KIMI_NB_SITE_PROFILE names its profile, quick without it), so no page trains its
-models again. The index, the promises and the how-to pages are executed, because what they show is computed in seconds.
+models again; where other profiles are published too, a section below says what they found. The index, the promises and
+the how-to pages are executed, because what they show is computed in seconds.
 """
 
 import ast
 import atexit
+import base64
 import functools
 import io
 import json
@@ -26,7 +28,10 @@ REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
 sys.path.insert(0, str(REPO))
 
+from kimi_nb.across import at_size, claims_markdown, claims_of, counts_words, main_figures, what_ran
+from kimi_nb.findings import Evidence
 from kimi_nb.guide import course
+from kimi_nb.publish import published as published_store
 from kimi_nb.publish import published_profiles, read_bundle, where_from
 
 project = "kimi_nb"
@@ -278,6 +283,39 @@ def with_results(notebook: dict, name: str) -> None:
     notebook["cells"].insert(1, {"cell_type": "markdown", "id": "where-from", "metadata": {}, "source": f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::"})
 
 
+@functools.cache
+def evidence(profile: str) -> Evidence:
+    """Records and verdicts of a published profile."""
+    return Evidence(published_store(profile, REPO))
+
+
+def other_sizes(phase: str) -> list[dict]:
+    """Cells about what the other published profiles say on a phase; none where it is published once, or not in `PROFILE`."""
+    if phase not in published()[0].get("phases", ()):
+        return []
+    cells = []
+    for profile in published_profiles(REPO, phase):
+        if profile == PROFILE:
+            continue
+        (about, files), sizes, names = read_bundle(profile, REPO), [evidence(PROFILE), evidence(profile)], [PROFILE, profile]
+        claims = claims_of(phase, [e.outcomes.get(phase) for e in sizes])
+        text = [
+            f"## The same {at_size(sizes).replace('At', 'at', 1)} (profile {profile})",
+            *(f"- **{n}**: {what_ran(e, [phase])}." for n, e in zip(names, sizes, strict=True)),
+            "",
+            where_from(about) + (f" {counts_words(claims, names)}" if claims else ""),
+        ]
+        cells.append({"cell_type": "markdown", "id": f"size-{profile}", "metadata": {}, "source": "\n".join(text)})
+        results = [("claims", {"text/markdown": claims_markdown(claims, names)})] if claims else []
+        results.append(("figures", {"text/markdown": f"The main figures of profile {profile}:"}))
+        for name in main_figures(phase, sizes[1].outcomes[phase]["figures"]):
+            results.append((Path(name).stem, {"image/png": base64.b64encode(files[f"figures/{profile}/{Path(name).name}"]).decode()}))
+        for what, data in results:
+            output = {"output_type": "display_data", "data": data | {"text/plain": f"{what}, profile {profile}"}, "metadata": {}}
+            cells.append({"cell_type": "code", "id": f"size-{profile}-{what}"[:64], "metadata": {"tags": ["remove-input"]}, "source": f"# {what}, profile {profile}", "execution_count": None, "outputs": [output]})
+    return cells
+
+
 def read(app, docname, content):
     """Sphinx's source-read event: content[0] is the notebook as text."""
     path = NBS / f"{docname}.ipynb"
@@ -288,8 +326,10 @@ def read(app, docname, content):
     for module in modules:
         app.env.note_dependency(str(REPO / "kimi_nb" / (module.replace(".", "/") + ".py")))
     if path.parent.name == "phases":
-        app.env.note_dependency(str(REPO / "data" / "records" / PROFILE / "bundle.json"))
+        for profile in {PROFILE, *published_profiles(REPO)}:
+            app.env.note_dependency(str(REPO / "data" / "records" / profile / "bundle.json"))
         with_results(notebook, path.stem)
+        notebook["cells"] += other_sizes(path.stem.partition("_")[2])
     notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":

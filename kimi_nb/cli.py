@@ -61,7 +61,8 @@ def _table(frame) -> str:
 
 def _show_profiles(names, workers):
     from kimi_nb.plan import phase_studies, plan_table
-    from kimi_nb.runner import default_workers, distinct, expect_h100, predict_seconds
+    from kimi_nb.forecast import default_workers, expect_h100, predict_seconds
+    from kimi_nb.runner import distinct
     workers = workers or default_workers()
     for name in names:
         profile = load_profile(name)
@@ -74,8 +75,9 @@ def _show_profiles(names, workers):
 def _how(args): return dict(hours_per_run=args.time_limit, address=args.address, cpus=args.cpus_per_run, gpus=args.gpus_per_run)
 
 def cmd_plan(args):
+    from kimi_nb.forecast import default_workers, expect_h100, predict_seconds
     from kimi_nb.plan import phase_studies, plan_table, run_plan, summary, timing
-    from kimi_nb.runner import default_workers, distinct, expect_h100, pending, predict_seconds
+    from kimi_nb.runner import distinct, pending
     from kimi_nb.tuning import tuned
     profile, store = load_profile(args.profile), _store(args)
     if args.dry_run:
@@ -115,6 +117,7 @@ def cmd_train(args):
     from kimi_nb.runner import run_one
     from kimi_nb.nanokimi import Tracking, read_config, track
     from kimi_nb.ranks import first_rank_first, joined, rank_and_size
+    from kimi_nb.shard import check_shard
     from kimi_nb.train import fit
     run = chosen_run(args)
     if run.train.steps == 0: raise KimiError("train.steps 0 trains nothing: give --max-steps 1 or more")
@@ -123,7 +126,8 @@ def cmd_train(args):
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         first, ranks = rank_and_size()[0] == 0, rank_and_size()[1]
         follow = None if args.no_track or not first else track(run, asked.override(tool=args.track) if args.track else asked)
-        how = dict(device=device, threads=args.threads, progress=not args.quiet, on_step=follow)
+        if args.shard: check_shard(run.train.compile, run.train.precision)
+        how = dict(device=device, threads=args.threads, progress=not args.quiet, on_step=follow) | (dict(shard=True) if args.shard else {})
         if args.out: folder, record = Path(args.out), fit(run, args.out, resume=not args.fresh, **how)
         else:
             store = _store(args)
@@ -217,9 +221,10 @@ def _published(args):
     from kimi_nb.publish import open_published, publish, where_from
     if args.what: raise KimiError(f"kimi-nb records {args.action} takes no {args.what!r}: name the profile with --profile and the results folder with --results")
     if args.action == "publish":
-        about = publish(_store(args), args.profile, stale=args.stale)
+        about = publish(_store(args), args.profile, stale=args.stale, only=args.only)
         print(f"published {len(about['files'])} files in data/records/{args.profile} and figures/{args.profile}\n{where_from(about)}")
     else:
+        if args.only: raise KimiError("kimi-nb records open takes no --only: it opens all that is published of a profile")
         if not args.results: raise KimiError("kimi-nb records open needs a new folder: kimi-nb records open --results DIR")
         print(f"{open_published(args.profile, args.results).path}: {sum(1 for _ in Path(args.results, 'experiments').iterdir())} runs of the published profile {args.profile}")
     return 0
@@ -267,7 +272,7 @@ def cmd_data(args):
 def cmd_env(args):
     from importlib.metadata import PackageNotFoundError, version
     from kimi_nb import __version__
-    from kimi_nb.runner import default_workers
+    from kimi_nb.forecast import default_workers
     from kimi_nb.study import code_hash
     from kimi_nb.train import environment, pick_device
     def found(name):
@@ -297,12 +302,13 @@ def cmd_bench(args):
 def cmd_report(args):
     from kimi_nb.report import write_report
     store = _store(args)
-    out = args.out or store.path
+    out, perhaps = args.out or store.path, []
     if args.published or not args.results and not (Path(store.path) / "experiments").is_dir():
-        from kimi_nb.publish import published
-        store = published(args.published or "quick")
-        print(f"from the published records of profile {args.published or 'quick'}")
-    write_report(store, out)
+        from kimi_nb.publish import published, published_profiles
+        chosen = args.published or "quick"
+        store, perhaps = published(chosen), [published(p) for p in published_profiles() if p != chosen]
+        print(f"from the published records of profile {chosen}")
+    write_report(store, out, also=args.also, perhaps=perhaps)
     return 0
 
 def where_it_stands(results="") -> str:
@@ -361,7 +367,7 @@ def build_parser(
         p.add_argument("--cpus-per-run", type=float, default=1.0, metavar="N", help="with --executor ray: cores of a run (default: 1)")
         p.add_argument("--gpus-per-run", type=float, metavar="N", help="with --executor ray: GPUs of a run, such as 0.25 (default: 1 where the cluster has any)")
         p.add_argument("--time-limit", type=float, metavar="HOURS", help="a run that takes longer is ended and tried again, three times in all (default: none)")
-        p.add_argument("--workers", type=_at_least_one, help="training processes (default: one per core, one on a GPU)")
+        p.add_argument("--workers", type=_at_least_one, help="training processes (default: one per core; on a GPU as many as get most done, measured)")
         p.add_argument("--quiet", action="store_true", help="no progress bar")
     p = command("plan", cmd_plan, "run every phase of a profile: train what is missing, execute the notebooks, print the verdicts")
     study_options(p)
@@ -376,6 +382,7 @@ def build_parser(
     p.add_argument("--name", default="train", help="first part of the folder's name in the results")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--threads", type=_at_least_one, help="CPU threads")
+    p.add_argument("--shard", action="store_true", help="under torchrun: each rank keeps its part of the model (FSDP2), not a copy")
     p.add_argument("--fresh", action="store_true", help="with --out: set aside what is there and start again")
     p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
     p.add_argument("--no-track", "--no-wandb", action="store_true", help="do not, though the file of --config says so")
@@ -421,6 +428,7 @@ def build_parser(
     p.add_argument("action", choices=("list", "show", "export", "import", "verify", "publish", "open"))
     p.add_argument("what", nargs="?", metavar="ID|FILE", help="show: a run_id; export, import: a file")
     p.add_argument("--profile", default="quick", help="publish, open: the profile whose plan the results folder holds (default: quick)")
+    p.add_argument("--only", nargs="+", default=(), metavar="PHASE", help="publish: these phases alone, such as combined moe")
     p.add_argument("--stale", action="store_true", help="publish: also records of other training code than today's")
     p.add_argument("--study", help="only the records of this study")
     p = command("new-phase", cmd_new_phase, "write the notebook of a new phase, which runs as it is, and export its module")
@@ -440,7 +448,8 @@ def build_parser(
     p.add_argument("--out", help="also write them to this JSON file")
     p = command("report", cmd_report, "write paper, slides and a short report from the records and verdicts")
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: the results folder)")
-    p.add_argument("--published", metavar="PROFILE", help="from the published records of this profile (default where the results folder is empty: quick)")
+    p.add_argument("--published", metavar="PROFILE", help="from the published records of this profile (default where the results folder is empty: quick), beside those of the other published ones")
+    p.add_argument("--also", nargs="+", default=(), metavar="DIR", help="results folders of the same phases at other sizes: the report says what held there")
     return parser
 
 def main(argv=None) -> int:

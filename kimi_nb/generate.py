@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GenerateError', 'penalise_repetition', 'keep_top_k', 'keep_top_p', 'draw', 'Sampling', 'TextBuilder',
-           'select_cache_rows', 'next_logits', 'default_tokenizer', 'Generator']
+           'select_cache_rows', 'default_tokenizer', 'Generator']
 
 # %% ../nbs/15_generate.ipynb #48d2d34f
 import warnings
@@ -13,19 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import MultiHeadLatentAttention
 from .caches import LatentCache, LayerCaches, TokenCache
 from .checkpoint import load_model
 from .config import KimiError
 from .corpora import DataError
-from .experts import ACTIVATIONS, is_gated
+from .decoder import Decoder
 from .model import KimiModel
-from .moe import MoE
-from .norm import RMSNorm
-from .rope import apply_rope
 from .tokenizer import ByteTokenizer, PairTokenizer, Tokenizer
 
 # %% ../nbs/15_generate.ipynb #ba3e6619
@@ -165,55 +160,6 @@ def select_cache_rows(
         b, size = c.local.buffers, c.chunk_size
         c._local = lambda b=b, size=size: TokenCache(len(index), [(t.shape[1], t.shape[3]) for t in b], size, b[0].device, b[0].dtype)  # the next chunk has as many rows
 
-# %% ../nbs/15_generate.ipynb #b71f78c2
-def _norm(norm, x):
-    plain = isinstance(norm, RMSNorm) and x.dtype in (torch.float32, torch.float64) and norm.weight.dtype == x.dtype
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps) if plain else norm(x)
-
-def _moe(moe:MoE, x):
-    "One token through its experts, each read where it lies."
-    flat, stack = x.view(1, -1), moe.experts
-    route = moe.route(moe.gate(flat))
-    w_in, act, gated = stack.gate_up_proj if is_gated(stack.activation) else stack.up_proj, ACTIVATIONS[stack.activation], is_gated(stack.activation)
-    y = moe.shared_experts(flat) if moe.shared_experts is not None else torch.zeros_like(flat)
-    for e, weight in zip(route.indices[0].tolist(), route.weights[0].tolist()):
-        h = F.linear(flat, w_in[e])
-        if gated:
-            gate, up = h.chunk(2, -1)
-            h = act(gate).mul_(up)
-        else: h = act(h)
-        y.add_(F.linear(h, stack.down_proj[e]), alpha=weight)
-    return y.view(x.shape)
-
-def _mla(attn:MultiHeadLatentAttention, x, rope, cache):
-    "One token's latent attention in the absorbed form, the heads as queries of one key."
-    H, R = attn.n_heads, attn.rank
-    q = attn.q_proj(x) if hasattr(attn, "q_proj") else attn.q_b_proj(_norm(attn.q_a_layernorm, attn.q_a_proj(x)))
-    q, kv = q.view(H, attn.qk_dim), attn.kv_a_proj_with_mqa(x).view(1, -1)
-    turned = apply_rope(torch.cat([q[:, attn.nope:], kv[:, R:]])[None, :, None], *rope)[0, :, 0]  # (H + 1, Kr): the queries and the key at once
-    held, = cache.append(torch.cat([_norm(attn.kv_a_layernorm, kv[:, :R]), turned[H:]], -1)[None, None])
-    held = held[0, 0]                                                                                 # (S, R + Kr)
-    w = attn.kv_b_proj.weight.view(H, -1, R)                                                          # (H, Kn + V, R)
-    q = torch.cat([torch.bmm(q[:, None, :attn.nope], w[:, :attn.nope])[:, 0], turned[:H]], -1)        # (H, R + Kr)
-    mixed = (q @ held.t()).mul_(attn.scale).softmax(-1) @ held[:, :R]                                 # (H, R)
-    return attn.o_proj(torch.bmm(mixed[:, None], w[:, attn.nope:].transpose(1, 2)).view(1, 1, -1))
-
-def next_logits(
-    model:KimiModel,        # in evaluation mode
-    ids:Tensor,             # (B, T) what the cache has not seen
-    cache:LayerCaches|None, # is extended
-) -> Tensor:                # (B, V)
-    "The logits after the last token: the model's own, by a shorter way where there is one."
-    if cache is None or ids.numel() != 1 or ids.device.type != "cpu" or model.config.position.kind != "rope" or model.training: return model(ids, cache=cache).logits[:, -1]
-    x, rope = model.embed_tokens(ids), model.rope(torch.tensor([cache.length]))  # (1, 1, D)
-    for layer, held in zip(model.layers, cache):
-        h, attn = _norm(layer.input_layernorm, x), layer.self_attn
-        short = isinstance(attn, MultiHeadLatentAttention) and attn.implementation != "flash" and not attn.track_logits and x.dtype in (torch.float32, torch.float64)  # flash is a promise
-        x = x + (_mla(attn, h, rope, held) if short else attn(h, rope=rope, cache=held))
-        h = _norm(layer.post_attention_layernorm, x)
-        x = x + (_moe(layer.mlp, h) if layer.sparse else layer.mlp(h))
-    return model.lm_head(_norm(model.norm, x))[:, -1]
-
 # %% ../nbs/15_generate.ipynb #d42c7a03
 def default_tokenizer(
     model:KimiModel,
@@ -295,11 +241,11 @@ class Generator:
         return rows
 
     @torch.inference_mode()
-    def _next(self, ids, cache, rows, options):
+    def _next(self, decoder, ids, cache, rows, options):
         "(B, T) all ids so far -> (B,) next ones."
         limit = self.model.config.max_seq_len if self.model.config.position.kind == "learned" else None
         seen = cache.length if cache is not None else 0
-        logits = next_logits(self.model, ids[:, seen:] if cache is not None else ids[:, -limit:] if limit else ids, cache)  # (B, V)
+        logits = decoder(ids[:, seen:] if cache is not None else ids[:, -limit:] if limit else ids, cache)  # (B, V)
         if logits.isnan().any(): raise GenerateError("the model's logits are not numbers: its training diverged, use an earlier checkpoint")
         if self.tokenizer.vocab_size < logits.shape[-1]: logits = logits.index_fill(-1, torch.arange(self.tokenizer.vocab_size, logits.shape[-1], device=logits.device), -torch.inf)
         return options.choose(logits, ids, lambda: torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in rows]))
@@ -312,11 +258,12 @@ class Generator:
         ids, cache = torch.tensor([r.ids for r in rows], device=device), None
         model.eval()
         try:
+            decoder = Decoder(model)
             if options.use_cache and fits:
                 with torch.inference_mode(): cache = model.make_cache(len(rows), total)
             for step in range(options.max_new_tokens):
                 if cache is not None and model.config.position.kind == "learned" and ids.shape[1] > model.config.max_seq_len: cache = None  # the window slides from here on
-                chosen = self._next(ids, cache, rows, options)
+                chosen = self._next(decoder, ids, cache, rows, options)
                 for row, token in zip(rows, chosen.tolist()):
                     row.count += 1
                     if token == self.tokenizer.eot_id: row.piece, row.done = row.builder.finish(), True

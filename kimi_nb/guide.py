@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'PART_NAMES', 'PART_COSTS', 'VIRTUES', 'Lesson', 'read_lesson', 'course', 'part_effects', 'Advice',
-           'advise', 'guide', 'sizes']
+           'advise', 'guide', 'answers_agree', 'sizes']
 
 # %% ../nbs/19h_guide.ipynb #071044b3
 import json, math, re
@@ -125,6 +125,24 @@ def guide(
     from kimi_nb.plots import table
     rows = [advise(r) for r in part_effects(store).to_dict("records")]
     return table(pd.DataFrame(rows), dict(part="should I use", answer="at this size", because="because", price="it also changes"))
+
+def answers_agree(
+    advice:dict[str, list[Advice]], # size -> its answers
+) -> str: # sentences; '' where there is one size only
+    "For which parts every size gives the same answer, and what the others say."
+    if len(advice) < 2: return ""
+    from kimi_nb.findings import capital, listed
+    said = {}  # part -> size -> answer
+    for size, answers in advice.items():
+        for a in answers: said.setdefault(a.part, {})[size] = a.answer
+    both = {p: w for p, w in said.items() if len(w) > 1}
+    same, other = [p for p, w in both.items() if len(set(w.values())) == 1], {p: w for p, w in both.items() if len(set(w.values())) > 1}
+    sizes, out = listed(advice), []
+    if same: out.append(f"{sizes} give the same answer for {listed(f'{p} ({next(iter(both[p].values()))})' for p in same)}.")
+    elif both: out.append(f"{sizes} give the same answer for no part.")
+    if other: out.append(f"They differ for {listed(f'{p} (' + ', '.join(f'{a} at {s}' for s, a in w.items()) + ')' for p, w in other.items())}; " + ("*yes* against *no* is a contradiction" if any({"yes", "no"} <= set(w.values()) for w in other.values()) else "none of them is a *yes* against a *no*: one size saw what the other could not") + ".")
+    if alone := [f"{p} ({listed(w)})" for p, w in said.items() if len(w) == 1]: out.append(f"Asked at one size only: {listed(alone)}.")
+    return capital(" ".join(out))
 
 def sizes(
     store:Store, # with the study `combined`

@@ -181,7 +181,7 @@ class NanoGPTComparison:
         if budget == "seconds":
             t = self._speed({_KIMI: run, _GPT: other}).set_index("name")["step_seconds"]
             return float(t[_KIMI] / t[_GPT])
-        from kimi_nb.runner import step_flops
+        from kimi_nb.forecast import step_flops
         vocab = prepare(run.data).vocab_size
         return step_flops(run, vocab) / step_flops(other, vocab)
 

@@ -10,6 +10,7 @@ __all__ = ['READINGS', 'TITLES', 'WHY', 'FIGURES', 'LONGEST', 'reading', 'settin
 # %% ../nbs/19g_paper.ipynb #36693da6
 import math
 
+from .across import at_size, counts_words, compared, names_of, sizes_appendix, sizes_section, sizes_words
 from .background import LIBRARY, introduction, methods, related_work
 from .document import Manuscript, Section, TableBlock, Text, plain
 from .findings import (Evidence, NOT_RUN, PARTS, LEVELS, capital, comparison_table, compute_words, count_of, effects_table, figure, kept_tables, listed, number, pairs_words, parts_words, runs_table, said, tally, together_words, verdict_table)
@@ -206,6 +207,7 @@ _ENOUGH = {"supported": "The seeds used are enough to see a change of perplexity
 
 def abstract(
     e:Evidence,
+    also=(), # the same at other sizes
 ) -> str: # Markdown
     "What was asked, what ran, what came out, what could not be seen."
     done = e.runs["status"] == "done"
@@ -219,11 +221,13 @@ def abstract(
            *parts_words(e), *together_words(e), *pairs_words(e), *seeds_words(e, short=True)]
     if any(v["word"] not in ("not testable here", NOT_RUN) for v in hypotheses): out.append(f"Of the five hypotheses stated beforehand, {tally(hypotheses)}.")
     elif hypotheses: out.append("None of the five hypotheses stated beforehand could be tested by what has run so far.")
+    if also: out.append(f"{at_size([e, *also])} the same claims were asked again. " + " ".join(sizes_words([e, *also])))
     if power and power["word"] in _ENOUGH: out.append(f"{_ENOUGH[power['word']]} What could not have been seen is stated beside every result.")
     return " ".join(out)
 
 def conclusion(
     e:Evidence,
+    also=(), # the same at other sizes
 ) -> list: # blocks
     "The answer to the title, from the verdicts."
     questions = [v for q in ("RQ1", "RQ2", "RQ3", "RQ4", "RQ5", "H5") if (v := e.answer(q))]
@@ -239,6 +243,7 @@ def conclusion(
     criteria = [v for v in e.answers if v["id"].startswith("criterion") and v["word"] not in ("not testable here", NOT_RUN)]
     if criteria: out.append(f"Of the criteria of success that could be judged, {tally(criteria)}.")
     limits = " ".join(["These answers hold for models of", e.span("active_parameters"), "active parameters and", e.span("tokens", study=e.main), "tokens a run in the main study; the same command repeats the study at other sizes, and the text will say what comes out there."])
+    if also: limits += f" {counts_words(compared([e, *also]), names_of([e, *also]))} See {{sec:sizes}}."
     return [Section("Conclusion", id="conclusion"), Text(" ".join(out)), Text(limits)]
 
 def answers(
@@ -279,6 +284,7 @@ def _seen(sentence):
 # %% ../nbs/19g_paper.ipynb #f34abb5e
 def threats(
     e:Evidence,
+    also=(), # the same at other sizes
 ) -> list: # blocks
     "What may be wrong with the conclusions."
     caveats = {}
@@ -290,7 +296,7 @@ def threats(
     seeds = e.runs.groupby("study")["seed"].nunique() if len(e.runs) else []
     stale = int(e.runs["stale"].sum()) if "stale" in e.runs else 0
     epochs = e.runs["epochs"].dropna() if "epochs" in e.runs else []
-    items = [f"**Size.** Models have {e.span('active_parameters')} active parameters and see {e.span('tokens', study=e.main)} tokens in the main study. Nothing here says that a part that helps at this size helps at another; the literature gives examples of advantages that shrink with size [@wen2025].",
+    items = [f"**Size.** Models have {e.span('active_parameters')} active parameters and see {e.span('tokens', study=e.main)} tokens in the main study. Nothing here says that a part that helps at this size helps at another; the literature gives examples of advantages that shrink with size [@wen2025]." + " What another size says of the same claims is in {sec:sizes}; two sizes are not a trend." * bool(also),
              f"**Seeds.** {capital(e.seeds(e.main)) if e.main else 'Few seeds'} an arm is few. Verdicts take this into account, and many are undecided because of it; the pooled error of the factorial helps its main effects only." + "".join(f" {s}" for s in seeds_words(e)) if len(seeds) else "",
              f"**Data.** Everything was trained on {listed(e.facts('data.corpus')[:6])}, read as {listed(e.facts('data.tokenizer')[:6])}. A part might behave differently on other text.",
              f"**Repetition.** Runs read their training text up to {float(max(epochs)):.2f} times; " + ("no run saw a document twice on average." if max(epochs) <= 1 else "effects of repeated data are mixed in.") if len(epochs) else "",
@@ -371,11 +377,13 @@ def appendices(
 
 def paper(
     e:Evidence,
+    also=(),    # the same at other sizes
+    drawn=None, # of `draw_sizes`
 ) -> Manuscript:
     "The whole paper."
     finished = max((o["finished"] for o in e.outcomes.values()), default=max((str(v) for v in e.facts("started")), default=""))[:10]
     ran = [p for p in e.phases if p in e.outcomes]
     blocks = [*introduction(e), *related_work(), *methods(e)]
     for p in e.phases: blocks += phase_section(e, p)
-    blocks += [*answers(e), *negative_results(e), *threats(e), *reproducibility(e), *conclusion(e), *appendices(e)]
-    return Manuscript("Which Parts of Kimi K2 Make a Small Language Model Better, and How Sure Are We?", f"Profile {e.profile}: {count_of(len(ran), 'phase')}, {len(e.runs):,} runs" if e.profile else f"{len(e.runs):,} runs, no phase concluded yet", "The kimi_nb authors", finished, abstract(e), blocks, LIBRARY)
+    blocks += [*sizes_section([e, *also], drawn), *answers(e), *negative_results(e), *threats(e, also), *reproducibility(e), *conclusion(e, also), *appendices(e), *sizes_appendix([e, *also])]
+    return Manuscript("Which Parts of Kimi K2 Make a Small Language Model Better, and How Sure Are We?", f"Profile {e.profile}: {count_of(len(ran), 'phase')}, {len(e.runs):,} runs" if e.profile else f"{len(e.runs):,} runs, no phase concluded yet", "The kimi_nb authors", finished, abstract(e, also), blocks, LIBRARY)

@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from .config import KimiError, Profile, near, settings_path
 from .ledger import write_whole, writing
-from .runner import distinct, pending, run_studies, share_of_cores
+from .forecast import share_of_cores
+from .runner import distinct, pending, run_studies
 from .store import Store
 from .study import Study
 from .tuning import tuned, tuning_study

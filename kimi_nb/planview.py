@@ -72,7 +72,7 @@ class PlanState:
 
     @property
     def workers(self) -> int:
-        from kimi_nb.runner import default_workers
+        from kimi_nb.forecast import default_workers
         return (load_profile(self.name).workers if self._given is None else None) or default_workers()
 
     def start(self):

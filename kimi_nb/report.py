@@ -7,7 +7,9 @@ __all__ = ['short_report', 'write_report']
 
 # %% ../nbs/19i_report.ipynb #38ad63d4
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from .across import at_size, claims_markdown, compared, draw_sizes, names_of, others, shared_phases, sizes_words, what_ran
 from .document import write_document
 from .findings import Evidence, ReportError, capital, tally
 from .ledger import write_whole
@@ -17,13 +19,19 @@ from .slides import write_slides
 # %% ../nbs/19i_report.ipynb #268d616d
 def short_report(
     e:Evidence,
+    also=(), # the same at other sizes
 ) -> str: # Markdown
     "Abstract, verdicts by phase, and the store's own tables."
     cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")   # noqa: E731
-    lines = ["# Research report", "", f"Made from the records and verdicts in this folder" + (f", profile {e.profile}" if e.profile else "") + "; edits will be lost.", "", abstract(e), ""]
+    lines = ["# Research report", "", f"Made from the records and verdicts in this folder" + (f", profile {e.profile}" if e.profile else "") + "; edits will be lost.", "", abstract(e, also), ""]
     if e.answers: lines += ["## Answers", "", f"{capital(tally(e.answers, names=False))}.", "", "| id | claim | verdict | from |", "|---|---|---|---|", *(f"| {cell(v['id'])} | {cell(v['claim'])} | **{v['word']}** | {v.get('from') or '–'} |" for v in e.answers), ""]
     for p, o in e.outcomes.items():
         if p != "stats" and o["verdicts"]: lines += [f"## Phase {p}", "", *(f"- **{v['word']}**: {cell(v['claim'])} {cell(v['sentence'])}" for v in o["verdicts"]), ""]
+    if also:
+        sizes, phases = [e, *also], shared_phases([e, *also])
+        lines += [f"## {at_size(sizes)}", "", *sizes_words(sizes, short=False), "", *(f"- {n}: {what_ran(o, [p for p in phases if p in o.outcomes])}" for n, o in zip(names_of(sizes), sizes)), ""]
+        for p in phases:
+            if claims := [c for c in compared(sizes) if c.phase == p]: lines += [f"### Phase {p} at {' and '.join(names_of(sizes))}", "", claims_markdown(claims, names_of(sizes)), ""]
     return "\n".join(lines) + "\n" + e.store.report().partition("\n")[2].partition("edits will be lost.")[2].lstrip("\n")
 
 # %% ../nbs/19i_report.ipynb #eb758222
@@ -31,15 +39,20 @@ def write_report(
     store,      # or its path
     out,        # folder to write to
     say=print,  # where a line about each file goes
+    also=(),    # stores of other sizes, or their paths: each must share a phase with the first
+    perhaps=(), # the same, left out where they share none
 ) -> list[Path]:
     """Paper (PDF, HTML, Markdown), slides (PDF, PowerPoint) and `research_report.md`.
 
-    Raises: ReportError for a folder without records or without a phase's conclusions, DocumentError where pandoc or Typst is missing.
+    Raises: ReportError for a folder without records, without a phase's conclusions or with none in common, DocumentError where pandoc or Typst is missing.
     """
     e, out = Evidence(store), Path(out)
     if not e.outcomes: raise ReportError(f"no phase has been concluded in {e.path}: run kimi-nb plan, or kimi-nb report --published quick")
-    doc = paper(e)
-    files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out), out / "research_report.md"]
-    write_whole(files[-1], short_report(e))
+    also = [*others(e, also), *others(e, perhaps, strict=False)]
+    with TemporaryDirectory() as folder:
+        drawn = draw_sizes([e, *also], folder)
+        doc = paper(e, also, drawn)
+        files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), out / "research_report.md"]
+    write_whole(files[-1], short_report(e, also))
     for f in files: say(f"{f} ({f.stat().st_size / 1024:,.0f} KiB)")
     return files

@@ -158,7 +158,7 @@ _speed = {}
 def _matrix_speed():
     "FLOP/s of a matrix product here, measured once a process."
     if not _speed:
-        from kimi_nb.runner import _product_rate
+        from kimi_nb.forecast import _product_rate
         import torch
         _speed["rate"] = _product_rate(torch.get_num_threads())
     return _speed["rate"]

@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .across import at_size, claims_words, compared, names_of, sizes_figure, sizes_words
 from .config import KimiError
 from .document import TableBlock, compile_typst, inline, pandoc, plain
 from .findings import Evidence, NOT_RUN, capital, compute_words, count_of, effect_words, listed, pairs_words, parts_words, said, tally, together_words, turned
@@ -43,6 +44,7 @@ def screen(
 def redrawn(
     e:Evidence,
     folder,        # for the files
+    also=(),       # the same at other sizes
 ) -> dict:         # name -> SVG
     "What the records alone can show; what they cannot is left out."
     from kimi_nb.pictures import interaction, power_curve
@@ -62,6 +64,7 @@ def redrawn(
         if len(pairs):
             a, b = pairs.loc[pairs["diff"].abs().idxmax(), "term"].split(":")
             draw("interaction", lambda: interaction(frame, a, b, "test_bpb"))
+    if sum(o.factorial is not None for o in (e, *also)) > 1: draw("sizes", lambda: sizes_figure([e, *also]))
     draw("power", power_curve)
     return found
 
@@ -78,6 +81,7 @@ def _words(verdicts, caption): return TableBlock(caption, ["", "Claim", "Verdict
 def slides(
     e:Evidence,
     drawn:dict,      # of `redrawn`
+    also=(),         # the same at other sizes
 ) -> list[Slide]:
     "Question, design, a slide for every phase that ran, answers, limits."
     done, main = int((e.runs["status"] == "done").sum()), e.studies.get("combined")
@@ -100,16 +104,17 @@ def slides(
         if p == "combined":
             if e.factorial is not None:
                 out += [Slide("What each part does", "\n".join(f"- {s}" for s in parts_words(e)), drawn.get("main"), notes=notes(vs)), Slide("Alone, on top, together", "\n".join(f"- {s}" for s in [*together_words(e), *pairs_words(e)]), drawn.get("parts"))]
-                if drawn.get("interaction"): out.append(Slide("The largest interaction", _interaction(e), drawn["interaction"]))
+                if drawn.get("interaction") and not also: out.append(Slide("The largest interaction", _interaction(e), drawn["interaction"]))
             else: out.append(Slide(TITLES[p], _bullets(vs), notes=notes(vs)))
             if f := own("combined", "combined-pareto-time"): out.append(Slide("What it costs", f"- {len(main.arms) if main else 'All'} cells; letters name the parts that are on\n- Left is faster, lower is better\n- Step times were measured alone, in turns", f))
         else: out.append(Slide(TITLES.get(p, capital(p)), _bullets(vs), figures.get(p) or pick(*e.figures(p)), notes=notes(vs)))
+    if also: out.append(Slide(at_size([e, *also]), "\n".join(f"- {t}" for t in [listed(f"{n}: {o.span('active_parameters')} active parameters, {o.span('tokens', study=o.main)} tokens a run" for n, o in zip(names_of([e, *also]), (e, *also))), *sizes_words([e, *also])]), drawn.get("sizes"), notes="\n\n".join(claims_words(compared([e, *also]), names_of([e, *also])))))
     if missing: out.append(Slide("Not run yet", f"- Phases without a result in this profile: {listed(TITLES.get(p, p) for p in missing)}\n- Nothing is claimed in their place"))
     hypotheses, criteria = ([v for v in e.answers if test(v["id"])] for test in (lambda i: re.fullmatch(r"H\d", i), lambda i: i.startswith("criterion")))
     lost = int((e.runs["status"] != "done").sum())
     every = [v for p in e.phases for v in e.verdicts(p) if p != "stats"]
     out += [Slide("The hypotheses", table=_words(hypotheses, ""), notes=notes(hypotheses)), Slide("The criteria of success", table=_words(criteria, ""), notes=notes(criteria)),
-            Slide("What did not work out, and what may be wrong", f"- Of {count_of(len(every), 'claim')} {tally(every, names=False)}\n- {capital(count_of(lost, 'run')) + ' did not finish' if lost else 'Every run finished'}\n- One size range, one corpus, short training, {e.seeds(e.main) if e.main else 'few seeds'} an arm\n"
+            Slide("What did not work out, and what may be wrong", f"- Of {count_of(len(every), 'claim')} {tally(every, names=False)}\n- {capital(count_of(lost, 'run')) + ' did not finish' if lost else 'Every run finished'}\n- {capital(count_of(1 + len(also))) + ' sizes' if also else 'One size range, one corpus'}, short training, {e.seeds(e.main) if e.main else 'few seeds'} an arm\n"
                   + ("" if e.on_gpu else "- No GPU: nothing about flash kernels, low precision or large batches\n") + "- Families are corrected inside, not across phases"),
             Slide("Conclusion", "\n".join(f"- {t.strip()}" for t in re.split(r"(?<=\.)\s+(?=[A-Z])", conclusion(e)[1].markdown)) + "\n- All of it again: `kimi-nb plan`, then `kimi-nb report`")]
     return out
@@ -211,12 +216,13 @@ def write_slides(
     e:Evidence,
     doc,           # the paper: title, authors, date
     folder,        # of the report
+    also=(),       # the same at other sizes
 ) -> list[Path]:   # the PDF and the PowerPoint file
     "Both forms of the talk."
     from tempfile import TemporaryDirectory
     folder = Path(folder)
     with writing(folder): (folder / "figures").mkdir(parents=True, exist_ok=True)
-    talk = slides(e, redrawn(e, folder / "figures"))
+    talk = slides(e, redrawn(e, folder / "figures", also), also)
     for s in talk:
         if s.figure and Path(s.figure).parent != folder / "figures":
             shutil.copyfile(s.figure, folder / "figures" / Path(s.figure).name)

@@ -62,7 +62,7 @@ TURN = 3         # steps in a row; their median is one round
 NEW_TOKENS = 16  # written after the prompt; a quarter of a short context
 
 def _vocabulary(run):
-    from kimi_nb.runner import _vocab
+    from kimi_nb.forecast import _vocab
     return run.model.vocab_size or _vocab(run)
 
 class _Subject:
@@ -213,7 +213,7 @@ def measure(
     `peak_memory_mb` is that of a process (on CUDA: of its allocator), `added_memory_mb` what model, optimizer and step added to it. `clock` says whether times are by the clock on the wall or, on a busy CPU, processor time; `cpu_share` says how busy it was.
     Raises: SpeedError for nothing to measure, or when the measuring process ends badly.
     """
-    from kimi_nb.runner import default_workers, share_of_cores
+    from kimi_nb.forecast import default_workers, share_of_cores
     from kimi_nb.train import environment, pick_device
     if not runs: raise SpeedError("runs is empty: give at least one run to measure")
     if unknown := set(what) - {"train", "infer"} or (not what and {""}): raise SpeedError(f"what {sorted(unknown)[0]!r} is unknown: train, infer, or both")

@@ -255,26 +255,30 @@ class Store(_Reports):
 
     def verify(self,
         complete:bool=False, # also list runs without a result, and studies' rows without a record
+        study=None,          # name of a study, or several: nothing but their runs; none is everything
     ) -> list[str]:          # problems in words; empty when all is well
         "Read everything, check every seal, change nothing."
         found, ids = [], {}
+        names = None if study is None else [getattr(s, "name", s) for s in ([study] if isinstance(study, (str, Study)) else study)]
+        asked = None if names is None else {i for n in names for i in self.manifest(n)[1].values()}
         for name in list_folder(self.path / "experiments"):
             folder = self.path / "experiments" / name
             if not (m := RUN_FOLDER.fullmatch(name)) or not folder.is_dir():
-                found.append(f"{folder} is no run's folder (name_id): move it elsewhere")
+                if asked is None: found.append(f"{folder} is no run's folder (name_id): move it elsewhere")
                 continue
+            if asked is not None and m["id"] not in asked: continue
             if (folder / "result.json").exists():
                 if not m["aside"] and m["id"] in ids: found.append(f"{folder} and {ids[m['id']]} hold the same run: keep one")
                 elif not m["aside"]: ids[m["id"]] = name
                 found += self._check(folder)
             elif complete and not m["aside"]: found.append(f"{folder} has no result: its run was not finished, start the plan again")
         for name in list_folder(self.path / "studies"):
-            if not name.endswith(".json"): continue
+            if not name.endswith(".json") or names is not None and name.removesuffix(".json") not in names: continue
             try: study, rows = self._manifest(self.path / "studies" / name)
             except KimiError as e: found.append(str(e)); continue
             if name.partition("@")[0].removesuffix(".json") != study.name: found.append(f"{self.path / 'studies' / name} holds study {study.name!r}: give it its name")
             if complete and "@" not in name: found += [f"study {study.name}: no record of {' / '.join(filter(None, (b, a)))}, seed {s} (run {i}): start the plan again" for (a, b, s), i in rows.items() if i not in ids]
-        for name in ("experiments.json", "baselines.json"):
+        for name in ("experiments.json", "baselines.json") if names is None else ():
             try: json.loads(read_stored(self.path / name)) if (self.path / name).exists() else None
             except (StoreError, ValueError, RecursionError): found.append(f"{self.path / name} is not readable as JSON: rebuild the store")
         return found

@@ -9,7 +9,7 @@ import pytest
 from test_plan import PLAN, call, executed, place  # noqa: F401  (a fixture)
 from tiny import hang, start, tiny_run
 
-from kimi_nb import runner
+from kimi_nb import attempt, runner
 from kimi_nb.cli import main
 from kimi_nb.runner import RunnerError, run_studies
 from kimi_nb.store import Store
@@ -41,13 +41,13 @@ def test_a_run_that_hangs_is_ended_tried_again_and_fails_alone(tmp_path, monkeyp
 
 
 def keeps_to_it(folder):
-    with runner._time_limit(Store(folder), "a" * 12, 0.5 / 3600):
+    with attempt._time_limit(Store(folder), "a" * 12, 0.5 / 3600):
         pass
     time.sleep(1.5)
 
 
 def overstays(folder):
-    with runner._time_limit(Store(folder), "b" * 12, 0.5 / 3600):
+    with attempt._time_limit(Store(folder), "b" * 12, 0.5 / 3600):
         time.sleep(60)
 
 
@@ -58,7 +58,7 @@ def test_a_time_limit_ends_with_the_run(tmp_path):
     for process in ends:
         process.join(60)
     assert [p.exitcode for p in ends] == [0, 1]
-    assert runner._overdue(Store(tmp_path), "a" * 12) == "" and runner._overdue(Store(tmp_path), "b" * 12).startswith("last in ")
+    assert attempt._overdue(Store(tmp_path), "a" * 12) == "" and attempt._overdue(Store(tmp_path), "b" * 12).startswith("last in ")
     assert not list(tmp_path.rglob("*.trace"))
 
 

@@ -315,8 +315,8 @@ def tokenizer_files(folder):
 @reader
 def outcome_and_timings(folder):
     """The outcome of a phase and the kept step times"""
+    from kimi_nb.forecast import read_sharing, read_timings
     from kimi_nb.plan import read_outcome, record_outcome
-    from kimi_nb.runner import read_timings
 
     profile = folder / "settings.ini"
     profile.write_text(settings_text())
@@ -327,6 +327,7 @@ def outcome_and_timings(folder):
         path.write_bytes(data)
         in_a_line(lambda: read_outcome(Store(folder), "norm"))
         assert all(isinstance(v, float) and v > 0 for v in read_timings(path).values())
+        assert all(rates[1] > 0 and set(rates) <= {1, 2, 4} for rates in read_sharing(path).values())
 
     return file_of(path.read_bytes()) | st.dictionaries(st.text(max_size=3), JSON).map(lambda v: json.dumps(v).encode()), use
 

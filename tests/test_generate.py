@@ -12,6 +12,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from kimi_nb.checkpoint import save_model
 from kimi_nb.cli import main
 from kimi_nb.config import ModelConfig, RunConfig
+from kimi_nb.decoder import Decoder
 from kimi_nb.generate import (
     GenerateError,
     Generator,
@@ -20,7 +21,6 @@ from kimi_nb.generate import (
     draw,
     keep_top_k,
     keep_top_p,
-    next_logits,
     penalise_repetition,
     select_cache_rows,
 )
@@ -167,7 +167,59 @@ def test_rows_of_a_cache_can_be_reordered(kind):
         order = torch.tensor([2, 0])
         select_cache_rows(cache, order)
         for t in range(6, 20):  # over the edges of chunks
-            torch.testing.assert_close(next_logits(model, ids[order, t : t + 1], cache), model(ids[order, : t + 1]).logits[:, -1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(Decoder(model)(ids[order, t : t + 1], cache), model(ids[order, : t + 1]).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@st.composite
+def decodable(draw):
+    """Every kind of part a decoder meets."""
+    pick = lambda *values: draw(st.sampled_from(values))
+    attention = pick(dict(), dict(qk_norm=True), MLA, MLA | dict(q_lora_rank=10), dict(kind="latent", n_latents=2, chunk_size=4)) | dict(implementation=pick("eager", "sdpa", "flash"))
+    position = pick(dict(), dict(yarn_factor=4.0), dict(kind="learned")) if attention.get("kind") != "mla" else pick(dict(), dict(yarn_factor=4.0))
+    kind = pick("dense", "moe")
+    return ModelConfig(
+        d_model=32, n_heads=pick(2, 4), n_layers=2, vocab_size=61, max_seq_len=24, tie_embeddings=pick(True, False), first_dense_layers=pick(0, 1) if kind == "moe" else 0,
+        attention=attention, position=position, norm=pick(dict(kind="rmsnorm"), dict(), dict(bias=True)), ffn=dict(kind=kind, activation=pick("swiglu", "gelu", "relu")),
+        moe=dict(router=pick("standard", "aux_tc", "noaux_tc"), n_experts=4, top_k=pick(1, 2), d_expert=16, n_shared_experts=pick(0, 2), routed_scaling_factor=pick(1.0, 2.5)),
+    )  # fmt: skip
+
+
+def awake(config, dtype=torch.float32):
+    """No parameter at its start: gains off one, biases off zero."""
+    model, rng = KimiModel(config).to(dtype).eval(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(3 if p.dim() > 1 and not name.startswith("embed_pos") else 1).add_(torch.randn(p.shape, generator=rng, dtype=dtype) * (0.2 if p.dim() == 1 else 0))
+        for moe in model.moe_layers().values():
+            moe.gate.e_score_correction_bias.normal_(0, 0.2, generator=rng)
+    return model
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(decodable(), st.sampled_from([1, 1, 3]), st.integers(1, 9), st.integers(1, 20), st.booleans())
+def test_the_decoder_gives_the_logits_of_the_whole_text(config, batch, prompt, room, double):
+    model = awake(config, torch.float64 if double else torch.float32)
+    ids = torch.randint(0, 61, (batch, 14), generator=torch.Generator().manual_seed(room))
+    decoder, cache = Decoder(model), model.make_cache(batch, room)  # most have to grow
+    logits = [decoder(ids[:, :prompt], cache)] + [decoder(ids[:, t : t + 1], cache) for t in range(prompt, 14)]
+    with torch.no_grad():
+        expected = model(ids).logits[:, prompt - 1 :]
+    tolerance = (1e-6 if config.ffn.kind == "moe" else 1e-10) if double else 1e-5  # routers work in float32
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    assert cache.length == 14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_sees_weights_that_change_and_leaves_what_it_does_not_know_to_the_model(kind):
+    ids = torch.tensor([[5]])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = writer(kind).model.eval().to(dtype)
+        decoder, caches = Decoder(model), [model.make_cache(1, 4) for _ in range(2)]
+        for _ in range(3):
+            with torch.no_grad():
+                torch.testing.assert_close(decoder(ids, caches[0]), model(ids, cache=caches[1]).logits[:, -1], rtol=1e-4, atol=1e-5)
+                for p in model.parameters():
+                    p.mul_(1.1)
 
 
 def test_tokenizer_that_comes_with_the_model_or_bytes_with_a_warning(monkeypatch):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from kimi_nb import publish
 from kimi_nb.plan import phase_notebooks, read_outcome
 from kimi_nb.publish import published_profiles, read_bundle
+from kimi_nb.store import Store
 
 REPO = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif("quick" not in published_profiles(REPO), reason="no reference run of profile quick is published")
@@ -43,8 +45,6 @@ def checkout(folder: Path) -> Path:
 def test_a_published_run_opens_as_a_results_folder(opened):
     """Records, verdicts, figures and notebooks are there, whole, without training."""
     assert kimi("records", "verify", "--results", str(opened)).returncode == 0
-    from kimi_nb.store import Store
-
     store, (about, _) = Store(opened), read_bundle("quick", REPO)
     assert len(store.frame(stale=True)) == about["runs"] > 0
     assert [p for p in about["phases"] if read_outcome(store, p) is None] == []
@@ -72,6 +72,49 @@ def test_a_damaged_folder_is_not_published(opened, tmp_path, what):
     assert path.name.partition(".")[0].split("_")[-1] in done.stderr and not (home / "data").exists() and not (home / "figures").exists()
 
 
+def test_some_phases_are_published_alone(opened, tmp_path):
+    """What other phases left does not matter; the bundle says which it holds, has their records and the tuning, and opens."""
+    results, home = tmp_path / "results", checkout(tmp_path / "checkout")
+    shutil.copytree(opened, results)
+    (results / "phases" / "rope.json").unlink()
+    store = Store(results)
+    mine = {i for n in store.studies() if n == "tuning" or store.manifest(n)[0].phase in ("norm", "moe") for i in store.manifest(n)[1].values()}
+    lost = next(f for f in sorted(results.glob("experiments/*")) if f.name[-12:] not in mine)
+    shutil.rmtree(lost)
+    assert "start the plan again" in "".join(Store(results).verify(complete=True))  # no whole plan
+    done = kimi("records", "publish", "--results", str(results), "--stale", "--only", "moe", "norm", checkout=home)
+    assert done.returncode == 0 and "phases norm, moe only" in done.stdout, done.stderr
+    about, files = read_bundle("quick", home)
+    assert about["phases"] == ["norm", "moe"] and about["partial"] and about["runs"] == len(mine)
+    assert [f for f in files if "headline" in f or "combined" in f or "rope" in f] == [] and "figures/quick/moe-loss.png" in files
+    assert kimi("records", "open", "--results", str(tmp_path / "again"), checkout=home).returncode == 0
+    again = Store(tmp_path / "again")
+    assert {r.run_id for r in again.records()} == mine and again.verify(complete=True) == [] and again.frame("tuning", stale=True).equals(store.frame("tuning", stale=True))
+    assert published_profiles(home, "moe") == ["quick"] and published_profiles(home, "combined") == []
+    # of the phases that are named everything still counts
+    next(results.glob(f"experiments/*_{min(mine)}/result.json")).unlink()
+    done = kimi("records", "publish", "--results", str(results), "--stale", "--only", "moe", "norm", checkout=home)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and read_bundle("quick", home)[0] == about, done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [(("publish", "--only", "combind"), "phase 'combind' is unknown: did you mean combined?"), (("open", "--only", "moe"), "takes no --only")])
+def test_phases_that_cannot_be_named_are_refused_in_a_line(opened, tmp_path, arguments, said):
+    done = kimi("records", *arguments, "--results", str(opened if arguments[0] == "publish" else tmp_path / "new"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+def test_many_runs_have_fewer_points_a_curve(opened, monkeypatch):
+    """Where the records would not fit, their curves are thinned; every run and every final number stays."""
+    store = Store(opened)
+    whole = publish.bundle(store, "quick", stale=True, only=["norm"])
+    monkeypatch.setattr(publish, "LIMIT", sum(map(len, whole.values())) - len(whole["data/records/quick/bundle.json"]) - 1)
+    less = publish.bundle(store, "quick", stale=True, only=["norm"])
+    read = lambda files: [x["record"] for x in map(json.loads, gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:]) if "record" in x]
+    assert [r["metrics"] for r in read(less)] == [r["metrics"] for r in read(whole)]
+    points = [max(len(c["step"]) for r in read(files) for c in r["curves"].values()) for files in (whole, less)]
+    assert points[0] > 30 >= points[1] and json.loads(less["data/records/quick/bundle.json"])["points"] == 30
+
+
 @pytest.mark.slow
 def test_publishing_again_gives_the_same(opened, tmp_path):
     """What was published, laid out and published again is the same run: every record and every verdict."""
@@ -79,7 +122,8 @@ def test_publishing_again_gives_the_same(opened, tmp_path):
     done = kimi("records", "publish", "--results", str(opened), "--stale", checkout=home)
     assert done.returncode == 0, done.stderr
     (before, old), (after, new) = read_bundle("quick", REPO), read_bundle("quick", home)
-    assert {k: v for k, v in before.items() if k != "files"} == {k: v for k, v in after.items() if k != "files"} and old.keys() == new.keys()
+    new_here = {"files", "partial", "points"}  # bundles of before do not say these
+    assert {k: v for k, v in before.items() if k not in new_here} == {k: v for k, v in after.items() if k not in new_here} and old.keys() == new.keys()
     assert [n for n in old if n.endswith(".json") and old[n] != new[n]] == []
     lines = [[json.loads(line) for line in gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:]] for files in (old, new)]
     assert [x["record"] for x in lines[0] if "record" in x] == [x["record"] for x in lines[1] if "record" in x]

@@ -143,7 +143,7 @@ def test_one_process_has_nothing_to_shard(tmp_path):
     from kimi_nb.ranks import RanksError
     from kimi_nb.train import fit
 
-    with pytest.raises(RanksError, match="^one process has nobody to share a model with: start several with torchrun"):
+    with pytest.raises(RanksError, match=r"^one process has nobody to share a model with: start several with torchrun"):
         fit(tiny_run(), tmp_path / "x", shard=True)
     assert not (tmp_path / "x").exists()
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from kimi_nb.across import others
 from kimi_nb.config import load_profile
 from kimi_nb.document import compile_typst, to_markdown, to_typst
 from kimi_nb.findings import Evidence, ReportError, runs_table
@@ -29,14 +30,20 @@ def tiny_profile():
     return profile.model_copy(update=dict(base=profile.base.override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60}), tune={}))
 
 
-def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=0.0):
+def larger_profile():
+    """A profile `standard` that trains twice as long."""
+    profile = tiny_profile()
+    return profile.model_copy(update=dict(name="standard", base=profile.base.override({"train.steps": 2 * profile.base.train.steps})))
+
+
+def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=0.0, profile=None):
     """A results folder with an invented factorial: each part changes bits per byte by its effect, all together by `synergy`, MLA with Muon by `pair` more; Muon's effect changes by `uneven` from seed to seed."""
-    profile, store = tiny_profile(), Store(path)
+    profile, store = profile or tiny_profile(), Store(path)
     study = combined.study(profile)
     for k, p in enumerate(study.expand()):
         on = combined.cell_factors(p.arm)
         bpb = 3.0 + sum(effects[f] for f in on) + synergy * (len(on) == 4) + pair * ({"attention", "optimizer"} <= set(on)) + uneven * p.seed * ("optimizer" in on) + 0.001 * p.seed + 0.002 * ((7 * k) % 5 - 2)
-        metrics = dict(test_bpb=bpb, test_loss=1.7 * bpb, val_loss=1.7 * bpb, tokens=1e5, steps=300, step_seconds=0.01, active_parameters=1e5, total_parameters=3e5, epochs=0.5)
+        metrics = dict(test_bpb=bpb, test_loss=1.7 * bpb, val_loss=1.7 * bpb, tokens=400.0 * p.run.train.steps, steps=300, step_seconds=0.01, active_parameters=1e5, total_parameters=3e5, epochs=0.5)
         curves = dict(val_loss=dict(step=[100, 200, 300], value=[1.7 * bpb + 1, 1.7 * bpb + 0.3, 1.7 * bpb]))
         store.put(Record.of(p.run, (status or {}).get((p.arm, p.seed), "done"), metrics, curves, dict(device="cpu", device_name="Test CPU")), "combined")
     store.record_study(study)
@@ -51,9 +58,10 @@ def invented(tmp_path_factory):
     return factorial_results(tmp_path_factory.mktemp("invented") / "results", EFFECTS)
 
 
-def words_of(store):
+def words_of(store, *also):
     """(abstract, conclusion, the whole as Markdown) of the paper."""
-    doc = paper(Evidence(store))
+    e = Evidence(store)
+    doc = paper(e, others(e, also))
     whole = to_markdown(doc)
     return doc.abstract, re.search(r"Conclusion\n\n(.*?)## References", whole, re.S)[1], whole
 
@@ -149,6 +157,48 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
 
 
+def test_another_size_is_said_as_it_is(tmp_path, invented):
+    """The same effects at a larger size hold; opposite ones turn, and what one size decides alone is said to be decided there only."""
+    same = factorial_results(tmp_path / "same", EFFECTS, profile=larger_profile())
+    other = factorial_results(tmp_path / "other", dict(attention=-0.10, norm=0.0, routing=0.05, optimizer=-0.20), profile=larger_profile())
+    abstract, conclusion, whole = words_of(invented, same)
+    section = whole.split("At a larger size\n")[1].split("\n## ")[0]
+    assert "decided alike, none is decided in opposite ways" in abstract and "No claim is supported at one size and contradicted at another." in section
+    held = re.search(r"\*\*Held\.\*\* (.*)", section)[1]
+    assert re.search(r"Supported .*RQ2: .*RQ4: .*\. Contradicted .*RQ1: ", held) and "the effects at the two sizes differ by no more than chance explains" in section
+    assert "| `train.steps` | 300 | 600 |" in section and "Size is not all that differs" not in section
+    abstract, conclusion, whole = words_of(invented, other)
+    section = whole.split("At a larger size\n")[1].split("\n## ")[0]
+    assert re.search(r"\*\*Turned into its opposite\.\*\* RQ1: .*\(contradicted at quick and supported at standard\)", section)
+    assert re.search(r"\*\*Decided at quick only\.\*\* RQ2: ", section) and re.search(r"\*\*Decided at standard only\.\*\* RQ3: ", section)
+    assert re.search(r"The effect of Muon is smaller at standard: -0\.4\d\d bits/byte at quick, -0\.2\d\d at standard", section) and re.search(r"that of Muon is smaller \(-0\.4\d\d, -0\.2\d\d\)", abstract)
+    assert re.search(r"The effect of MLA changes its sign at standard: \+0\.1\d\d bits/byte at quick, -0\.\d+ at standard", section)
+    assert re.search(r"\| RQ1 \| .* \| quick \| 0\.\d+ \(.*\| \*\*contradicted\*\* \| opposite \|", section) and "{sec:sizes}" not in conclusion
+    runs = whole.split("Runs at other sizes\n")[1]
+    assert "| MLA + RMSNorm + noaux_tc + Muon | 3 |" in runs and not any(r.run_id in runs for r in other.records())  # a summary, no run by run
+    assert "At a larger size" not in words_of(invented)[2]
+
+
+def test_a_second_folder_must_bear_on_the_first(tmp_path, invented):
+    """Named on the command line it is refused in a line where there is nothing to compare; with one that fits, every form has its part."""
+    for name, said in (("none", "holds no record"), ("itself", "is the folder itself")):
+        also = invented.path if name == "itself" else tmp_path / name
+        with pytest.raises(ReportError, match=said):
+            write_report(invented, tmp_path / "out", say=lambda line: None, also=[also])
+    lone = Store(shutil.copytree(invented.path, tmp_path / "lone"))
+    shutil.rmtree(lone.path / "phases")
+    record_outcome(lone, "norm", larger_profile(), [dict(id="H2", claim="Steadier.", word="undecided", sentence="It.", caveats=[])])
+    with pytest.raises(ReportError, match=r"^.*lone has no phase in common with .* \(it has norm\)$"):
+        write_report(invented, tmp_path / "out", say=lambda line: None, also=[lone])
+    assert not (tmp_path / "out").exists()
+    other = factorial_results(tmp_path / "other", EFFECTS, profile=larger_profile())
+    write_report(invented, tmp_path / "out", say=lambda line: None, also=[other], perhaps=[lone])  # what is only found, not named, may be left out
+    assert (tmp_path / "out" / "figures" / "sizes-effects.svg").is_file() and "sizes-effects.svg" in (tmp_path / "out" / "paper.md").read_text()
+    assert "## At a larger size" in (tmp_path / "out" / "research_report.md").read_text()
+    with zipfile.ZipFile(tmp_path / "out" / "slides.pptx") as z:
+        assert any("At a larger size" in z.read(n).decode() for n in z.namelist() if n.startswith("ppt/slides/slide"))
+
+
 def test_all_forms_hold_together(tmp_path, invented):
     """PDF, HTML and Markdown say the same; links lead somewhere; PowerPoint has the slides of the PDF, inside their frame, with notes."""
     store, out = invented, tmp_path / "out"
@@ -197,11 +247,13 @@ def test_the_published_records_give_a_whole_paper(tmp_path):
     if "quick" not in published_profiles():
         pytest.skip("no published reference run of profile quick")
     start, store = time.perf_counter(), published("quick")
-    write_report(store, tmp_path, say=lambda line: None)
+    more = [published(p) for p in published_profiles() if p != "quick"]
+    write_report(store, tmp_path, say=lambda line: None, perhaps=more)
     assert time.perf_counter() - start < 120
     e = Evidence(store)
-    doc = paper(e)
-    talk = slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")})
+    also = others(e, more, strict=False)
+    doc = paper(e, also)
+    talk = slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")}, also)
     assert 12 <= len(talk) + 1 <= 20 and len(e.outcomes) == 10
     assert pages(talk_typst(talk, doc), tmp_path) == len(talk) + 1  # none runs over
     first = next(i for i, b in enumerate(doc.blocks) if getattr(b, "appendix", False))

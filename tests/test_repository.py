@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -222,26 +223,76 @@ def test_cell_tags_survive_cleaning(project):
     assert {"slow", "cuda"} <= set(nbdev["tst_flags"].split())
 
 
-def test_every_dependency_is_pinned(project, pins):
-    """All that the extras can reach, as far as it is installed here, stands in constraints.txt with a version that fits."""
+def reached(project, *groups: str) -> dict:
+    """Name -> specifier of all that the package and these extras can reach, as far as it is installed here."""
     extras, seen, wanted = project["project"]["optional-dependencies"], defaultdict(set), {}
-    todo = [Requirement(r) for r in project["project"]["dependencies"] + [r for group in extras.values() for r in group]]
+    todo = [Requirement(r) for r in project["project"]["dependencies"] + [r for group in groups or extras for r in extras[group]]]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        wanted[name] = wanted.get(name, requirement.specifier) & requirement.specifier
         new = ({""} | requirement.extras) - seen[name]
         seen[name] |= new
-        if not new or name == canonicalize_name(PACKAGE):
+        if name == canonicalize_name(PACKAGE):
+            todo += [Requirement(r) for extra in new - {""} for r in extras[extra]]
+            continue
+        wanted[name] = wanted.get(name, requirement.specifier) & requirement.specifier
+        if not new:
             continue
         try:
             more = importlib.metadata.requires(requirement.name) or []
         except importlib.metadata.PackageNotFoundError:
             continue  # an extra that is not installed here: its own name must still be pinned
         todo += [r for r in map(Requirement, more) if any(r.marker is None or r.marker.evaluate({"extra": e}) for e in new)]
-    wanted.pop(canonicalize_name(PACKAGE))
+    return wanted
+
+
+def test_every_dependency_is_pinned(project, pins):
+    """All that the extras can reach stands in constraints.txt with a version that fits."""
+    wanted = reached(project)
     assert sorted(set(wanted) - set(pins)) == []
     assert {n: f"{pins[n]}, wanted {s}" for n, s in wanted.items() if not s.contains(pins[n], prereleases=True)} == {}
+
+
+def locked() -> dict[str, tuple[str, list[str]]]:
+    """Name -> version and hashes, for each entry of requirements.lock; nothing else may stand there."""
+    text = re.sub(r"^#.*\n", "", (REPO / "requirements.lock").read_text(encoding="utf-8"), flags=re.M)
+    entry = r"([a-z0-9-]+)==(\S+)(?: ;[^\n]*?)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
+    assert re.fullmatch(f"(?:{entry})+", text), "each entry is name==version, perhaps a marker, and hashes"
+    return {name: (version, hashes.split("sha256:")[1:]) for name, version, hashes in re.findall(entry, text)}
+
+
+BY_VERSION = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # the build depends on the machine and the index
+
+
+def test_the_lock_is_that_of_the_constraints(project, pins):
+    """What set-up installs has hashes in requirements.lock, at the versions of constraints.txt; `make lock` writes it."""
+    lock = locked()
+    assert {n: v for n, (v, _) in lock.items() if pins.get(n) != v} == {}
+    assert sorted(n for n in set(reached(project, "dev")) - set(lock) if not BY_VERSION.fullmatch(n)) == []
+    assert [n for n in lock if BY_VERSION.fullmatch(n)] == []
+
+
+def audited(name: str, *vulnerable: str) -> dict:
+    return dict(name=name, version="1.0", vulns=[dict(id=v, fix_versions=["1.1"]) for v in vulnerable])
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        ([audited("a"), audited("b")], 0, "audit: 2 packages asked about, 0 with known vulnerabilities"),
+        ([audited("a"), audited("b", "PYSEC-1")], 1, "b 1.0: PYSEC-1, fixed in 1.1"),
+        ([audited("a"), dict(name="b", skip_reason="not found")], 0, "warning: the index says nothing about 1 of 2 packages"),
+        (None, 0, "warning: not audited: the index does not answer"),
+    ],
+)
+def test_an_audit_fails_for_a_known_vulnerability_alone(monkeypatch, capsys, answer, code, said):
+    monkeypatch.syspath_prepend(REPO / "docs")
+    import lock
+
+    done = SimpleNamespace(stdout="" if answer is None else json.dumps(dict(dependencies=answer)), stderr="warning\nthe index does not answer\n")
+    monkeypatch.setattr(lock, "run_tool", lambda *_: done)
+    assert lock.main("audit") == code
+    assert said in "".join(capsys.readouterr())
 
 
 def test_torch_is_the_version_the_measurements_were_made_with(pins):
@@ -265,7 +316,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_the_usual_files_are_there():
-    wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt settings.ini .ci/run .pre-commit-config.yaml"
+    wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt requirements.lock settings.ini .ci/run .pre-commit-config.yaml"
     empty = [name for name in wanted.split() if not (REPO / name).is_file() or not (REPO / name).stat().st_size]
     assert empty == []
     assert os.access(REPO / ".ci" / "run", os.X_OK)
@@ -332,3 +383,27 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
         "kimi_nb needs Python 3.11 or newer, found Python 3.9.1: install one, or name it: make PYTHON=/path/to/python3.11"
     ]
     assert not (tmp_path / ".venv").exists()
+
+
+@needs_make
+@pytest.mark.parametrize(("hashes", "fits", "asked"), [("prefer", True, "lock torch own"), ("prefer", False, "lock all"), ("require", True, "lock torch own"), ("require", False, "lock"), ("off", False, "all")])
+def test_set_up_installs_by_hash_where_the_index_has_the_files(tmp_path, hashes, fits, asked):
+    """By hash, but for torch and the package itself; where the hashes do not fit, `prefer` says so in a line and goes on, `require` does not."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
+        shutil.copy(REPO / name, tmp_path)
+    python = tmp_path / "python"  # makes an environment of itself, and a pip that only writes down what it is asked
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+*venv*) mkdir -p .venv/bin && cp "$0" .venv/bin/python;;
+*--require-hashes*) echo lock >> asked; [ {int(fits)} = 1 ] || {{ echo 'WARNING: x' >&2; echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES' >&2; exit 1; }};;
+*torch*) echo torch >> asked;;
+*--no-deps*-e*) echo own >> asked;;
+*install*'[dev]'*) echo all >> asked;;
+esac
+""")
+    python.chmod(0o755)
+    done = make("setup", f"PYTHON={python}", f"HASHES={hashes}", cwd=tmp_path)
+    assert (done.returncode == 0) == (fits or hashes != "require"), done.stderr
+    assert (tmp_path / "asked").read_text().split() == asked.split()
+    assert ("note: installed by version, not by hash: ERROR: THESE PACKAGES" in done.stdout) == (hashes == "prefer" and not fits)
+    assert (tmp_path / ".venv" / ".installed").exists() == (done.returncode == 0)

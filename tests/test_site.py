@@ -1,5 +1,6 @@
 """The site: it builds without a warning, every link leads somewhere, and a browser finds nothing wrong on any page."""
 
+import base64
 import functools
 import http.server
 import json
@@ -135,13 +136,76 @@ def test_phase_pages_show_the_published_results(pages):
     assert shown or not folder.is_dir(), "no page shows a result"
 
 
-def test_a_changed_cell_loses_its_results(tmp_path, monkeypatch):
-    """A cell that was edited since the reference run must not stand above numbers that other code gave."""
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+def test_phase_pages_show_other_published_sizes(pages):
+    """A phase that other profiles hold, too, has a section on each, with every claim and the main figures; no other phase has one."""
+    from kimi_nb.across import main_figures
+    from kimi_nb.publish import published_profiles, read_bundle
+
+    for phase in PHASES:
+        page, name = pages[f"{phase}.html"], phase.partition("_")[2]
+        text = re.sub(r"\s+", " ", "".join(page.text))
+        others = [p for p in published_profiles(REPO, name) if p != "quick"]
+        if "quick" not in published_profiles(REPO, name):
+            continue
+        heads = re.findall(r"The same at (?:another|a larger|a smaller) size \(profile ([\w-]+)\)", text)
+        assert list(dict.fromkeys(heads)) == others, phase  # they stand in the page's contents, too
+        for profile in others:
+            about, files = read_bundle(profile, REPO)
+            section = text.partition(f"size (profile {profile})")[2]
+            outcome = json.loads(files[f"data/records/{profile}/phases/{name}.json"])
+            assert [v["id"] for v in outcome["verdicts"] if v["id"] not in section] == [] and about["device_name"] in section, phase
+            assert sum("_images/" in s for s in page.sources) >= len(main_figures(name, outcome["figures"])), phase
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch) -> dict:
+    """The names of docs/conf.py, without what it fetches; what it lays out goes to a cache of its own."""
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    (tmp_path / "ipython").mkdir()
     monkeypatch.chdir(tmp_path)
     space = {"__file__": str(REPO / "docs" / "conf.py"), "__name__": "conf"}
     monkeypatch.setattr(shutil, "which", lambda *a, **k: None)
     exec(compile((REPO / "docs" / "conf.py").read_text(encoding="utf-8"), "conf.py", "exec"), space)
+    return space
+
+
+def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
+    """With one profile published there is no section; with a second one both verdicts stand in a row, and a word says how they go together."""
+    from kimi_nb.publish import open_published, publish, published_profiles
+    from kimi_nb.store import Store
+
+    if "quick" not in published_profiles(REPO):
+        pytest.skip("no reference run is published")
+    home, results = tmp_path / "checkout", tmp_path / "results"
+    for part in ("data/records/quick", "figures/quick"):
+        shutil.copytree(REPO / part, home / part)
+    shutil.copy(REPO / "data" / "records" / "quick.jsonl.gz", home / "data" / "records")
+    conf["REPO"] = home
+    assert conf["other_sizes"]("norm") == []
+    open_published("quick", results, home)
+    file = results / "phases" / "norm.json"
+    outcome = json.loads(file.read_text())
+    words = {"supported": "contradicted", "contradicted": "supported", "undecided": "supported"}
+    changed = [v | dict(word=words.get(v["word"], v["word"]), sentence="It was | so.") for v in outcome["verdicts"]]
+    file.write_text(json.dumps(outcome | dict(profile="standard", verdicts=changed)))
+    publish(Store(results), "standard", home, stale=True, only=["norm"])
+    first, claims, *figures = conf["other_sizes"]("norm")
+    assert first["source"].startswith("## The same at another size (profile standard)") and "phase norm only" in first["source"]  # it is a copy, so as large
+    table = claims["outputs"][0]["data"]["text/markdown"]
+    for old, new in zip(outcome["verdicts"], changed, strict=True):
+        row = next(line for line in table.splitlines() if line.startswith(f"| {old['id']} |"))
+        both = {old["word"], new["word"]}
+        together = "opposite" if both == {"supported", "contradicted"} else "one decides" if both == {"supported", "undecided"} else "not tested"
+        assert f"**{old['word']}**" in row and f"**{new['word']}**. It was \\| so. | {together} |" in row
+    shown = [o["data"]["image/png"] for c in figures for o in c["outputs"] if "image/png" in o["data"]]
+    assert shown == [base64.b64encode((home / "figures" / "standard" / f"norm-{n}.png").read_bytes()).decode() for n in ("loss", "forest")]
+    assert conf["other_sizes"]("moe") == [] and all(conf["tidy"](c, home) for c in (first, claims, *figures))
+
+
+def test_a_changed_cell_loses_its_results(conf):
+    """A cell that was edited since the reference run must not stand above numbers that other code gave."""
+    space = conf
     name = Path(PHASES[2]).name
     if f"data/records/quick/notebooks/{name}.ipynb" not in space["published"]()[1]:
         pytest.skip("no reference run is published")

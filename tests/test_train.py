@@ -97,7 +97,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_it(at, tmp
     """The same line as without the thread; what was written before is intact, and the same command goes on."""
     import signal
 
-    from kimi_nb import checkpoint, train
+    from kimi_nb import checkpoint
 
     run = tiny({"train.save_every": 7 if at == "the end" else 2 if at == "a step" else 0, "train.steps": 8})
     folder, save = tmp_path / "x", checkpoint.save_file
