@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_run
 
 from kimi_nb.config import KimiError, ModelConfig
+from kimi_nb.decoder import Decoder
 from kimi_nb.explore import ALL, EXPLORERS, Subject, explorer_pictures, explorers, playground, rope_explorer, trained_runs
 from kimi_nb.generate import Generator, Sampling
 from kimi_nb.model import KimiModel
@@ -89,7 +90,7 @@ def test_the_sampling_picture_is_what_the_generator_draws_from(subject, options)
     for row in range(300):
         asked = Sampling(max_new_tokens=1, seed=row, **options)
         rows = g._rows(["The cat"], asked)
-        drawn[int(g._next(torch.tensor([rows[0].ids]), None, rows, asked))] += 1 / 300
+        drawn[int(g._next(Decoder(subject.model), torch.tensor([rows[0].ids]), None, rows, asked))] += 1 / 300
     assert abs(q.sum() - 1) < 1e-4 and not drawn[q == 0].any() and np.abs(drawn - q).max() < 0.1
 
 
