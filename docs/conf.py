@@ -255,9 +255,9 @@ PROFILE = os.environ.get("KIMI_NB_SITE_PROFILE", "quick")
 
 
 @functools.cache
-def published() -> tuple[dict, dict[str, bytes]]:
+def published(profile: str = PROFILE) -> tuple[dict, dict[str, bytes]]:
     """What the reference run left, checked; nothing where none of this profile is published."""
-    return read_bundle(PROFILE, REPO) if PROFILE in published_profiles(REPO) else ({}, {})
+    return read_bundle(profile, REPO) if profile in published_profiles(REPO) else ({}, {})
 
 
 def with_results(notebook: dict, name: str) -> None:
@@ -297,7 +297,7 @@ def other_sizes(phase: str) -> list[dict]:
     for profile in published_profiles(REPO, phase):
         if profile == PROFILE:
             continue
-        (about, files), sizes, names = read_bundle(profile, REPO), [evidence(PROFILE), evidence(profile)], [PROFILE, profile]
+        (about, files), sizes, names = published(profile), [evidence(PROFILE), evidence(profile)], [PROFILE, profile]
         claims = claims_of(phase, [e.outcomes.get(phase) for e in sizes])
         text = [
             f"## The same {at_size(sizes).replace('At', 'at', 1)} (profile {profile})",

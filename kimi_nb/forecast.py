@@ -235,15 +235,15 @@ def pick_workers(
     "Worker processes for these runs: one per core, or on GPUs as many on each as get most done."
     runs, gpus = list(runs), visible_gpus() if device in (None, "cuda") else []
     if not gpus: return default_workers()
-    flops = {}
-    for run in runs:
-        if (k := _shape_key(run, len(gpus), "shared")) not in flops: flops[k] = step_flops(run, _vocab(run)), run
-    often = Counter(k for run in runs if flops[k := _shape_key(run, len(gpus), "shared")][0] < _LARGE).most_common(1)
-    if not often or len(runs) < _WORTH * len(gpus): return len(gpus)
+    if len(runs) < _WORTH * len(gpus): return len(gpus)
+    keys = [_shape_key(run, len(gpus), "shared") for run in runs]
+    of = dict(zip(reversed(keys), reversed(runs)))  # key -> the first such run
+    key = next((k for k, _ in Counter(keys).most_common() if step_flops(of[k], _vocab(of[k])) < _LARGE), None)
+    if key is None: return len(gpus)
     from kimi_nb.corpora import write_atomic
     from kimi_nb.data import prepare
-    (key, _), path = often[0], _timing_file().with_name("sharing.json")
-    known, run = read_sharing(path), flops[often[0][0]][1]
+    path, run = _timing_file().with_name("sharing.json"), of[key]
+    known = read_sharing(path)
     if new := key not in known:
         say(f"measuring how many runs of {len(runs)} should share a GPU, {len(SHARING)} times about 20 seconds")
         prepare(run.data, run.seq_len)  # once, before all want it

@@ -318,13 +318,13 @@ def timing(
     report:PlanReport,
 ) -> str:
     "Where the time of a plan went, a line a part, largest first; and how much of it the workbook itself took."
-    total, inside = sum(report.seconds.values()) or 1.0, sum(report.inside.values())
-    parts = dict(report.seconds)
-    if inside:  # several notebooks at a time: shares of the wall time
+    parts, total = dict(report.seconds), sum(report.seconds.values()) or 1.0
+    work = sum(parts.get(part, 0.0) for part in ("training", "evaluation", "data"))
+    if inside := sum(report.inside.values()):  # several notebooks at a time: shares of the wall time
         whole = parts.pop("notebooks", 0.0)
         parts |= {f"notebooks: {part}": whole * s / inside for part, s in report.inside.items()}
+        work += whole * (1 - report.inside.get(_KERNELS, 0.0) / inside)
     width = max(map(len, parts), default=5)
-    work = sum(s for part, s in parts.items() if part in ("training", "evaluation", "data", "tuning") or part.startswith("notebooks: ") and not part.endswith(_KERNELS))
     lines = [f"{part:{width}} {s:8.1f} s {s / total:6.1%}" for part, s in sorted(parts.items(), key=lambda kv: -kv[1])]
     return "\n".join([*lines, f"{'in all':{width}} {total:8.1f} s", f"{'overhead':{width}} {total - work:8.1f} s {(total - work) / total:6.1%}  what is neither training, evaluation, data nor a notebook's cells"])
 

@@ -89,7 +89,7 @@ def records_of(
 ) -> list:   # Records, each once
     "The records of some phases, and of the tuning."
     if not only: return list(store.records())
-    wanted = {i for n in studies_of(store, only) for i in store.manifest(n)[1].values()}
+    wanted = store.run_ids(studies_of(store, only))
     return [r for r in store.records() if r.run_id in wanted]
 
 def check_finished(

@@ -28,10 +28,11 @@ def short_report(
     for p, o in e.outcomes.items():
         if p != "stats" and o["verdicts"]: lines += [f"## Phase {p}", "", *(f"- **{v['word']}**: {cell(v['claim'])} {cell(v['sentence'])}" for v in o["verdicts"]), ""]
     if also:
-        sizes, phases = [e, *also], shared_phases([e, *also])
-        lines += [f"## {at_size(sizes)}", "", *sizes_words(sizes, short=False), "", *(f"- {n}: {what_ran(o, [p for p in phases if p in o.outcomes])}" for n, o in zip(names_of(sizes), sizes)), ""]
+        sizes = [e, *also]
+        phases, names, claims = shared_phases(sizes), names_of(sizes), compared(sizes)
+        lines += [f"## {at_size(sizes)}", "", *sizes_words(sizes, short=False), "", *(f"- {n}: {what_ran(o, [p for p in phases if p in o.outcomes])}" for n, o in zip(names, sizes)), ""]
         for p in phases:
-            if claims := [c for c in compared(sizes) if c.phase == p]: lines += [f"### Phase {p} at {' and '.join(names_of(sizes))}", "", claims_markdown(claims, names_of(sizes)), ""]
+            if own := [c for c in claims if c.phase == p]: lines += [f"### Phase {p} at {' and '.join(names)}", "", claims_markdown(own, names), ""]
     return "\n".join(lines) + "\n" + e.store.report().partition("\n")[2].partition("edits will be lost.")[2].lstrip("\n")
 
 # %% ../nbs/19i_report.ipynb #eb758222

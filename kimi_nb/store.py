@@ -19,6 +19,8 @@ from .study import Record, Study, canonical, digest_of, unseal
 _PROVENANCE = ("device", "kernel", "threads", "micro_batch_size", "precision", "platform", "started", "seconds", "code_hash", "commit", "dirty", "torch", "python", "data")
 _BASE = ("run_id", "study", "arm", "block", "seed", "repeat", "status", "stale")
 
+def _names(study): return [getattr(s, "name", s) for s in ([study] if isinstance(study, (str, Study)) else study)]
+
 def _flat(config, prefix=""):
     "Dotted name -> value of a record's config."
     for k, v in config.items():
@@ -75,7 +77,7 @@ class _Tables(Ledger):
         where = {}
         for folder, run_id, _ in self._folders():
             if run_id not in where or (folder / "result.json").exists(): where[run_id] = folder
-        for name in [study] if isinstance(study, (str, Study)) else study:
+        for name in _names(study):
             definition, rows = self.manifest(name)
             for (arm, block, seed), run_id in rows.items():
                 found = self._head(where[run_id]) if run_id in where else None
@@ -208,7 +210,7 @@ class Store(_Reports):
         digits:int|None=None,  # significant digits of curve values; none keeps all
     ) -> dict[str, int]:       # how many records and studies
         "Write records and studies into one file with a checksum; those set aside stay behind."
-        names = self.studies() if study is None else [getattr(s, "name", s) for s in ([study] if isinstance(study, (str, Study)) else study)]
+        names = self.studies() if study is None else _names(study)
         manifests = {n: self.manifest(n) for n in names} if study is not None or run_ids is None else {}
         there = {i: f for f, i, _ in self._folders() if (f / "result.json").exists()}
         for i in run_ids or ():
@@ -253,14 +255,19 @@ class Store(_Reports):
                 self._save(file, study, in_order(study, rows))
         return count
 
+    def run_ids(self,
+        study, # name of a study, a Study, or several
+    ) -> set[str]:
+        "The runs that belong to them."
+        return {i for name in _names(study) for i in self.manifest(name)[1].values()}
+
     def verify(self,
         complete:bool=False, # also list runs without a result, and studies' rows without a record
         study=None,          # name of a study, or several: nothing but their runs; none is everything
     ) -> list[str]:          # problems in words; empty when all is well
         "Read everything, check every seal, change nothing."
         found, ids = [], {}
-        names = None if study is None else [getattr(s, "name", s) for s in ([study] if isinstance(study, (str, Study)) else study)]
-        asked = None if names is None else {i for n in names for i in self.manifest(n)[1].values()}
+        names, asked = (None, None) if study is None else (_names(study), self.run_ids(study))
         for name in list_folder(self.path / "experiments"):
             folder = self.path / "experiments" / name
             if not (m := RUN_FOLDER.fullmatch(name)) or not folder.is_dir():
