@@ -278,10 +278,9 @@ def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
 def test_search_finds_noaux_tc(page, address):
     """The search works without a server's help and leads to the notebook that explains the router."""
     page.goto(f"{address}/search.html?q=noaux_tc")
-    page.wait_for_selector("#search-results li a", timeout=15000)
-    page.wait_for_function("document.querySelectorAll('#search-results li a').length > 2", timeout=15000)
+    page.wait_for_function("document.querySelector('#search-results').innerText.includes('Search finished')", timeout=15000)
     targets = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.getAttribute('href'))")
-    assert any("06_moe" in t for t in targets), targets
+    assert any("06_moe" in t for t in targets[:3]), targets
     assert page.wrong == []
 
 
