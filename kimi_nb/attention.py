@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .caches import KVCache, MLACache, build_cache, cache_bytes, cache_bytes_per_token
+from .caches import KVCache, MLACache, build_cache, cache_bytes
 from .config import ModelConfig
 from .kernels import Attention, AttentionError, flash_provider, flash_refusal
 from .latent import LatentAttention

@@ -8,7 +8,7 @@ __all__ = ['LIBRARY', 'introduction', 'related_work', 'size_table', 'architectur
 
 # %% ../nbs/19f_background.ipynb #9ca3157d
 from .document import Section, TableBlock, Text
-from .findings import Evidence, capital, count_of, listed, number
+from .findings import Evidence, count_of, listed, number
 from .plots import cell, short_number
 
 # %% ../nbs/19f_background.ipynb #26985aa9

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'side_by_side', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed', 'bench_nanogpt_loss',
-           'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'looped_experts', 'bench_moe',
-           'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward', 'bench_kernels', 'row',
-           'run_bench']
+           'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions', 'looped_experts',
+           'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward', 'bench_kernels',
+           'row', 'run_bench']
 
 # %% ../nbs/19b_bench.ipynb #4a1f2f61
-import json, math, statistics, subprocess, sys, time
+import itertools, json, math, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -119,13 +119,22 @@ def bench_tokenizers():
     return rows
 
 # %% ../nbs/19b_bench.ipynb #1a3907c0
-def _forward_backward(module, x):
+def _bf16_units():
+    try: return any(f in Path("/proc/cpuinfo").read_text() for f in ("amx_bf16", "avx512_bf16"))
+    except OSError: return torch.cuda.is_available()
+
+def precisions():
+    "(name, words for a row) of what training is timed in: float32, and bfloat16 where the processor multiplies in it."
+    return [("fp32", ""), *([("bf16", ", bf16")] if _bf16_units() else [])]
+
+def _forward_backward(module, x, precision="fp32"):
     "A unit of work: forward and backward, with fresh gradients as in a training step."
+    from kimi_nb.evaluate import autocast
     def work():
         module.zero_grad(set_to_none=True)
         x.grad = None
-        y = module(x)
-        (y[0] if isinstance(y, tuple) else y).sum().backward()
+        with autocast(x.device, precision): y = module(x)
+        (y[0] if isinstance(y, tuple) else y).float().sum().backward()
     return work
 
 def looped_experts(x, indices, weights, w_in, w_out, activation):
@@ -134,37 +143,40 @@ def looped_experts(x, indices, weights, w_in, w_out, activation):
     y = torch.zeros_like(x)
     for e in range(len(w_out)):
         token, slot = (indices == e).nonzero(as_tuple=True)
-        if len(token): y = y.index_add(0, token, weights[token, slot, None] * (_activate(x[token] @ w_in[e].T, activation) @ w_out[e].T))
+        if len(token): y = y.index_add(0, token, (weights[token, slot, None] * (_activate(x[token] @ w_in[e].T, activation) @ w_out[e].T)).to(y.dtype))
     return y
 
 def bench_moe(tokens:int=2048, rounds:int=7):
-    "A MoE layer, forward and backward, at two shapes."
+    "A MoE layer, forward and backward, at two shapes and in each precision."
+    return [r for shape in ((8, 2, 1536), (32, 4, 384)) for precision in precisions() for r in _bench_moe(*shape, *precision, tokens, rounds)]
+
+class _Looped(nn.Module):
+    "A `MoE` whose experts are run one after another."
+    def __init__(self, moe): super().__init__(); self.moe = moe
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        route, (w_in, w_out) = self.moe.route(self.moe.gate(flat)), (self.moe.experts.gate_up_proj, self.moe.experts.down_proj)
+        return looped_experts(flat, route.indices, route.weights, w_in, w_out, "swiglu")
+
+def _bench_moe(experts, top_k, width, precision, words, tokens, rounds):
     from kimi_nb.config import ModelConfig
     from kimi_nb.moe import FeedForward, MoE
-    rows = []
-    for experts, top_k, width in ((8, 2, 1536), (32, 4, 384)):
-        config = ModelConfig(d_model=384, n_heads=8, vocab_size=64, d_ff=1536, ffn=dict(kind="moe", activation="swiglu"), moe=dict(n_experts=experts, top_k=top_k, d_expert=width))
-        torch.manual_seed(0)
-        moe, dense, x = MoE(config), FeedForward(384, top_k * width, "swiglu"), torch.randn(4, tokens // 4, 384, requires_grad=True)
-        what, flat = f"MoE layer, {experts} experts of {width}, top-{top_k}", x.flatten(0, 1)
-        r = side_by_side(_forward_backward(moe, x), _forward_backward(dense, x), rounds)
-        rows.append(row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
-        def loop():
-            moe.zero_grad(set_to_none=True)
-            x.grad = None
-            route = moe.route(moe.gate(flat))
-            looped_experts(flat, route.indices, route.weights, moe.experts.gate_up_proj, moe.experts.down_proj, "swiglu").sum().backward()
-        r = side_by_side(loop, _forward_backward(moe, x), rounds)
-        rows.append(row(f"{what}: a loop over experts", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
-        try: from transformers import DeepseekV3Config
-        except ImportError: continue
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-        theirs = DeepseekV3MoE(DeepseekV3Config(hidden_size=384, n_routed_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0))
-        for p in theirs.parameters(): nn.init.normal_(p, std=0.02)
-        ours = MoE(config.override({"moe.router": "noaux_tc", "moe.n_shared_experts": 1}))
-        r = side_by_side(_forward_backward(theirs, x), _forward_backward(ours, x), rounds)
-        rows.append(row(f"{what}: transformers' DeepSeek-V3 layer", r["ratio"], "×", "at least", 1.0, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
-    return rows
+    config = ModelConfig(d_model=384, n_heads=8, vocab_size=64, d_ff=1536, ffn=dict(kind="moe", activation="swiglu"), moe=dict(n_experts=experts, top_k=top_k, d_expert=width))
+    torch.manual_seed(0)
+    moe, dense, x = MoE(config), FeedForward(384, top_k * width, "swiglu"), torch.randn(4, tokens // 4, 384, requires_grad=True)
+    what = f"MoE layer, {experts} experts of {width}, top-{top_k}{words}"
+    def turns(a, b): return side_by_side(_forward_backward(a, x, precision), _forward_backward(b, x, precision), rounds)
+    r = turns(moe, dense)
+    rows = [row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms")]
+    r = turns(_Looped(moe), moe)
+    rows.append(row(f"{what}: a loop over experts", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    try: from transformers import DeepseekV3Config
+    except ImportError: return rows
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+    theirs = DeepseekV3MoE(DeepseekV3Config(hidden_size=384, n_routed_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0))
+    for p in theirs.parameters(): nn.init.normal_(p, std=0.02)
+    r = turns(theirs, MoE(config.override({"moe.router": "noaux_tc", "moe.n_shared_experts": 1})))
+    return [*rows, row(f"{what}: transformers' DeepSeek-V3 layer", r["ratio"], "×", "at least", 1.0, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms")]
 
 def bench_muon(rounds:int=5):
     "Muon's step on the matrices of six layers, 384 wide."
@@ -209,10 +221,6 @@ def _kimi_run(**changes):
     "The kimi preset on the generated text, 1024 tokens a step."
     return RunConfig.preset("kimi").override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.max_seq_len": 128, "train.batch_size": 8} | changes)
 
-def _bf16_units():
-    try: return any(f in Path("/proc/cpuinfo").read_text() for f in ("amx_bf16", "avx512_bf16"))
-    except OSError: return torch.cuda.is_available()
-
 def bench_decode(tokens:int=256, rounds:int=3):
     "Greedy decoding with cache, batch 1, against transformers' `generate` on the exported model, at two sizes."
     from kimi_nb.config import ModelConfig, load_profile
@@ -243,17 +251,17 @@ class _Exported(nn.Module):
     forward = GPT2.forward
 
 def bench_training_step(steps:int=2, rounds:int=5):
-    "The whole training step of the kimi preset, with its few wide experts and with many narrow ones, against the same model in transformers, in the same loop, with AdamW."
+    "The whole training step of the kimi preset, with its few wide experts and with many narrow ones, against the same model in transformers, in the same loop, with AdamW and the same autocast."
     from kimi_nb.optim import build_optimizer
-    rows = []
-    for what, sizes in (("8 experts of 1536, top-2", {}), ("32 experts of 384, top-4", {"model.moe.n_experts": 32, "model.moe.top_k": 4, "model.moe.d_expert": 384})):
-        run = _kimi_run(**{"train.optimizer.name": "adamw"} | sizes)
+    rows, few, many = [], {}, {"model.moe.n_experts": 32, "model.moe.top_k": 4, "model.moe.d_expert": 384}
+    for (what, sizes), (precision, words) in itertools.product((("8 experts of 1536, top-2", few), ("32 experts of 384, top-4", many)), precisions()):
+        run = _kimi_run(**{"train.optimizer.name": "adamw", "train.precision": precision} | sizes)
         data, device = prepare(run.data, run.seq_len), pick_device()
         ours, theirs = Trainer(run, data, device), Trainer(run, data, device)
         theirs.model = theirs.forward = _Exported(theirs.model).to(device)
         theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
         r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
-        rows.append(row(f"training step, kimi preset with {what}: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
+        rows.append(row(f"training step, kimi preset with {what}{words}: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
     return rows
 
 def kept_for_backward(
@@ -306,7 +314,7 @@ def run_bench(
         if only and name not in only: continue
         try: found = measure()
         except KimiError as error: found = [dict(what=name, value=None, unit="", goal=None, met=None, note=f"skipped: {error}")]
-        for r in found: print(f"{r['what']:58} {'—' if r['value'] is None else format(r['value'], '.4g'):>8} {r['unit']:5} {r['goal'] or '':14} {'' if r['met'] is None else 'met' if r['met'] else 'MISSED':7} {r['note']}", flush=True)
+        for r in found: print(f"{r['what']:86} {'—' if r['value'] is None else format(r['value'], '.4g'):>8} {r['unit']:5} {r['goal'] or '':14} {'' if r['met'] is None else 'met' if r['met'] else 'MISSED':7} {r['note']}", flush=True)
         rows += found
     if out: Path(out).write_text(json.dumps(dict(environment=e, rows=rows), indent=1))
     return 0

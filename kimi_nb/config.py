@@ -185,7 +185,7 @@ class TrainConfig(Config):
     schedule: Literal["cosine", "linear", "constant"] = "cosine" # after the warm-up
     warmup_steps: Count = 0                         # linear from lr / warmup_steps
     grad_clip: Annotated[Float, Field(ge=0)] = 1.0  # largest gradient norm; 0 leaves it alone
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto" # auto: bf16 where the device has it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto" # auto: bf16 on a GPU that has it, else fp32
     compile: bool = False                           # torch.compile
     eval_every: Count = 0                           # steps between evaluations; 0 only at the end
     eval_tokens: Positive|None = None               # held-out tokens scored, spread over the split; none is all

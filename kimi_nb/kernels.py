@@ -133,6 +133,10 @@ def fused_attention(q, k, v, scale, causal=True, mask=None, dropout=0.0):
     if q.is_cpu and not dropout: q, k, v = _one_width(q, k, v)          # PyTorch's CPU kernel would be out of the question for unequal widths
     whole = causal and mask is None and q.shape[-2] > 1                 # a single query sees every key
     if whole and q.shape[-2] != k.shape[-2]: mask, whole = causal_lower_right(q.shape[-2], k.shape[-2]), False
+    dtype = torch.get_autocast_dtype("cpu") if q.is_cpu and torch.is_autocast_enabled("cpu") else q.dtype
+    if q.is_cpu and dtype.itemsize == 2 and q.shape[-2] < 512 and torch.is_grad_enabled(): # with few queries the kernel's backward pass is slower in half precision
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=whole, scale=scale)[..., :out].to(dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole, scale=scale)[..., :out]
 
 def flash_attention(q, k, v, scale, causal=True, mask=None, dropout=0.0):

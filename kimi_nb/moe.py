@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .experts import Experts, FeedForward, dispatch_plan, expert_backend, expert_counts
+from .experts import Experts, FeedForward, dispatch_plan, expert_counts
 from .ranks import total
 
 # %% ../nbs/06_moe.ipynb #03f521ce

@@ -13,7 +13,7 @@ import math
 from .across import at_size, counts_words, compared, names_of, sizes_appendix, sizes_section, sizes_words
 from .background import LIBRARY, introduction, methods, related_work
 from .document import Manuscript, Section, TableBlock, Text, plain
-from .findings import (Evidence, NOT_RUN, PARTS, LEVELS, capital, comparison_table, compute_words, count_of, effects_table, figure, kept_tables, listed, number, pairs_words, parts_words, runs_table, said, tally, together_words, verdict_table)
+from .findings import (Evidence, NOT_RUN, LEVELS, capital, comparison_table, compute_words, count_of, effects_table, figure, kept_tables, listed, number, pairs_words, parts_words, runs_table, said, tally, together_words, verdict_table)
 from .plots import cell, short_number
 from .stats import WORDS, metric_info
 

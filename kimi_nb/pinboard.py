@@ -9,13 +9,12 @@ __all__ = ['RESULTS', 'CURVES', 'short_name', 'setting_columns', 'arm_keys', 'un
 # %% ../nbs/18b_pinboard.ipynb #7981f8b6
 import json, re
 from html import escape
-from pathlib import Path
 
 import pandas as pd
 
 from .config import KimiError
 from .diagram import amount, chart_svg, hue, page
-from .live import LiveRun, follow_record, smooth
+from .live import follow_record, smooth
 from .plots import cell
 from .settings import settings_of
 from .stats import StatsError, compare, metric_info

@@ -7,7 +7,7 @@ __all__ = ['field_comments', 'setting_help', 'Setting', 'settings_of', 'section_
            'quick_costs', 'estimate_seconds', 'command_line', 'python_code']
 
 # %% ../nbs/17b_settings.ipynb #31288a7e
-import inspect, json, re, shlex, sys
+import json, re, shlex, sys
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -19,7 +19,7 @@ from .config import KimiError
 from .document import TableBlock, compile_typst, inline, pandoc, plain
 from .findings import Evidence, NOT_RUN, capital, compute_words, count_of, effect_words, listed, pairs_words, parts_words, said, tally, together_words, turned
 from .ledger import writing
-from .paper import TITLES, conclusion, reading
+from .paper import TITLES, conclusion
 from .plots import forest, loss_curves, save
 
 # %% ../nbs/19h_slides.ipynb #93fdf7bd

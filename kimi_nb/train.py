@@ -18,10 +18,11 @@ from .checkpoint import checkpoints, load_checkpoint, model_tensors, save_checkp
 from .config import KimiError, RunConfig
 from .curves import gradient_statistics, loss_statistics
 from .data import prepare
+from .experts import expert_backend
 from .files import write_file
 from .hardware import DiskError, PeakMemory, TrainError, environment, pick_device
 from .model import costs
-from .moe import expert_backend, load_statistics
+from .moe import load_statistics
 from .optim import describe_groups
 from .ranks import anywhere, first_rank_first, is_loss, rank_and_size, share_folder, wait
 from .shard import check_shard

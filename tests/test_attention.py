@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_nb.attention import build_attention, build_cache, cache_bytes, cache_bytes_per_token, kernel_name, rope_dim
-from kimi_nb.caches import CacheError
+from kimi_nb.attention import build_attention, kernel_name, rope_dim
+from kimi_nb.caches import CacheError, build_cache, cache_bytes, cache_bytes_per_token
 from kimi_nb.config import ModelConfig
 from kimi_nb.kernels import AttentionError
 from kimi_nb.rope import RotaryEmbedding, apply_rope

@@ -141,7 +141,8 @@ def test_a_half_precision_model_keeps_its_bias_in_float32(tmp_path):
     theirs, ids = to_deepseek_v3(ours), torch.arange(20)[None]
     bias = ours.layers[1].mlp.gate.e_score_correction_bias
     assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.layers[1].mlp.gate.e_score_correction_bias, bias) and bias.dtype == torch.float32
-    assert (theirs(ids).logits - ours(ids).logits).abs().max() < 0.05 * ours(ids).logits.abs().max()
+    with torch.no_grad(): a, b = theirs(ids).logits, ours(ids).logits # the same kernels: another rounding may choose other experts
+    assert (a - b).abs().max() < 0.05 * b.abs().max()
     theirs.save_pretrained(tmp_path / "a")
     save_pretrained(ours, tmp_path / "b")
     for folder in "ab":

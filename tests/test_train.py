@@ -225,6 +225,14 @@ def test_seeds_differ_and_repeats_agree():
     assert numbers(runs[0]) != numbers(runs[1]) and numbers(runs[0]) == numbers(runs[2]) and runs[0].curves == runs[2].curves
 
 
+def test_half_precision_learns_what_full_precision_learns():
+    """All parts at once, with enough tokens that the experts' slices are padded."""
+    run = {"train.batch_size": 16, "train.steps": 30, "train.warmup_steps": 0, "model.dropout": 0.0}
+    full, half = (fit(tiny(KIMI, run, {"train.precision": p}), progress=False) for p in ("fp32", "bf16"))
+    assert half.provenance["precision"] == "bf16" and full.metrics["val_loss"] < 4.0
+    assert 0 < abs(half.metrics["val_loss"] - full.metrics["val_loss"]) < 0.02 * full.metrics["val_loss"]
+
+
 def test_no_steps_scores_the_model_as_drawn():
     record = fit(tiny({"train.steps": 0, "train.warmup_steps": 0}), progress=False)
     assert record.status == "done" and abs(record.metrics["val_loss"] - math.log(257)) < 0.1 and record.metrics["tokens"] == 0

@@ -11,7 +11,7 @@ import math
 
 from ..config import PHASES, Profile
 from ..design import aa_calibration, correlations, more_seeds, pairing_gain
-from ..inference import detectable_ncp, paired_power, ppl_power, seeds_needed, t_power
+from ..inference import detectable_ncp, ppl_power, seeds_needed, t_power
 from ..plan import read_outcome
 from ..plots import COLORS, panels, styled
 from ..stats import compare, p_words
