@@ -253,7 +253,7 @@ class _Exported(nn.Module):
 def bench_training_step(steps:int=2, rounds:int=5):
     "The whole training step of the kimi preset, with its few wide experts and with many narrow ones, against the same model in transformers, in the same loop, with AdamW and the same autocast."
     from kimi_nb.optim import build_optimizer
-    rows, few, many = [], {}, {"model.moe.n_experts": 32, "model.moe.top_k": 4, "model.moe.d_expert": 384}
+    rows, few, many, full = [], {}, {"model.moe.n_experts": 32, "model.moe.top_k": 4, "model.moe.d_expert": 384}, None
     for (what, sizes), (precision, words) in itertools.product((("8 experts of 1536, top-2", few), ("32 experts of 384, top-4", many)), precisions()):
         run = _kimi_run(**{"train.optimizer.name": "adamw", "train.precision": precision} | sizes)
         data, device = prepare(run.data, run.seq_len), pick_device()
@@ -262,6 +262,10 @@ def bench_training_step(steps:int=2, rounds:int=5):
         theirs.moe, theirs.optimizer = {}, build_optimizer(theirs.model, run.train)
         r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
         rows.append(row(f"training step, kimi preset with {what}{words}: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
+        if precision == "fp32": full = ours
+        else:
+            r = side_by_side(_steps(full, steps), _steps(ours, steps), rounds)
+            rows.append(row(f"training step, kimi preset with {what}: fp32 over {precision}", r["ratio"], "×", "", None, f"{1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
     return rows
 
 def kept_for_backward(
