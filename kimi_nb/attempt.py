@@ -79,6 +79,7 @@ def run_one(
     keep:int=1,        # numbered checkpoints kept
     hours:float|None=None, # after which this process ends itself, for worker processes
     shared:bool=False, # other runs use the same GPU: lack of memory says nothing about this one
+    deterministic:bool=False, # as `fit`'s
 ) -> Record:
     """The record of a run: the store's, or a new one.
 
@@ -86,7 +87,9 @@ def run_one(
     """
     from kimi_nb.checkpoint import CheckpointError
     from kimi_nb.data import prepare
-    from kimi_nb.train import DiskError, Interrupted, fit, pick_device
+    from kimi_nb.train import DiskError, Interrupted, deterministically, fit, pick_device
+    if deterministic:
+        with deterministically(device=device): return run_one(run, store, name, device, threads, progress, on_step, keep, hours, shared)
     with store.lock(run.run_id):
         record = store.get(run.run_id, fresh=True)
         if record is not None and record.status in ("done", "diverged"): return record

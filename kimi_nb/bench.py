@@ -6,10 +6,11 @@
 __all__ = ['BENCHES', 'side_by_side', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed', 'bench_nanogpt_loss',
            'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions', 'looped_experts',
            'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward', 'bench_kernels',
-           'row', 'run_bench']
+           'bench_utilisation', 'bench_plan_run', 'repeat_spread', 'spread_with_and_without', 'bench_repeats',
+           'repeated_run', 'row', 'run_bench']
 
 # %% ../nbs/19b_bench.ipynb #4a1f2f61
-import itertools, json, math, statistics, subprocess, sys, time
+import itertools, json, math, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ import torch.nn as nn
 
 from .config import KimiError, RunConfig, near, settings_path
 from .data import prepare
+from .files import write_file
 from .model import ModelOutput
 from .train import Trainer, environment, fit, pick_device
+from .utilisation import DTYPES, matrix_peak, settle, utilisation
 
 # %% ../nbs/19b_bench.ipynb #7570a118
 def side_by_side(
@@ -31,7 +34,8 @@ def side_by_side(
     a, b = [], []
     for _ in range(rounds):
         for f, times in ((ours, a), (theirs, b)):
-            start = time.perf_counter(); f(); times.append(time.perf_counter() - start)
+            settle()
+            start = time.perf_counter(); f(); settle(); times.append(time.perf_counter() - start)
     ratios = [x / y for x, y in zip(a, b)]
     return dict(ours=statistics.median(a), theirs=statistics.median(b), ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
 
@@ -124,7 +128,8 @@ def _bf16_units():
     except OSError: return torch.cuda.is_available()
 
 def precisions():
-    "(name, words for a row) of what training is timed in: float32, and bfloat16 where the processor multiplies in it."
+    "(name, words for a row) of what training is timed in: bfloat16 on a GPU; elsewhere float32, and bfloat16 where the processor multiplies in it."
+    if pick_device().type == "cuda": return [("bf16", ", bf16")]
     return [("fp32", ""), *([("bf16", ", bf16")] if _bf16_units() else [])]
 
 def _forward_backward(module, x, precision="fp32"):
@@ -163,32 +168,34 @@ def _bench_moe(experts, top_k, width, precision, words, tokens, rounds):
     from kimi_nb.moe import FeedForward, MoE
     config = ModelConfig(d_model=384, n_heads=8, vocab_size=64, d_ff=1536, ffn=dict(kind="moe", activation="swiglu"), moe=dict(n_experts=experts, top_k=top_k, d_expert=width))
     torch.manual_seed(0)
-    moe, dense, x = MoE(config), FeedForward(384, top_k * width, "swiglu"), torch.randn(4, tokens // 4, 384, requires_grad=True)
+    device = pick_device()
+    moe, dense, x = MoE(config).to(device), FeedForward(384, top_k * width, "swiglu").to(device), torch.randn(4, tokens // 4, 384, device=device, requires_grad=True)
     what = f"MoE layer, {experts} experts of {width}, top-{top_k}{words}"
     def turns(a, b): return side_by_side(_forward_backward(a, x, precision), _forward_backward(b, x, precision), rounds)
     r = turns(moe, dense)
-    rows = [row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms")]
+    rows = [row(f"{what}: time over dense", r["ratio"], "×", "at most", 1.3, f"equal active FLOPs, {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms")]
     r = turns(_Looped(moe), moe)
-    rows.append(row(f"{what}: a loop over experts", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    rows.append(row(f"{what}: a loop over experts", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms"))
     try: from transformers import DeepseekV3Config
     except ImportError: return rows
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
     theirs = DeepseekV3MoE(DeepseekV3Config(hidden_size=384, n_routed_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0))
     for p in theirs.parameters(): nn.init.normal_(p, std=0.02)
-    r = turns(theirs, MoE(config.override({"moe.router": "noaux_tc", "moe.n_shared_experts": 1})))
-    return [*rows, row(f"{what}: transformers' DeepSeek-V3 layer", r["ratio"], "×", "at least", 1.0, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms")]
+    r = turns(theirs.to(device), MoE(config.override({"moe.router": "noaux_tc", "moe.n_shared_experts": 1})).to(device))
+    return [*rows, row(f"{what}: transformers' DeepSeek-V3 layer", r["ratio"], "×", "at least", 1.0, f"its time over ours, {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms")]
 
 def bench_muon(rounds:int=5):
     "Muon's step on the matrices of six layers, 384 wide."
     from kimi_nb.optim import Muon, ns_dtype
     shapes = [(384, 384)] * 24 + [(1536, 384)] * 6 + [(384, 1536)] * 6
     torch.manual_seed(0)
+    device = pick_device()
     def parameters():
-        made = [nn.Parameter(torch.randn(s) * 0.02) for s in shapes]
+        made = [nn.Parameter(torch.randn(s, device=device) * 0.02) for s in shapes]
         for p in made: p.grad = torch.randn_like(p)
         return made
     ours, theirs = Muon(parameters(), lr=1e-3, scaling="match_rms_adamw"), torch.optim.Muon(parameters(), lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    single, buffers = parameters(), [torch.zeros(s) for s in shapes]
+    single, buffers = parameters(), [torch.zeros(s, device=device) for s in shapes]
     def one_at_a_time():
         for p, b in zip(single, buffers):
             b.lerp_(p.grad, 0.05)
@@ -201,16 +208,16 @@ def bench_muon(rounds:int=5):
                 X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
             with torch.no_grad(): p.add_(X.T if tall else X, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
     rows = []
-    r = side_by_side(theirs.step, ours.step, rounds)
-    rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 8.0 if not _bf16_units() else None, f"its time (bf16) over ours (stacked, in {str(ns_dtype(torch.empty(384, 384))).removeprefix('torch.')}), {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms" + ("; this CPU has bf16 units" if _bf16_units() else "")))
+    r, units = side_by_side(theirs.step, ours.step, rounds), device.type != "cuda" and _bf16_units()
+    rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 2.0 if device.type == "cuda" else None if units else 8.0, f"its time (bf16) over ours (stacked, in {str(ns_dtype(torch.empty(384, 384, device=device))).removeprefix('torch.')}), {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms" + ("; this CPU has bf16 units" if units else "")))
     r = side_by_side(one_at_a_time, ours.step, rounds)
-    rows.append(row("Muon step: fp32, one matrix at a time", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.0f} against {1e3 * r['theirs']:.0f} ms"))
+    rows.append(row("Muon step: fp32, one matrix at a time", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms"))
     run = _kimi_run().override({"train.optimizer.name": "muon"})
     trainer = Trainer(run, prepare(run.data, run.seq_len), pick_device())
     trainer.step(0)
     inside, whole = [], trainer.optimizer.step
     def timed():
-        start = time.perf_counter(); whole(); inside.append(time.perf_counter() - start)
+        settle(); start = time.perf_counter(); whole(); settle(); inside.append(time.perf_counter() - start)
     trainer.optimizer.step = timed
     start = time.perf_counter()
     for step in range(1, rounds): trainer.step(step)
@@ -235,7 +242,8 @@ def bench_decode(tokens:int=256, rounds:int=3):
     rows = []
     for name, config in (("kimi preset", ModelConfig.preset("kimi")), ("all parts at the size of the quick profile", small)):
         model = KimiModel(config.override({"vocab_size": 257})).eval()
-        theirs, generator, ids = to_deepseek_v3(model).eval(), Generator(model, Endless()), torch.tensor([[65, 66, 67]])
+        device, theirs = pick_device(), to_deepseek_v3(model).eval()
+        theirs, generator, ids = theirs.to(device), Generator(model.to(device), Endless()), torch.tensor([[65, 66, 67]], device=device)
         with torch.no_grad():
             r = side_by_side(lambda: theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0), lambda: generator.generate_text("ABC", max_new_tokens=tokens, greedy=True), rounds)
         read = 4 * count_parameters(model)["active_non_embedding"]
@@ -263,7 +271,7 @@ def bench_training_step(steps:int=2, rounds:int=5):
         r = side_by_side(_steps(theirs, steps), _steps(ours, steps), rounds)
         rows.append(row(f"training step, kimi preset with {what}{words}: transformers", r["ratio"], "×", "at least", 1.3, f"its time over ours, batch 8 of 128 tokens, {1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
         if precision == "fp32": full = ours
-        else:
+        elif full is not None:
             r = side_by_side(_steps(full, steps), _steps(ours, steps), rounds)
             rows.append(row(f"training step, kimi preset with {what}: fp32 over {precision}", r["ratio"], "×", "", None, f"{1e3 * r['ours'] / steps:.0f} against {1e3 * r['theirs'] / steps:.0f} ms"))
     return rows
@@ -282,18 +290,110 @@ def kept_for_backward(
     return sum(kept.values())
 
 def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):
-    "Attention, forward and backward, by kernel and context."
+    "Attention, forward and backward, by kernel and context, in the precision that training takes on this device."
     from kimi_nb.attention import build_attention, kernel_name
     from kimi_nb.config import ModelConfig
-    rows = []
+    from kimi_nb.evaluate import autocast
+    from kimi_nb.hardware import pick_precision
+    rows, device = [], pick_device()
+    precision = pick_precision("auto", device)
+    def kept(module):
+        with autocast(device, precision): return kept_for_backward(lambda: module(x)) / 2**20
     for T in contexts:
-        x = torch.randn(1, T, 384, requires_grad=True)
-        made = {i: build_attention(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, position=dict(kind="learned"), attention=dict(implementation=i))) for i in ("eager", "sdpa", "flash")}
+        x = torch.randn(1, T, 384, device=device, requires_grad=True)
+        made = {i: build_attention(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, position=dict(kind="learned"), attention=dict(implementation=i))).to(device) for i in ("eager", "sdpa", "flash")}
         for name in ("sdpa", "flash"):
-            r = side_by_side(_forward_backward(made["eager"], x), _forward_backward(made[name], x), rounds)
-            memory = [kept_for_backward(lambda: made[i](x)) / 2**20 for i in ("eager", name)]
-            rows.append(row(f"attention over {T} tokens: eager over {name}", r["ratio"], "×", "at least", None, f"{1e3 * r['ours']:.1f} against {1e3 * r['theirs']:.1f} ms; keeps {memory[0]:.0f} against {memory[1]:.0f} MiB for the backward pass; {name} runs {kernel_name(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, attention=dict(implementation=name)))}"))
+            r = side_by_side(_forward_backward(made["eager"], x, precision), _forward_backward(made[name], x, precision), rounds)
+            memory = [kept(made[i]) for i in ("eager", name)]
+            rows.append(row(f"attention over {T} tokens: eager over {name}", r["ratio"], "×", "at least", None, f"{1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms; keeps {memory[0]:.0f} against {memory[1]:.0f} MiB for the backward pass; {name} runs {kernel_name(ModelConfig(d_model=384, n_heads=8, max_seq_len=T, attention=dict(implementation=name)), device.type, DTYPES[precision])}"))
     return rows
+
+def bench_utilisation():
+    "Model FLOPs utilisation of the `small` preset, dense and with experts, on a GPU; of `nano` elsewhere. Against the matrix-product peak that is measured first."
+    device = pick_device()
+    gpu = device.type == "cuda"
+    for precision, words in precisions():
+        peak = matrix_peak(device, precision)
+        yield row(f"matrix product, {precision}", peak / 1e12, "TFLOP/s", "at least", None, "the best of a few sizes")
+        for (what, changes, goal), compiled in itertools.product((("dense", {"model.ffn.kind": "dense"}, 0.5), ("with experts", {}, 0.35)), (False, True) if gpu else (False,)):
+            run = RunConfig.preset("small" if gpu else "nano").override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.vocab_size": 1024, "train.precision": precision, "train.compile": compiled} | ({} if gpu else {"train.batch_size": 4}) | changes)
+            u = utilisation(run, peak, steps=20 if gpu else 4, warmup=5 if gpu else 2, device=device)
+            yield row(f"model FLOPs utilisation, {'small' if gpu else 'nano'} preset {what}{words}{', compiled' if compiled else ''}", u.share, "", "at least", goal if gpu else None,
+                      f"batch {run.train.batch_size} of {run.seq_len} tokens, {1e3 * u.step_seconds:.3g} ms a step, {u.tokens_per_second:,.0f} tokens a second, {u.peak_memory_mb:,.0f} MiB, {u.kernel}")
+
+def bench_plan_run():
+    "A run of the size that the `paper` profile is made of, whole; on a GPU only."
+    if (device := pick_device()).type != "cuda": return
+    from kimi_nb.config import load_profile
+    base = load_profile("paper").base
+    for compiled in (False, True):
+        run = base.override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.vocab_size": 8192, "train.compile": compiled, "train.eval_every": 0, "train.save_every": 0})
+        record = fit(run, device=str(device), progress=sys.stderr.isatty())
+        yield row(f"a run of the paper profile's size{', compiled' if compiled else ''}", record.metrics["training_seconds"], "s", "at most", 20.0,
+                  f"{run.train.steps} steps of {run.train.batch_size} × {run.seq_len} tokens, {record.metrics['total_parameters'] / 1e6:.1f}M parameters, {1e3 * record.metrics['step_seconds']:.3g} ms a step")
+
+# %% ../nbs/19b_bench.ipynb #b30cebb7
+def repeat_spread(
+    run:RunConfig,
+    times:int=3,           # trainings, at least 2
+    device:str|None=None,  # none: CUDA, else Apple's, else CPU
+    deterministic:bool=False, # with the switch
+    threads:int|None=None, # CPU threads
+) -> dict[str, float]:
+    """Train one run several times here: the largest differences from the first in training `loss` and final `weight`, the `steps` whose loss has the same bits each time, and the median `seconds` of training.
+
+    Raises: KimiError where a training does not end well.
+    """
+    from safetensors.torch import load_file
+    losses, weights, seconds = [], [], []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as folder:
+            record = fit(run, folder, device=device, threads=threads, progress=False, deterministic=deterministic)
+            if not record.ok: raise KimiError(f"run {run.run_id} ended as {record.status}: its repeats cannot be compared")
+            losses.append(record.curves["train_loss"]["value"]); seconds.append(record.metrics["training_seconds"])
+            weights.append(load_file(Path(folder) / "checkpoints" / "final" / "model.safetensors"))
+    return dict(loss=max(abs(a - b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True)),
+                weight=max(float((w - other[name]).abs().max()) for other in weights[1:] for name, w in weights[0].items()),
+                steps=sum(len(set(at)) == 1 for at in zip(*losses, strict=True)), seconds=statistics.median(seconds))
+
+def _spread_in(pipe, config, *how):
+    try: pipe.send((repeat_spread(RunConfig(**config), *how), ""))
+    except Exception as e: pipe.send((None, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
+
+def spread_with_and_without(
+    run:RunConfig,
+    times:int=3,           # trainings of each
+    device:str|None=None,  # none: CUDA, else Apple's, else CPU
+) -> tuple[dict, dict]:    # with the switch, without it
+    """`repeat_spread` of both, each in a new process.
+
+    Raises: KimiError for what went wrong there.
+    """
+    from kimi_nb.attempt import start_process
+    def measured(on):
+        process, pipe = start_process(_spread_in, run.model_dump(mode="json"), times, device, on)
+        try: found, why = pipe.recv()
+        except EOFError: found, why = None, "its process died"
+        process.join()
+        if why: raise KimiError(f"repeats {'with' if on else 'without'} the deterministic switch: {why}")
+        return found
+    return measured(True), measured(False)
+
+def bench_repeats(times:int=3):
+    "How far repeats of one run lie apart, with everything that Kimi has, and what the switch costs."
+    run = repeated_run() if pick_device().type != "cuda" else _kimi_run(**{"train.optimizer.name": "muonclip", "train.steps": 50, "train.eval_every": 0})
+    on, off = spread_with_and_without(run, times)
+    for name, found, goal in (("with the switch", on, 0.0), ("without it", off, None)):
+        note = f"{times} trainings of {run.train.steps} steps, {found['steps']} of them with the same loss to the bit, {found['seconds']:.3g} s each"
+        yield row(f"repeats {name}: largest difference of the training loss", found["loss"], "nats", "at most", goal, note)
+        yield row(f"repeats {name}: largest difference of a weight", found["weight"], "", "at most", goal)
+    yield row("repeats: time with the switch over without", on["seconds"] / off["seconds"], "×", "at most", None)
+
+def repeated_run() -> RunConfig:
+    "MLA, a router without balance loss, RMSNorm and MuonClip, small enough to be trained several times in seconds."
+    return RunConfig().override({"model.d_model": 64, "model.n_layers": 2, "model.n_heads": 2, "model.max_seq_len": 64, "model.attention.kind": "mla", "model.attention.kv_lora_rank": 16, "model.attention.qk_nope_head_dim": 16, "model.attention.qk_rope_head_dim": 8,
+        "model.attention.v_head_dim": 16, "model.norm.kind": "rmsnorm", "model.ffn.kind": "moe", "model.moe.router": "noaux_tc", "model.moe.n_experts": 4, "model.moe.d_expert": 64, "train.optimizer.name": "muonclip",
+        "data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 200, "train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.eval_tokens": 1024})
 
 # %% ../nbs/19b_bench.ipynb #f22ab138
 def row(what, value, unit, sense, goal, note=""):
@@ -301,24 +401,47 @@ def row(what, value, unit, sense, goal, note=""):
     met = None if goal is None or value != value else value <= goal if sense == "at most" else value >= goal
     return dict(what=what, value=value, unit=unit, goal=None if goal is None else f"{sense} {goal:g}", met=bool(met) if met is not None else None if goal is None else False, note=note)
 
-BENCHES = dict(start=bench_start, tokenizers=bench_tokenizers, nanogpt_speed=bench_nanogpt_speed, moe=bench_moe, muon=bench_muon, decode=bench_decode, training_step=bench_training_step, kernels=bench_kernels,
-               example=bench_example, nanogpt_loss=bench_nanogpt_loss)
+BENCHES = dict(utilisation=bench_utilisation, plan_run=bench_plan_run, start=bench_start, tokenizers=bench_tokenizers, nanogpt_speed=bench_nanogpt_speed, moe=bench_moe, muon=bench_muon, decode=bench_decode,
+               training_step=bench_training_step, kernels=bench_kernels, example=bench_example, nanogpt_loss=bench_nanogpt_loss, repeats=bench_repeats)
+
+def _measured_before(out, here):
+    "Measurements that a call like this one left in `out`, by name."
+    if not Path(out).is_file(): return {}
+    try: there = json.loads(Path(out).read_text()); kept = {name: [r for r in there["rows"] if r["bench"] == name] for name in there["complete"]}
+    except (ValueError, KeyError, TypeError): raise KimiError(f"{out} is not what bench writes: move it away, or leave --resume out") from None
+    same = lambda e: {k: e.get(k) for k in ("device_name", "threads", "versions", "git")}   # noqa: E731
+    if same(there["environment"]) != same(here): raise KimiError(f"{out} was measured on another machine or by other code: move it away, or leave --resume out")
+    return kept
 
 def run_bench(
     only=(),   # names of `BENCHES`; none is all
-    out=None,  # JSON file to write as well
+    out=None,  # JSON file to write as well, after each measurement
+    resume:bool=False, # keep what a call that was broken off left in `out`
 ) -> int:
-    "Measure and print; 0 whatever the figures are, they depend on the machine."
+    """Measure and print; 0 whatever the figures are, they depend on the machine, and 1 if a measurement broke.
+
+    Raises: KimiError for an unknown name, and for a file that cannot be resumed from.
+    """
     for name in only:
         if name not in BENCHES: raise KimiError(f"measurement {name!r} is unknown: {near(name, BENCHES)}")
+    if resume and not out: raise KimiError("--resume needs --out: the file that was begun")
     e = environment(pick_device())
     print(f"{e['device_name']}, {e['cores']} cores, {e['threads']} threads, torch {e['versions']['torch']}, python {e['versions']['python']}", flush=True)
-    rows = []
+    rows, broken, kept = [], [], _measured_before(out, e) if resume else {}
+    complete = list(kept)
+    rest = [r for name in kept if only and name not in only for r in kept[name]]
     for name, measure in BENCHES.items():
         if only and name not in only: continue
-        try: found = measure()
-        except KimiError as error: found = [dict(what=name, value=None, unit="", goal=None, met=None, note=f"skipped: {error}")]
-        for r in found: print(f"{r['what']:86} {'—' if r['value'] is None else format(r['value'], '.4g'):>8} {r['unit']:5} {r['goal'] or '':14} {'' if r['met'] is None else 'met' if r['met'] else 'MISSED':7} {r['note']}", flush=True)
-        rows += found
-    if out: Path(out).write_text(json.dumps(dict(environment=e, rows=rows), indent=1))
-    return 0
+        try:
+            for r in kept.get(name) or measure():
+                rows.append(dict(r, bench=name))
+                print(f"{r['what']:86} {'—' if r['value'] is None else format(r['value'], '.4g'):>8} {r['unit']:5} {r['goal'] or '':14} {'' if r['met'] is None else 'met' if r['met'] else 'MISSED':7} {r['note']}", flush=True)
+            if name not in complete: complete.append(name)
+        except (KimiError, ImportError) as error:
+            rows.append(dict(what=name, value=None, unit="", goal=None, met=None, note=f"skipped: {error}", bench=name))
+            print(f"{name}: skipped: {error}", flush=True)
+        except Exception as error:  # the others are worth having, and a GPU is lent for minutes
+            broken.append(name)
+            print(f"{name}: broke: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+        if out: write_file(Path(out), json.dumps(dict(environment=e, complete=complete, rows=sorted(rows + rest, key=lambda r: list(BENCHES).index(r["bench"]))), indent=1).encode())
+    return 1 if broken else 0

@@ -297,7 +297,7 @@ def cmd_lab(args):
 
 def cmd_bench(args):
     from kimi_nb.bench import run_bench
-    return run_bench(args.only, args.out)
+    return run_bench(args.only, args.out, args.resume)
 
 def cmd_report(args):
     from kimi_nb.report import write_report
@@ -368,6 +368,7 @@ def build_parser(
         p.add_argument("--gpus-per-run", type=float, metavar="N", help="with --executor ray: GPUs of a run, such as 0.25 (default: 1 where the cluster has any)")
         p.add_argument("--time-limit", type=float, metavar="HOURS", help="a run that takes longer is ended and tried again, three times in all (default: none)")
         p.add_argument("--workers", type=_at_least_one, help="training processes (default: one per core; on a GPU as many as get most done, measured)")
+        p.add_argument("--deterministic", action="store_true", help="on a GPU too the same run gives the same bits, or is refused; records that are there stay")
         p.add_argument("--quiet", action="store_true", help="no progress bar")
     p = command("plan", cmd_plan, "run every phase of a profile: train what is missing, execute the notebooks, print the verdicts")
     study_options(p)
@@ -382,6 +383,7 @@ def build_parser(
     p.add_argument("--name", default="train", help="first part of the folder's name in the results")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--threads", type=_at_least_one, help="CPU threads")
+    p.add_argument("--deterministic", action="store_true", help="on a GPU too the same run gives the same bits, or is refused")
     p.add_argument("--shard", action="store_true", help="under torchrun: each rank keeps its part of the model (FSDP2), not a copy")
     p.add_argument("--fresh", action="store_true", help="with --out: set aside what is there and start again")
     p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
@@ -445,7 +447,8 @@ def build_parser(
     command("env", cmd_env, "show hardware and versions")
     p = command("bench", cmd_bench, "measure the figures that the README quotes, as ratios side by side")
     p.add_argument("--only", nargs="+", default=(), help="only these measurements")
-    p.add_argument("--out", help="also write them to this JSON file")
+    p.add_argument("--out", help="also write them to this JSON file, after each measurement")
+    p.add_argument("--resume", action="store_true", help="go on with the file of --out that a call on this machine began")
     p = command("report", cmd_report, "write paper, slides and a short report from the records and verdicts")
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: the results folder)")
     p.add_argument("--published", metavar="PROFILE", help="from the published records of this profile (default where the results folder is empty: quick), beside those of the other published ones")
@@ -461,7 +464,9 @@ def main(argv=None) -> int:
     before = signal.signal(signal.SIGTERM, terminated) if main_thread else None
     try:
         if args.command is None: print(where_it_stands(args.results)); return 0
-        return args.function(args) or 0
+        if not getattr(args, "deterministic", False): return args.function(args) or 0
+        from kimi_nb.hardware import deterministically
+        with deterministically(): return args.function(args) or 0  # fit, workers and phases ask the environment
     except KimiError as e:
         print(f"kimi-nb: {'stopped' if type(e).__name__ in ('Interrupted', 'PlanInterrupted') else 'error'}: {' '.join(str(e).split())}", file=sys.stderr)
         return 130 if type(e).__name__ in ("Interrupted", "PlanInterrupted") else 2

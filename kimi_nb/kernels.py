@@ -120,7 +120,8 @@ def call_flash_attn(
     dropout:float=0.0, # chance that a weight is dropped
 ) -> Tensor:           # (B, H, T, K)
     "The flash-attn package's function, in this project's layout."
-    return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, softmax_scale=scale, causal=causal).transpose(1, 2)
+    same = dict(deterministic=True) if torch.are_deterministic_algorithms_enabled() else {}  # PyTorch's switch does not reach its backward pass
+    return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, softmax_scale=scale, causal=causal, **same).transpose(1, 2)
 
 def _one_width(q, k, v):
     "The three with zeros added to the width of the widest."

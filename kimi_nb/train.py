@@ -20,7 +20,7 @@ from .curves import gradient_statistics, loss_statistics
 from .data import prepare
 from .experts import expert_backend
 from .files import write_file
-from .hardware import DiskError, PeakMemory, TrainError, environment, pick_device
+from .hardware import DiskError, PeakMemory, TrainError, deterministic_asked, deterministically, environment, pick_device
 from .model import costs
 from .moe import load_statistics
 from .optim import describe_groups
@@ -154,6 +154,7 @@ def fit(
     keep:int=1,          # numbered checkpoints kept; a single one makes way for the final model at the end
     shard:bool=False,    # the ranks share the model out, where each would have a copy; the record is the same
     beside:bool|None=None, # write numbered checkpoints while the training goes on; none does on a GPU
+    deterministic:bool=False, # the same bits each time on a GPU too, or a refusal; False is what KIMI_NB_DETERMINISTIC says
 ) -> Record:
     """Train as configured and return the record.
 
@@ -164,8 +165,10 @@ def fit(
     if shard: check_shard(run.train.compile, run.train.precision)
     if out_dir is None:
         if rank_and_size()[1] > 1: raise TrainError("several ranks need a folder that all of them see: give out_dir")
-        with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep, beside=beside)
-    folder, device = Path(out_dir), pick_device(device)
+        with tempfile.TemporaryDirectory(prefix="kimi_nb-") as temp: return fit(run, temp, False, device, threads, progress, on_step, keep, beside=beside, deterministic=deterministic)
+    with deterministically(deterministic or deterministic_asked(), device): return _fit_in(Path(out_dir), run, resume, pick_device(device), threads, progress, on_step, keep, shard, beside)
+
+def _fit_in(folder, run, resume, device, threads, progress, on_step, keep, shard, beside):
     if rank_and_size()[1] > 1:
         with contextlib.suppress(OSError): folder.mkdir(parents=True, exist_ok=True)
         share_folder(folder)
@@ -191,8 +194,9 @@ def _fit(run, folder, resume, device, progress, on_step, keep, shard, beside):
         for temp in folder.glob(".*.tmp") if not rank else (): temp.unlink(missing_ok=True)  # of a process that was killed: the lock says that none is at work
         found = _newest(folder / "checkpoints", identity) if resume else None
         if not resume and not rank: _set_aside(folder, "replaced")
-    state = found[1] if found else dict(step=0, seconds=0.0, threads=torch.get_num_threads(), started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    state = found[1] if found else dict(step=0, seconds=0.0, threads=torch.get_num_threads(), deterministic=True, started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     if found and state["threads"] != torch.get_num_threads(): torch.set_num_threads(state["threads"])  # sums are ordered by threads
+    state["deterministic"] = state.get("deterministic", False) and torch.are_deterministic_algorithms_enabled()  # from the first step on
     if not rank and not (folder / "config.json").exists(): write_file(folder / "config.json", run.to_json())
     with first_rank_first(): journal = _Journal(folder, state["step"])
     with stop_requested() as stop, contextlib.closing(journal.file):
@@ -246,7 +250,7 @@ def _train(trainer, state, folder, journal, identity, stop, progress, on_step, k
         journal.sync()
         if writer.beside: tensors = {name: {k: v.to("cpu", copy=True) for k, v in group.items()} for name, group in tensors.items()}  # the next step changes them
         place = folder / "checkpoints" / f"step_{step:08d}"
-        more = dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], started=state["started"], seconds=before + time.perf_counter() - clock)
+        more = dict(identity, **more, device=trainer.device.type, precision=trainer.precision, run=run.override({"model.vocab_size": trainer.model.config.vocab_size}).model_dump(mode="json"), step=step, threads=state["threads"], deterministic=state["deterministic"], started=state["started"], seconds=before + time.perf_counter() - clock)
         def write():
             save_checkpoint(place, tensors, more, extra=lambda temp: trainer.data.tokenizer.save(temp / "tokenizer"))
             for old in checkpoints(folder / "checkpoints")[:-keep]: shutil.rmtree(old)
@@ -310,7 +314,7 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
         if column := journal.column("qk_clipped_heads"): metrics |= dict(qk_clips=int(np.sum(column)), qk_max_logit=float(np.max(journal.column("qk_max_logit"))))
     metrics |= dict(training_seconds=float(np.sum(times)), seconds=seconds + evaluation)
     config, dtype = trainer.model.config, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.precision]
-    provenance = dict(ranks=trainer.ranks, sharded=trainer.shard, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
+    provenance = dict(ranks=trainer.ranks, sharded=trainer.shard, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device) | dict(deterministic=state["deterministic"]), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
                       kernel=kernel_name(config, trainer.device, dtype), expert_backend=expert_backend(trainer.device, dtype, config.d_model, config.expert_width) if trainer.moe else None)
     record = Record.of(run, status, metrics, journal.curves(), provenance)
     tensors = model_tensors(trainer.model)

