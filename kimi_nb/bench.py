@@ -6,11 +6,10 @@
 __all__ = ['BENCHES', 'side_by_side', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed', 'bench_nanogpt_loss',
            'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions', 'looped_experts',
            'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward', 'bench_kernels',
-           'bench_utilisation', 'bench_plan_run', 'repeat_spread', 'spread_with_and_without', 'bench_repeats',
-           'repeated_run', 'row', 'run_bench']
+           'bench_utilisation', 'bench_plan_run', 'bench_repeats', 'row', 'run_bench']
 
 # %% ../nbs/19b_bench.ipynb #4a1f2f61
-import itertools, json, math, statistics, subprocess, sys, tempfile, time
+import itertools, json, math, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from .config import KimiError, RunConfig, near, settings_path
 from .data import prepare
 from .files import write_file
 from .model import ModelOutput
+from .repeats import repeated_run, spread_with_and_without
 from .train import Trainer, environment, fit, pick_device
 from .utilisation import DTYPES, matrix_peak, settle, utilisation
 
@@ -332,53 +332,6 @@ def bench_plan_run():
         yield row(f"a run of the paper profile's size{', compiled' if compiled else ''}", record.metrics["training_seconds"], "s", "at most", 20.0,
                   f"{run.train.steps} steps of {run.train.batch_size} × {run.seq_len} tokens, {record.metrics['total_parameters'] / 1e6:.1f}M parameters, {1e3 * record.metrics['step_seconds']:.3g} ms a step")
 
-# %% ../nbs/19b_bench.ipynb #b30cebb7
-def repeat_spread(
-    run:RunConfig,
-    times:int=3,           # trainings, at least 2
-    device:str|None=None,  # none: CUDA, else Apple's, else CPU
-    deterministic:bool=False, # with the switch
-    threads:int|None=None, # CPU threads
-) -> dict[str, float]:
-    """Train one run several times here: the largest differences from the first in training `loss` and final `weight`, the `steps` whose loss has the same bits each time, and the median `seconds` of training.
-
-    Raises: KimiError where a training does not end well.
-    """
-    from safetensors.torch import load_file
-    losses, weights, seconds = [], [], []
-    for _ in range(times):
-        with tempfile.TemporaryDirectory() as folder:
-            record = fit(run, folder, device=device, threads=threads, progress=False, deterministic=deterministic)
-            if not record.ok: raise KimiError(f"run {run.run_id} ended as {record.status}: its repeats cannot be compared")
-            losses.append(record.curves["train_loss"]["value"]); seconds.append(record.metrics["training_seconds"])
-            weights.append(load_file(Path(folder) / "checkpoints" / "final" / "model.safetensors"))
-    return dict(loss=max(abs(a - b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True)),
-                weight=max(float((w - other[name]).abs().max()) for other in weights[1:] for name, w in weights[0].items()),
-                steps=sum(len(set(at)) == 1 for at in zip(*losses, strict=True)), seconds=statistics.median(seconds))
-
-def _spread_in(pipe, config, *how):
-    try: pipe.send((repeat_spread(RunConfig(**config), *how), ""))
-    except Exception as e: pipe.send((None, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
-
-def spread_with_and_without(
-    run:RunConfig,
-    times:int=3,           # trainings of each
-    device:str|None=None,  # none: CUDA, else Apple's, else CPU
-) -> tuple[dict, dict]:    # with the switch, without it
-    """`repeat_spread` of both, each in a new process.
-
-    Raises: KimiError for what went wrong there.
-    """
-    from kimi_nb.attempt import start_process
-    def measured(on):
-        process, pipe = start_process(_spread_in, run.model_dump(mode="json"), times, device, on)
-        try: found, why = pipe.recv()
-        except EOFError: found, why = None, "its process died"
-        process.join()
-        if why: raise KimiError(f"repeats {'with' if on else 'without'} the deterministic switch: {why}")
-        return found
-    return measured(True), measured(False)
-
 def bench_repeats(times:int=3):
     "How far repeats of one run lie apart, with everything that Kimi has, and what the switch costs."
     run = repeated_run() if pick_device().type != "cuda" else _kimi_run(**{"train.optimizer.name": "muonclip", "train.steps": 50, "train.eval_every": 0})
@@ -388,12 +341,6 @@ def bench_repeats(times:int=3):
         yield row(f"repeats {name}: largest difference of the training loss", found["loss"], "nats", "at most", goal, note)
         yield row(f"repeats {name}: largest difference of a weight", found["weight"], "", "at most", goal)
     yield row("repeats: time with the switch over without", on["seconds"] / off["seconds"], "×", "at most", None)
-
-def repeated_run() -> RunConfig:
-    "MLA, a router without balance loss, RMSNorm and MuonClip, small enough to be trained several times in seconds."
-    return RunConfig().override({"model.d_model": 64, "model.n_layers": 2, "model.n_heads": 2, "model.max_seq_len": 64, "model.attention.kind": "mla", "model.attention.kv_lora_rank": 16, "model.attention.qk_nope_head_dim": 16, "model.attention.qk_rope_head_dim": 8,
-        "model.attention.v_head_dim": 16, "model.norm.kind": "rmsnorm", "model.ffn.kind": "moe", "model.moe.router": "noaux_tc", "model.moe.n_experts": 4, "model.moe.d_expert": 64, "train.optimizer.name": "muonclip",
-        "data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 200, "train.batch_size": 8, "train.steps": 10, "train.eval_every": 0, "train.eval_tokens": 1024})
 
 # %% ../nbs/19b_bench.ipynb #f22ab138
 def row(what, value, unit, sense, goal, note=""):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .experts import Experts, FeedForward, dispatch_plan, expert_counts
+from .experts import Experts, FeedForward, autocasting, dispatch_plan, expert_counts
 from .ranks import total
 
 # %% ../nbs/06_moe.ipynb #03f521ce
@@ -171,7 +171,7 @@ class TopKGate(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: # (N, D) -> (N, E) logits in float32
         kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)): return F.linear(x.float(), self.weight.float())
+        if not autocasting(kind): return F.linear(x.float(), self.weight.float())
         with torch.autocast(kind, enabled=False): return F.linear(x.float(), self.weight.float())
 
 class MoE(nn.Module):

@@ -214,13 +214,13 @@ def test_flash_attn_is_told():
 
 def test_spread_sees_a_difference(monkeypatch):
     """The measurement of repeats is 0 for equal bits, and not for others."""
-    from kimi_nb import bench
+    from kimi_nb import repeats
 
-    run, real, seeds = tiny_run(train__steps=2, train__eval_every=0, train__save_every=0), bench.fit, iter((0, 0, 1))
-    zero = bench.repeat_spread(run, 2, "cpu", True, threads=1)
+    run, real, seeds = tiny_run(train__steps=2, train__eval_every=0, train__save_every=0), repeats.fit, iter((0, 0, 1))
+    zero = repeats.repeat_spread(run, 2, "cpu", True, threads=1)
     assert (zero["loss"], zero["weight"], zero["steps"]) == (0.0, 0.0, 2)
-    monkeypatch.setattr(bench, "fit", lambda run, *a, **k: real(run.override({"seed": next(seeds)}), *a, **k))
-    other = bench.repeat_spread(run, 3, "cpu", threads=1)
+    monkeypatch.setattr(repeats, "fit", lambda run, *a, **k: real(run.override({"seed": next(seeds)}), *a, **k))
+    other = repeats.repeat_spread(run, 3, "cpu", threads=1)
     assert other["loss"] > 0 and other["weight"] > 0 and other["steps"] == 0
 
 
@@ -228,7 +228,7 @@ def test_spread_sees_a_difference(monkeypatch):
 @pytest.mark.parametrize("component", ["mla sdpa", "latent tokens", "router noaux_tc", "optimizer muonclip", "dropout", "all of Kimi"])
 def test_the_switch_gives_the_same_bits_on_a_gpu(component, record_property):
     """With the switch repeats on a GPU differ in no bit; how far they differ without is reported."""
-    from kimi_nb.bench import spread_with_and_without
+    from kimi_nb.repeats import spread_with_and_without
 
     on, off = spread_with_and_without(tiny_run(train__steps=20, train__save_every=0, train__eval_every=0, train__batch_size=32).override(COMPONENTS[component]), 3, "cuda")
     print(f"{component}: without the switch {off}")
