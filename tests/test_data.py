@@ -341,14 +341,12 @@ def test_a_damaged_extract_is_made_again(cache):
 # --- the cache
 
 def test_the_second_time_is_quick_and_reads_no_text(cache, monkeypatch):
-    start = time.perf_counter()
     first = make(cache)
-    once = time.perf_counter() - start
     import kimi_nb.data
     monkeypatch.setattr(kimi_nb.data, "load_corpus", lambda *a: pytest.fail("read the corpus again"))
-    start = time.perf_counter()
+    start = time.process_time()
     assert make(cache).fingerprint == first.fingerprint
-    assert time.perf_counter() - start < once / 3
+    assert time.process_time() - start < 0.1
 
 
 def test_changed_files_are_noticed_and_content_decides(tmp_path, cache):

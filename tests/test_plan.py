@@ -45,15 +45,13 @@ def executed(out):
 
 
 def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
-    """A second `kimi-nb plan` trains nothing, executes nothing, says the same verdicts, and takes a fraction of the time (at quick size about two seconds)."""
-    begin = time.perf_counter()
+    """A second `kimi-nb plan` trains nothing, executes nothing, says the same verdicts, and computes for under two seconds."""
     code, out, err = call(capsys, *PLAN)
-    first = time.perf_counter() - begin
     assert (code, err) == (0, "") and sorted(executed(out)) == ["baseline", "norm"]
     before = {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")}
-    begin = time.perf_counter()
+    begin = time.process_time()
     code, again, err = call(capsys, *PLAN)
-    assert time.perf_counter() - begin < first / 3
+    assert time.process_time() - begin < 2
     assert (code, err) == (0, "") and ", 0 to train" in again and executed(again) == [] and again.count("(up to date)") == 2
     assert {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")} == before
     verdicts = [line for line in out.splitlines() if line.startswith("  RQ0")]
