@@ -267,5 +267,6 @@ def test_a_stopped_plan_on_ray_saves_and_says_how_to_go_on(place):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count("\n") == 1 and "run the same command again to go on" in err, err
     stopped = [f.parent for f in place.results.glob("experiments/*/training_log.txt") if "starts at" in f.read_text()]
-    assert stopped and all(list((f / "checkpoints").glob("step_*")) for f in stopped)
+    unsaved = {f.name: (f / "training_log.txt").read_text() for f in stopped if not list((f / "checkpoints").glob("step_*"))}
+    assert stopped and unsaved == {}
     assert not psutil.wait_procs(children, timeout=30)[1]
