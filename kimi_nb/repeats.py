@@ -9,7 +9,6 @@ __all__ = ['repeat_spread', 'spread_with_and_without', 'repeated_run']
 import statistics, tempfile
 from pathlib import Path
 
-from .attempt import start_process
 from .config import KimiError, RunConfig
 from .train import fit
 
@@ -51,6 +50,7 @@ def spread_with_and_without(
 
     Raises: KimiError for what went wrong there.
     """
+    from kimi_nb.attempt import start_process # with the packages of the records
     def measured(on):
         process, pipe = start_process(_spread_in, run.model_dump(mode="json"), times, device, on)
         try: found, why = pipe.recv()

@@ -182,6 +182,14 @@ def test_training_loads_few_packages(name):
     assert loaded - set(sys.stdlib_module_names) - TRAINING_PACKAGES - {PACKAGE} == set()
 
 
+def test_the_bench_loads_where_only_training_is_installed():
+    """On a GPU machine without the package's other dependencies."""
+    others = [re.split(r"[^\w-]", d)[0].replace("-", "_") for d in tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]]
+    absent = sorted({*others, "transformers", "ray"} - TRAINING_PACKAGES - {"pyyaml"})
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {PACKAGE}.bench, {PACKAGE}.cli"
+    assert "pandas" in absent and subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["", *[n for n in WITHOUT_TORCH if n in modules()]])
 def test_loads_without_torch(name):
     code = f"import sys, {'.'.join(filter(None, (PACKAGE, name)))}; sys.exit('torch' in sys.modules)"
