@@ -153,7 +153,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kimi_nb.bench._Looped.__init__': ('bench.html#_looped.__init__', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._Looped.forward': ('bench.html#_looped.forward', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._bench_moe': ('bench.html#_bench_moe', 'kimi_nb/bench.py'),
-                               'kimi_nb.bench._bf16_units': ('bench.html#_bf16_units', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._forward_backward': ('bench.html#_forward_backward', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._kimi_run': ('bench.html#_kimi_run', 'kimi_nb/bench.py'),
                                'kimi_nb.bench._measured_before': ('bench.html#_measured_before', 'kimi_nb/bench.py'),

@@ -21,7 +21,7 @@ from .files import write_file
 from .model import ModelOutput
 from .repeats import repeated_run, spread_with_and_without
 from .train import Trainer, environment, fit, pick_device
-from .utilisation import DTYPES, matrix_peak, settle, utilisation
+from .utilisation import matrix_peak, settle, utilisation
 
 # %% ../nbs/19b_bench.ipynb #7570a118
 def side_by_side(
@@ -123,14 +123,11 @@ def bench_tokenizers():
     return rows
 
 # %% ../nbs/19b_bench.ipynb #1a3907c0
-def _bf16_units():
-    try: return any(f in Path("/proc/cpuinfo").read_text() for f in ("amx_bf16", "avx512_bf16"))
-    except OSError: return torch.cuda.is_available()
-
 def precisions():
     "(name, words for a row) of what training is timed in: bfloat16 on a GPU; elsewhere float32, and bfloat16 where the processor multiplies in it."
+    from kimi_nb.optim import has_bf16_units
     if pick_device().type == "cuda": return [("bf16", ", bf16")]
-    return [("fp32", ""), *([("bf16", ", bf16")] if _bf16_units() else [])]
+    return [("fp32", ""), *([("bf16", ", bf16")] if has_bf16_units("cpu") else [])]
 
 def _forward_backward(module, x, precision="fp32"):
     "A unit of work: forward and backward, with fresh gradients as in a training step."
@@ -186,7 +183,7 @@ def _bench_moe(experts, top_k, width, precision, words, tokens, rounds):
 
 def bench_muon(rounds:int=5):
     "Muon's step on the matrices of six layers, 384 wide."
-    from kimi_nb.optim import Muon, ns_dtype
+    from kimi_nb.optim import Muon, has_bf16_units, ns_dtype
     shapes = [(384, 384)] * 24 + [(1536, 384)] * 6 + [(384, 1536)] * 6
     torch.manual_seed(0)
     device = pick_device()
@@ -208,12 +205,12 @@ def bench_muon(rounds:int=5):
                 X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
             with torch.no_grad(): p.add_(X.T if tall else X, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
     rows = []
-    r, units = side_by_side(theirs.step, ours.step, rounds), device.type != "cuda" and _bf16_units()
+    r, units = side_by_side(theirs.step, ours.step, rounds), device.type != "cuda" and has_bf16_units("cpu")
     rows.append(row("Muon step: torch.optim.Muon", r["ratio"], "×", "at least", 2.0 if device.type == "cuda" else None if units else 8.0, f"its time (bf16) over ours (stacked, in {str(ns_dtype(torch.empty(384, 384, device=device))).removeprefix('torch.')}), {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms" + ("; this CPU has bf16 units" if units else "")))
     r = side_by_side(one_at_a_time, ours.step, rounds)
     rows.append(row("Muon step: fp32, one matrix at a time", r["ratio"], "×", "at least", 1.5, f"its time over ours, {1e3 * r['ours']:.3g} against {1e3 * r['theirs']:.3g} ms"))
     run = _kimi_run().override({"train.optimizer.name": "muon"})
-    trainer = Trainer(run, prepare(run.data, run.seq_len), pick_device())
+    trainer = Trainer(run, prepare(run.data, run.seq_len), device)
     trainer.step(0)
     inside, whole = [], trainer.optimizer.step
     def timed():
@@ -293,7 +290,7 @@ def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds:int=3):
     "Attention, forward and backward, by kernel and context, in the precision that training takes on this device."
     from kimi_nb.attention import build_attention, kernel_name
     from kimi_nb.config import ModelConfig
-    from kimi_nb.evaluate import autocast
+    from kimi_nb.evaluate import DTYPES, autocast
     from kimi_nb.hardware import pick_precision
     rows, device = [], pick_device()
     precision = pick_precision("auto", device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
 from .caches import LayerCaches
-from .experts import ACTIVATIONS, is_gated
+from .experts import ACTIVATIONS, autocasting, is_gated
 from .model import KimiModel
 from .norm import RMSNorm
 
@@ -108,7 +108,7 @@ class Decoder:
         "The logits after the last token.  Raises: KimiError when learned positions end before it."
         model, kind = self.model, ids.device.type
         at = cache.length if cache is not None else 0
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = autocasting(kind)
         if cache is None or ids.shape[1] != 1 or not self.exact or model.training or autocast or self.learned and at >= model.config.max_seq_len: return model(ids, cache=cache).logits[:, -1]
         position = torch.full((1,), at, device=ids.device)
         x, rope = model.embed_tokens(ids[:, 0]), None if self.learned else torch.complex(*model.rope(position))  # (B, D)

@@ -256,8 +256,9 @@ def _arrived(store, run_id, seconds=60.0):
 
 def _on_cluster(ray, todo, store, workers, device, bar, spent, hours, cpus, gpus):
     "Hand the runs out to the nodes of a Ray cluster."
+    from kimi_nb.hardware import deterministic_asked
     planned, shared = {p.run.run_id: p for p in todo}, type(store)(Path(store.path).resolve())
-    how = lambda p: dict(name=_name(p), device=device, threads=max(1, int(cpus)), keep=p.keep, hours=hours) | (dict(deterministic=True) if os.environ.get("KIMI_NB_DETERMINISTIC") == "1" else {})  # nodes do not share the environment
+    how = lambda p: dict(name=_name(p), device=device, threads=max(1, int(cpus)), keep=p.keep, hours=hours) | (dict(deterministic=True) if deterministic_asked() else {})  # nodes do not share the environment
     jobs = {k: (k, code_hash(), p.run.model_dump(mode="json"), shared, how(p)) for k, p in planned.items()}
     looked = time.monotonic()
     with _signals() as asked:

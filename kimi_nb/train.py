@@ -18,6 +18,7 @@ from .checkpoint import checkpoints, load_checkpoint, model_tensors, save_checkp
 from .config import KimiError, RunConfig
 from .curves import gradient_statistics, loss_statistics
 from .data import prepare
+from .evaluate import DTYPES
 from .experts import expert_backend
 from .files import write_file
 from .hardware import DiskError, PeakMemory, TrainError, deterministic_asked, deterministically, environment, pick_device
@@ -313,7 +314,7 @@ def _finish(trainer, state, folder, journal, identity, status, step, seconds, me
             if column := journal.column(name): metrics[name] = float(np.mean(column[len(column) // 2:]))
         if column := journal.column("qk_clipped_heads"): metrics |= dict(qk_clips=int(np.sum(column)), qk_max_logit=float(np.max(journal.column("qk_max_logit"))))
     metrics |= dict(training_seconds=float(np.sum(times)), seconds=seconds + evaluation)
-    config, dtype = trainer.model.config, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.precision]
+    config, dtype = trainer.model.config, DTYPES[trainer.precision]
     provenance = dict(ranks=trainer.ranks, sharded=trainer.shard, data=dict(fingerprint=identity["fingerprint"], summary=data.summary()), **environment(trainer.device) | dict(deterministic=state["deterministic"]), started=state["started"], precision=trainer.precision, micro_batch_size=trainer.micro_batch,
                       kernel=kernel_name(config, trainer.device, dtype), expert_backend=expert_backend(trainer.device, dtype, config.d_model, config.expert_width) if trainer.moe else None)
     record = Record.of(run, status, metrics, journal.curves(), provenance)
