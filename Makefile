@@ -16,7 +16,7 @@ HASHES ?= prefer
 VENV := .venv
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
-NBS  := $(sort $(wildcard nbs/*.ipynb nbs/phases/*.ipynb nbs/howto/*.ipynb))
+NBS  := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 # nbdev-test starts a worker per core; with more threads each, they fight for the cores
 ONE  := env -u VIRTUAL_ENV OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # one timed part of a test run: $(call part,NAME,COMMAND); a failure is noted in $$bad and the next part still runs
@@ -79,15 +79,17 @@ test-slow: $(VENV)/.installed ## the slow checks: notebooks with `#| slow` cells
 # Done in a copy, so that a check never changes the tree; modules whose notebook is gone are missing from the copy.
 check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, ruff passes
 	@bad=; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
-	cp -R nbs pyproject.toml "$$copy"; mkdir -p "$$copy"/kimi_nb/phases; \
-	for f in __init__.py phases/__init__.py; do cp kimi_nb/$$f "$$copy"/kimi_nb/$$f; done; \
+	cp -R nbs pyproject.toml "$$copy"; \
+	for f in $$(find kimi_nb -name __init__.py); do mkdir -p "$$copy/$$(dirname $$f)"; cp $$f "$$copy/$$f"; done; \
 	(unset IN_TEST; cd "$$copy" && '$(CURDIR)'/$(BIN)/nbdev-export && '$(CURDIR)'/$(BIN)/nbdev-clean) || bad=1; \
 	for d in nbs kimi_nb; do diff -rq -x __pycache__ -x '.ipynb_checkpoints' -x '.last_checked' $$d "$$copy"/$$d || bad=1; done; \
 	[ -z "$$bad" ] || echo 'notebooks and kimi_nb/ disagree, or a notebook is not clean: edit in nbs/, then run make export' >&2; \
 	$(MAKE) --no-print-directory lint || bad=1; [ -z "$$bad" ]
 
-lint: $(VENV)/.installed ## ruff over what is written by hand
-	@$(BIN)/ruff check --quiet tests docs
+# LINTED: what ruff checks
+LINTED := kimi_nb nbs tests docs
+lint: $(VENV)/.installed ## ruff: rules and format
+	@$(BIN)/ruff check --quiet $(LINTED) && $(BIN)/ruff format --check --quiet nbs tests docs
 
 lab: $(VENV)/.installed ## open the workbench and the notebooks in JupyterLab
 	$(BIN)/kimi-nb lab $(ARGS)

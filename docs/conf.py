@@ -28,11 +28,9 @@ REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
 sys.path.insert(0, str(REPO))
 
-from kimi_nb.across import at_size, claims_markdown, claims_of, counts_words, main_figures, what_ran
-from kimi_nb.findings import Evidence
-from kimi_nb.guide import course
-from kimi_nb.publish import published as published_store
-from kimi_nb.publish import published_profiles, read_bundle, where_from
+from kimi_nb.plan import published as published_store
+from kimi_nb.plan import published_profiles, read_bundle, where_from
+from kimi_nb.report import Evidence, at_size, claims_markdown, claims_of, counts_words, course, main_figures, what_ran
 
 project = "kimi_nb"
 author = "The kimi_nb authors"
@@ -67,7 +65,9 @@ html_context = {"default_mode": "auto"}
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-EXECUTED = {NBS / "index.ipynb", NBS / "21_promises.ipynb", *(NBS / "howto").glob("*.ipynb")} - {NBS / "howto" / "api.ipynb"}  # that one only imports
+EXECUTED = {NBS / "index.ipynb", *(NBS / "howto").glob("*.ipynb")} - {
+    NBS / "howto" / "api.ipynb"
+}  # that one only imports
 nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p not in EXECUTED]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 180
@@ -101,11 +101,17 @@ def vendored(name: str, package: str, wanted: dict[str, str]) -> bool:
                 os.replace(part, target)
             except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError) as problem:
                 failed.append(package)
-                print(f"no local {package} ({type(problem).__name__}): pages that need it need a network", file=sys.stderr)
+                print(
+                    f"no local {package} ({type(problem).__name__}): pages that need it need a network", file=sys.stderr
+                )
     return all((target / new).exists() for new in wanted.values())
 
 
-if vendored("mathjax", "mathjax@3", {f"es5/{n}": n for n in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")}):
+if vendored(
+    "mathjax",
+    "mathjax@3",
+    {f"es5/{n}": n for n in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")},
+):
     mathjax_path = "vendor/mathjax/tex-mml-chtml.js"
 local = vendored("requirejs", "requirejs@2.3", {"require.js": "require.js"})
 if vendored("widgets", "@jupyter-widgets/html-manager@1.0", {"dist/embed-amd.js": "embed-amd.js"}) and local:
@@ -114,7 +120,9 @@ if vendored("widgets", "@jupyter-widgets/html-manager@1.0", {"dist/embed-amd.js"
 # kernels that pages are executed with: quiet, and one thread each, since pages are read side by side
 os.environ["IPYTHONDIR"] = tempfile.mkdtemp(prefix="kimi_nb-ipython-")
 (Path(os.environ["IPYTHONDIR"]) / "profile_default").mkdir()
-(Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n", encoding="utf-8")
+(Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py").write_text(
+    "c.IPKernelApp.log_level = 40\n", encoding="utf-8"
+)
 atexit.register(shutil.rmtree, os.environ["IPYTHONDIR"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -131,7 +139,9 @@ def tidy(cell: dict, folder: Path) -> dict | None:
     if cell["cell_type"] == "markdown":
         # links out of nbs/ have no page here; pictures keep theirs
         inside = lambda target: (folder / target.partition("#")[0]).resolve().is_relative_to(NBS)
-        return cell | {"source": re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./[^)]*)\)", lambda m: m[0] if inside(m[2]) else m[1], source)}
+        return cell | {
+            "source": re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./[^)]*)\)", lambda m: m[0] if inside(m[2]) else m[1], source)
+        }
     directives, lines = {}, []
     for line in source.splitlines():
         match = DIRECTIVE.match(line)
@@ -161,7 +171,13 @@ def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth:
     arguments, fields = "", []
     if function is not None:
         spec = function.args
-        everything = [*spec.posonlyargs, *spec.args, *filter(None, [spec.vararg]), *spec.kwonlyargs, *filter(None, [spec.kwarg])]
+        everything = [
+            *spec.posonlyargs,
+            *spec.args,
+            *filter(None, [spec.vararg]),
+            *spec.kwonlyargs,
+            *filter(None, [spec.kwarg]),
+        ]
         for a in everything:
             if a.arg in ("self", "cls"):
                 spec.args = [x for x in spec.args if x is not a]
@@ -172,7 +188,9 @@ def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth:
             arguments += f" -> {ast.unparse(node.returns)}"
     if function is not None and not isinstance(node, ast.ClassDef):
         ends = [a.end_lineno for a in ast.walk(function.args) if isinstance(a, ast.arg)]
-        result = next((notes[n] for n in range(max(ends, default=node.lineno - 1) + 1, node.body[0].lineno) if n in notes), "")
+        result = next(
+            (notes[n] for n in range(max(ends, default=node.lineno - 1) + 1, node.body[0].lineno) if n in notes), ""
+        )
         fields += [f":returns: {result}"] if result else []
     fence = ":" * (6 - depth)
     doc = [re.sub(r"^(Raises|Source):", r"\n**\1**:", line) for line in (ast.get_docstring(node) or "").splitlines()]
@@ -187,7 +205,10 @@ def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth:
         for n in node.body:
             if isinstance(n, ast.FunctionDef) and not n.name.startswith("_") and ast.get_docstring(n):
                 decorators = {ast.unparse(d) for d in n.decorator_list}
-                body += ["", *described("property" if "property" in decorators else "method", n.name, n, notes, depth + 1)]
+                body += [
+                    "",
+                    *described("property" if "property" in decorators else "method", n.name, n, notes, depth + 1),
+                ]
     head = f"{name}{arguments}" if kind != "property" else name
     return [f"{fence}{{py:{kind}}} {head}", *body, fence, ""]
 
@@ -199,7 +220,14 @@ def exports(module: str) -> tuple[ast.Module, list[str], dict[int, str]]:
         return ast.Module([], []), [], {}
     code = path.read_text(encoding="utf-8")
     parsed = ast.parse(code)
-    names = next((ast.literal_eval(n.value) for n in parsed.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"), [])
+    names = next(
+        (
+            ast.literal_eval(n.value)
+            for n in parsed.body
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+        ),
+        [],
+    )
     return parsed, names, trailing_comments(code)
 
 
@@ -208,7 +236,15 @@ def reference(module: str) -> str:
     parsed, exported, notes = exports(module)
     if not exported:
         return ""
-    lines = ["## Reference", "", f"Everything `kimi_nb.{module}` exports.", "", f":::{{py:module}} kimi_nb.{module}", ":::", ""]
+    lines = [
+        "## Reference",
+        "",
+        f"Everything `kimi_nb.{module}` exports.",
+        "",
+        f":::{{py:module}} kimi_nb.{module}",
+        ":::",
+        "",
+    ]
     described_names = set()
     for node in parsed.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in exported:
@@ -221,13 +257,23 @@ def reference(module: str) -> str:
 def api_index() -> str:
     """Every exported function and class, by module, with the first line of its docstring."""
     pages = [*((p.module, p.title, f"/{p.path.stem}") for ps in course(NBS).values() for p in ps if p.module)]
-    pages += [(f"phases.{p.stem.partition('_')[2]}", "", f"/phases/{p.stem}") for p in sorted((NBS / "phases").glob("*.ipynb"))]
+    pages += [
+        (f"phases.{p.stem.partition('_')[2]}", "", f"/phases/{p.stem}")
+        for p in sorted((NBS / "phases").glob("*.ipynb"))
+    ]
     lines = []
     for module, title, doc in pages:
         parsed, exported, _ = exports(module)
         found = [n for n in parsed.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in exported]
         if found:
-            lines += [f"## `kimi_nb.{module}`", "", f"{{doc}}`{title or module} <{doc}>`", "", "| name | what it is |", "|---|---|"]
+            lines += [
+                f"## `kimi_nb.{module}`",
+                "",
+                f"{{doc}}`{title or module} <{doc}>`",
+                "",
+                "| name | what it is |",
+                "|---|---|",
+            ]
         for node in found:
             kind = "class" if isinstance(node, ast.ClassDef) else "func"
             about = (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "\\|")
@@ -241,7 +287,9 @@ HOWTO = ["own_data", "own_study", "own_component", "reading_a_verdict", "decisio
 
 def howto_pages() -> list[Path]:
     """The how-to pages in the order in which they are of use; those that are not in the list come last."""
-    return sorted((NBS / "howto").glob("*.ipynb"), key=lambda p: (HOWTO.index(p.stem) if p.stem in HOWTO else len(HOWTO), p.stem))
+    return sorted(
+        (NBS / "howto").glob("*.ipynb"), key=lambda p: (HOWTO.index(p.stem) if p.stem in HOWTO else len(HOWTO), p.stem)
+    )
 
 
 def toctree(caption: str, pages: list[Path]) -> str:
@@ -280,7 +328,15 @@ def with_results(notebook: dict, name: str) -> None:
         title, note = "Results of the published reference run", where_from(about)
         if changed:
             note += f" {changed} cell{'s have' if changed > 1 else ' has'} been edited since and {'are' if changed > 1 else 'is'} shown without results."
-    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "where-from", "metadata": {}, "source": f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::"})
+    notebook["cells"].insert(
+        1,
+        {
+            "cell_type": "markdown",
+            "id": "where-from",
+            "metadata": {},
+            "source": f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::",
+        },
+    )
 
 
 @functools.cache
@@ -309,10 +365,28 @@ def other_sizes(phase: str) -> list[dict]:
         results = [("claims", {"text/markdown": claims_markdown(claims, names)})] if claims else []
         results.append(("figures", {"text/markdown": f"The main figures of profile {profile}:"}))
         for name in main_figures(phase, sizes[1].outcomes[phase]["figures"]):
-            results.append((Path(name).stem, {"image/png": base64.b64encode(files[f"figures/{profile}/{Path(name).name}"]).decode()}))
+            results.append(
+                (
+                    Path(name).stem,
+                    {"image/png": base64.b64encode(files[f"figures/{profile}/{Path(name).name}"]).decode()},
+                )
+            )
         for what, data in results:
-            output = {"output_type": "display_data", "data": data | {"text/plain": f"{what}, profile {profile}"}, "metadata": {}}
-            cells.append({"cell_type": "code", "id": f"size-{profile}-{what}"[:64], "metadata": {"tags": ["remove-input"]}, "source": f"# {what}, profile {profile}", "execution_count": None, "outputs": [output]})
+            output = {
+                "output_type": "display_data",
+                "data": data | {"text/plain": f"{what}, profile {profile}"},
+                "metadata": {},
+            }
+            cells.append(
+                {
+                    "cell_type": "code",
+                    "id": f"size-{profile}-{what}"[:64],
+                    "metadata": {"tags": ["remove-input"]},
+                    "source": f"# {what}, profile {profile}",
+                    "execution_count": None,
+                    "outputs": [output],
+                }
+            )
     return cells
 
 
@@ -335,7 +409,9 @@ def read(app, docname, content):
     if docname == "index":
         extra = "\n".join(
             [
-                toctree("How to", [*(p for p in sorted(NBS.glob("[!0-9]*.ipynb")) if p.stem != "index"), *howto_pages()]),
+                toctree(
+                    "How to", [*(p for p in sorted(NBS.glob("[!0-9]*.ipynb")) if p.stem != "index"), *howto_pages()]
+                ),
                 toctree("Research questions", sorted((NBS / "phases").glob("*.ipynb"))),
                 *(toctree(chapter, [p.path for p in pages]) for chapter, pages in course(NBS).items()),
             ]
@@ -349,7 +425,10 @@ def read(app, docname, content):
 
 def outdated(app, env, added, changed, removed):
     """Pages that show what is computed or collected are made anew each time; the others when what they are made from changed."""
-    return sorted({p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, NBS / "howto" / "api.ipynb"]} & env.found_docs)
+    return sorted(
+        {p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, NBS / "howto" / "api.ipynb"]}
+        & env.found_docs
+    )
 
 
 def setup(app):

@@ -32,7 +32,12 @@ def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         bin_ = Path(folder) / "bin"
-        done = subprocess.run([bin_ / "pip", "install", "-qq", "--disable-pip-version-check", TOOLS[name]], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [bin_ / "pip", "install", "-qq", "--disable-pip-version-check", TOOLS[name]],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise Unavailable(f"{TOOLS[name]} cannot be installed: {last_line(done.stderr)}")
         return subprocess.run([bin_ / name, *arguments], cwd=REPO, capture_output=True, text=True, check=False)
@@ -54,7 +59,13 @@ def wanted(name: str, entry: str) -> bool:
 
     marker = re.search(r";\s*(.*?)\s*\\?$", entry.splitlines()[0])
     machines = [
-        dict(sys_platform=system, os_name="posix", platform_system=system.capitalize(), python_version=f"3.{minor}", python_full_version=f"3.{minor}.9")
+        dict(
+            sys_platform=system,
+            os_name="posix",
+            platform_system=system.capitalize(),
+            python_version=f"3.{minor}",
+            python_full_version=f"3.{minor}.9",
+        )
         for system in SYSTEMS
         for minor in range(11, 20)
     ]
@@ -70,10 +81,15 @@ def write() -> int:
     found = {name: entry for name, entry in entries(done.stdout).items() if wanted(name, entry)}
     pinned = set(re.findall(r"^[^#\s]+", (REPO / "constraints.txt").read_text(encoding="utf-8"), re.M))
     if free := sorted({entry.split()[0] for entry in found.values()} - pinned):
-        print(f"constraints.txt does not pin {', '.join(free)}: add what is missing, then make the lock again", file=sys.stderr)
+        print(
+            f"constraints.txt does not pin {', '.join(free)}: add what is missing, then make the lock again",
+            file=sys.stderr,
+        )
         return 1
     file, text = REPO / "requirements.lock", HEAD + "\n".join(found.values()) + "\n"
-    if not file.exists() or file.read_text(encoding="utf-8") != text:  # a file that is touched sets every environment up again
+    if (
+        not file.exists() or file.read_text(encoding="utf-8") != text
+    ):  # a file that is touched sets every environment up again
         file.write_text(text, encoding="utf-8")
     print(f"requirements.lock: {len(found)} packages")
     return 0
@@ -81,7 +97,18 @@ def write() -> int:
 
 def audit(*arguments: str) -> int:
     """1 for a known vulnerability; what cannot be asked is a warning."""
-    done = run_tool("pip-audit", "-r", "constraints.txt", "--disable-pip", "--no-deps", "-f", "json", "--progress-spinner", "off", *arguments)
+    done = run_tool(
+        "pip-audit",
+        "-r",
+        "constraints.txt",
+        "--disable-pip",
+        "--no-deps",
+        "-f",
+        "json",
+        "--progress-spinner",
+        "off",
+        *arguments,
+    )
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
@@ -89,10 +116,16 @@ def audit(*arguments: str) -> int:
     bad = [p for p in packages if p.get("vulns")]
     for p in bad:
         for v in p["vulns"]:
-            print(f"{p['name']} {p['version']}: {v['id']}, fixed in {', '.join(v['fix_versions']) or 'no version yet'}", file=sys.stderr)
+            print(
+                f"{p['name']} {p['version']}: {v['id']}, fixed in {', '.join(v['fix_versions']) or 'no version yet'}",
+                file=sys.stderr,
+            )
     unknown = [p["name"] for p in packages if "skip_reason" in p]
     if unknown:
-        print(f"warning: the index says nothing about {len(unknown)} of {len(packages)} packages, which are not audited: {', '.join(unknown[:3])} …", file=sys.stderr)
+        print(
+            f"warning: the index says nothing about {len(unknown)} of {len(packages)} packages, which are not audited: {', '.join(unknown[:3])} …",
+            file=sys.stderr,
+        )
     print(f"audit: {len(packages) - len(unknown)} packages asked about, {len(bad)} with known vulnerabilities")
     return 1 if bad else 0
 

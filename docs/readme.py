@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def relink(text: str) -> str:
-    """Links as they are from the top folder: `../figures/x.png` -> `figures/x.png`, `00_config.ipynb` -> `nbs/00_config.ipynb`."""
+    """Links as they are from the top folder: `../figures/x.png` -> `figures/x.png`, `00_config.ipynb` -> `nbs/config/03_schema.ipynb`."""
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)  # code stays as it is
     parts[::2] = [re.sub(r"\]\((?!https?:|\.\./|#)", "](nbs/", part).replace("](../", "](") for part in parts[::2]]
     return "".join(parts)
@@ -23,8 +23,12 @@ def readme(path: Path = REPO / "nbs" / "index.ipynb") -> str:
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     quiet = ["--IPKernelApp.log_level=ERROR"]
-    notebook, resources = ExecutePreprocessor(kernel_name="python3", timeout=120, extra_arguments=quiet).preprocess(notebook, resources)
-    notebook, resources = TagRemovePreprocessor(enabled=True, remove_input_tags={"remove-input"}).preprocess(notebook, resources)
+    notebook, resources = ExecutePreprocessor(kernel_name="python3", timeout=120, extra_arguments=quiet).preprocess(
+        notebook, resources
+    )
+    notebook, resources = TagRemovePreprocessor(enabled=True, remove_input_tags={"remove-input"}).preprocess(
+        notebook, resources
+    )
     text, _ = MarkdownExporter().from_notebook_node(notebook, resources)
     return re.sub(r"\n{3,}", "\n\n", relink(text)).strip() + "\n"
 

@@ -1,21 +1,33 @@
 """Which parts of Kimi K2 make a small language model better? See `nbs/` for the source."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 
-# What is used first, without loading torch before it is asked for: `from kimi_nb import KimiModel, KimiConfig, Generator`.
-_WHERE = {
-    "KimiModel": "model", "KimiConfig": "config", "RunConfig": "config", "Generator": "generate", "Store": "store",
-    "TextDataProcessor": "nanokimi", "TokenDataset": "data", "ArrayDataset": "nanokimi", "ModelEvaluator": "nanokimi", "NanoGPTComparison": "nanogpt",
-}  # fmt: skip
-__all__ = list(_WHERE)
+
+def lazily(
+    package: str,  # name of the package whose face this is
+    /,
+    **homes: str,  # module of the package: the names it gives, separated by white space
+):  # __getattr__, __dir__ and __all__ of the package
+    "Public names of a package, each loaded from its module when it is first asked for (PEP 562)."
+    home_of = {name: module for module, names in homes.items() for name in names.split()}
+
+    def load(name):
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
+
+    return load, lambda: sorted(home_of), list(home_of)
 
 
-def __getattr__(name):
-    if name not in _WHERE: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    found = getattr(import_module(f"{__name__}.{_WHERE[name]}"), "ModelConfig" if name == "KimiConfig" else name)
-    globals()[name] = found
-    return found
-
-
-def __dir__(): return sorted([*globals(), *_WHERE])
+# What is used first, without loading torch before it is asked for: `from kimi_nb import KimiModel, Generator`.
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    config="RunConfig KimiConfig",
+    model="KimiModel",
+    store="Store",
+    data="TokenDataset",
+    use="Generator TextDataProcessor ArrayDataset ModelEvaluator",
+    bench="NanoGPTComparison",
+)

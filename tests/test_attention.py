@@ -7,11 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_nb.attention import build_attention, kernel_name, rope_dim
-from kimi_nb.caches import CacheError, build_cache, cache_bytes, cache_bytes_per_token
 from kimi_nb.config import ModelConfig
-from kimi_nb.kernels import AttentionError
-from kimi_nb.rope import RotaryEmbedding, apply_rope
+from kimi_nb.model import (
+    AttentionError,
+    CacheError,
+    RotaryEmbedding,
+    apply_rope,
+    build_attention,
+    build_cache,
+    cache_bytes,
+    cache_bytes_per_token,
+    kernel_name,
+    rope_dim,
+)
 
 KERNELS = ("eager", "sdpa", "flash")
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -49,7 +57,11 @@ def built(config, length, seed=0):
             torch.nn.init.normal_(p, 1, 0.3)
     p = config.position
     rotary = RotaryEmbedding(rope_dim(config), p.theta, config.max_seq_len, p.yarn_factor)
-    return layer, torch.randn(2, length, config.d_model, dtype=torch.float64), rotary(torch.arange(length)) if p.kind == "rope" else None
+    return (
+        layer,
+        torch.randn(2, length, config.d_model, dtype=torch.float64),
+        rotary(torch.arange(length)) if p.kind == "rope" else None,
+    )
 
 
 def part(rope, start, stop):
@@ -96,7 +108,14 @@ def test_kernels_agree_forward_and_backward(config, length):
         layer, x, rope = built(config.override({"attention.implementation": kernel}), length)
         layer.track_logits = True  # eager reads its logits, the fused kernels' are computed again
         y = layer(x, rope, need_weights=True)
-        results.append((y, layer.last_weights, layer.logit_max, *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True)))
+        results.append(
+            (
+                y,
+                layer.last_weights,
+                layer.logit_max,
+                *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True),
+            )
+        )
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             if a is None or b is None:  # latents have no reader in a text of one chunk
@@ -116,7 +135,9 @@ def test_mha_is_its_definition_token_by_token(config, length):
         if gain is not None:
             h = torch.nn.functional.rms_norm(h, (width,), gain.weight, eps)
         if rope is not None:
-            pair = torch.view_as_complex(h.reshape(heads, -1, 2)) * torch.polar(torch.ones(width // 2).double(), torch.atan2(rope[1][t], rope[0][t]).double())
+            pair = torch.view_as_complex(h.reshape(heads, -1, 2)) * torch.polar(
+                torch.ones(width // 2).double(), torch.atan2(rope[1][t], rope[0][t]).double()
+            )
             h = torch.view_as_real(pair).flatten(1)
         return h
 
@@ -128,7 +149,9 @@ def test_mha_is_its_definition_token_by_token(config, length):
         v = torch.stack([(layer.v_proj.weight @ x[0, s]).view(heads, width) for s in range(t + 1)])
         weights = ((q * k).sum(-1) * scale).softmax(0)
         rows.append(layer.o_proj.weight @ (weights.unsqueeze(-1) * v).sum(0).flatten())
-    torch.testing.assert_close(layer(x, rope)[0], torch.stack(rows), rtol=0, atol=1e-6)  # the float32 table is not exactly on the circle
+    torch.testing.assert_close(
+        layer(x, rope)[0], torch.stack(rows), rtol=0, atol=1e-6
+    )  # the float32 table is not exactly on the circle
     factor = config.position.yarn_factor if config.position.kind == "rope" else 1.0
     assert scale == pytest.approx(width**-0.5 * (0.1 * math.log(factor) + 1) ** 2)
 
@@ -186,7 +209,11 @@ def test_mla_is_transformers_deepseek_v3(config, length):
     a, p = config.attention, config.position
     scaling = {"rope_type": "default", "rope_theta": p.theta}
     if p.yarn_factor > 1:
-        scaling |= {"rope_type": "yarn", "factor": p.yarn_factor, "original_max_position_embeddings": config.max_seq_len / p.yarn_factor}
+        scaling |= {
+            "rope_type": "yarn",
+            "factor": p.yarn_factor,
+            "original_max_position_embeddings": config.max_seq_len / p.yarn_factor,
+        }
         scaling |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
     theirs = ds.DeepseekV3Config(
         hidden_size=config.d_model, num_attention_heads=config.n_heads, num_key_value_heads=config.n_heads, q_lora_rank=a.q_lora_rank,
@@ -194,9 +221,14 @@ def test_mla_is_transformers_deepseek_v3(config, length):
         max_position_embeddings=config.max_seq_len, rope_parameters=scaling, rope_interleave=True, attention_bias=False, attn_implementation="sdpa",
     )  # fmt: skip
     twin = ds.DeepseekV3Attention(theirs, 0)
-    for name in ("q_a_layernorm", "kv_a_layernorm"):  # their norms work in float32 whatever they are given: torch's keep float64
+    for name in (
+        "q_a_layernorm",
+        "kv_a_layernorm",
+    ):  # their norms work in float32 whatever they are given: torch's keep float64
         if getattr(twin, name, None) is not None:
-            setattr(twin, name, torch.nn.RMSNorm(getattr(twin, name).weight.shape, eps=getattr(twin, name).variance_epsilon))
+            setattr(
+                twin, name, torch.nn.RMSNorm(getattr(twin, name).weight.shape, eps=getattr(twin, name).variance_epsilon)
+            )
     twin.double().load_state_dict(layer.state_dict())
     mask = torch.full((length, length), float("-inf"), dtype=x.dtype).triu(1)[None, None]
     y, (z, _) = layer(x, rope), twin(x, ds.DeepseekV3RotaryEmbedding(theirs)(x, torch.arange(length)[None]), mask)
@@ -224,7 +256,9 @@ def test_rope_keeps_distances(half, length, shift, interleaved):
 
 def test_what_cannot_run_is_refused_in_one_line():
     mha = ModelConfig(attention={"implementation": "flash"}, dropout=0.1)
-    with pytest.raises(AttentionError, match=r"attention.implementation 'flash' cannot run: dropout 0.1 .*; use sdpa or eager$"):
+    with pytest.raises(
+        AttentionError, match=r"attention.implementation 'flash' cannot run: dropout 0.1 .*; use sdpa or eager$"
+    ):
         kernel_name(mha)
     cache = build_cache(mha, 1, 4)[0]
     with pytest.raises(CacheError, match="build_cache"):

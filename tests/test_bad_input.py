@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import kimi_nb.plan.run
 import pytest
 from tiny import RUN, Workplace, in_process, settings_text, write_notebook
 
-import kimi_nb.plan
 from kimi_nb.cli import main
-from kimi_nb.store import Store
+from kimi_nb.study import Store
 
 BINARY = bytes(range(256)) * 40
 
@@ -21,7 +21,7 @@ BINARY = bytes(range(256)) * 40
 def _elsewhere(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path_factory.getbasetemp() / "bad-input-cache"))
     monkeypatch.setenv("KIMI_NB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(kimi_nb.plan, "_execute", in_process)
+    monkeypatch.setattr(kimi_nb.plan.run, "_execute", in_process)
 
 
 @pytest.fixture
@@ -39,7 +39,11 @@ def options(**changes):
 
 def contents(folder):
     """Every file of a folder, locks left out."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and ".lock" not in p.name and ".locks" not in p.parts}
+    return {
+        p: p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and ".lock" not in p.name and ".locks" not in p.parts
+    }
 
 
 def call(capsys, *argv):
@@ -83,7 +87,12 @@ def test_a_corpus_that_cannot_be_used(tmp_path, capsys, case):
     if content is not None:
         (tmp_path / name).write_bytes(content)
         name = tmp_path / name
-    line = refused(capsys, ["train", "--quiet", *options(data__corpus=name, data__num_documents="none")], *words, untouched=tmp_path)
+    line = refused(
+        capsys,
+        ["train", "--quiet", *options(data__corpus=name, data__num_documents="none")],
+        *words,
+        untouched=tmp_path,
+    )
     assert not (tmp_path / "results" / "experiments").exists(), line
 
 
@@ -104,10 +113,19 @@ SETTINGS = {
     "no value": ("[tiny]\nmodel.d_model\n", ("settings.ini",)),
     "a line twice": ("[tiny]\nseeds = 1\nseeds = 2\n", ("settings.ini", "seeds")),
     "a section twice": ("[tiny]\nseeds = 1\n[tiny]\n", ("settings.ini", "tiny")),
-    "unknown name": ("[tiny]\nbudget_minutes = 1\nmodel.d_modl = 3\n", ("settings.ini", "[tiny]", "model.d_modl", "model.d_model")),
-    "unknown value": ("[tiny]\nbudget_minutes = 1\nmodel.norm.kind = batchnorm\n", ("settings.ini", "[tiny]", "model.norm.kind", "layernorm")),
+    "unknown name": (
+        "[tiny]\nbudget_minutes = 1\nmodel.d_modl = 3\n",
+        ("settings.ini", "[tiny]", "model.d_modl", "model.d_model"),
+    ),
+    "unknown value": (
+        "[tiny]\nbudget_minutes = 1\nmodel.norm.kind = batchnorm\n",
+        ("settings.ini", "[tiny]", "model.norm.kind", "layernorm"),
+    ),
     "out of range": ("[tiny]\nbudget_minutes = 1\ntrain.lr = -1\n", ("settings.ini", "[tiny]", "train.lr", "above 0")),
-    "grid out of range": ("[tiny]\nbudget_minutes = 1\nnorm.train.lr = 1e-3, -1\n", ("settings.ini", "[tiny]", "norm.train.lr", "-1")),
+    "grid out of range": (
+        "[tiny]\nbudget_minutes = 1\nnorm.train.lr = 1e-3, -1\n",
+        ("settings.ini", "[tiny]", "norm.train.lr", "-1"),
+    ),
     "missing": ("[tiny]\nseeds = 1\n", ("settings.ini", "[tiny]", "budget_minutes")),
     "not text": (BINARY, ("settings.ini", "UTF-8")),
 }
@@ -208,16 +226,28 @@ def remove(path):
 
 
 @pytest.mark.parametrize("damage", [cut, alter, remove])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "tokenizer/*.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "tokenizer/*.json"]
+)
 def test_a_damaged_checkpoint_is_not_trained_on(stopped, tmp_path, capsys, file, damage):
     """A checkpoint with a file cut short, altered or missing."""
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     (found, *_) = (folder / "checkpoints" / "step_00000008").glob(file)
     damage(found)
-    line = refused(capsys, ["train", "--quiet", "--out", folder, *options(train__save_every=4)], found.name if damage is not remove or file != "state.json" else "state.json", untouched=folder)
+    line = refused(
+        capsys,
+        ["train", "--quiet", "--out", folder, *options(train__save_every=4)],
+        found.name if damage is not remove or file != "state.json" else "state.json",
+        untouched=folder,
+    )
     assert "delete" in line
-    refused(capsys, ["eval", "--checkpoint", folder], "state.json" if file == "state.json" and damage is not remove else "", untouched=folder)
+    refused(
+        capsys,
+        ["eval", "--checkpoint", folder],
+        "state.json" if file == "state.json" and damage is not remove else "",
+        untouched=folder,
+    )
 
 
 def test_a_log_that_was_altered(stopped, tmp_path, capsys):
@@ -226,7 +256,13 @@ def test_a_log_that_was_altered(stopped, tmp_path, capsys):
     shutil.copytree(stopped, folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
-    refused(capsys, ["train", "--quiet", "--out", folder, *options(train__save_every=4)], "metrics.jsonl", "step 3", untouched=folder)
+    refused(
+        capsys,
+        ["train", "--quiet", "--out", folder, *options(train__save_every=4)],
+        "metrics.jsonl",
+        "step 3",
+        untouched=folder,
+    )
 
 
 def test_the_undamaged_run_goes_on(stopped, tmp_path, capsys):
@@ -249,8 +285,10 @@ def planned(tmp_path_factory):
         made = Workplace(tmp_path_factory.mktemp("planned"), train__steps=3, train__save_every=0, train__eval_every=0)
         for k, v in made.environment().items():
             patch.setenv(k, v)
-        patch.setattr(kimi_nb.plan, "_execute", in_process)
-        assert run_plan(load_profile("tiny"), Store(made.results), executor="inprocess", progress=False, say=lambda line: None).ok
+        patch.setattr(kimi_nb.plan.run, "_execute", in_process)
+        assert run_plan(
+            load_profile("tiny"), Store(made.results), executor="inprocess", progress=False, say=lambda line: None
+        ).ok
     return made
 
 
@@ -268,7 +306,9 @@ def done(planned, tmp_path, monkeypatch):
 PLAN = ["plan", "--profile", "tiny", "--quiet", "--executor", "inprocess"]
 
 
-@pytest.mark.parametrize("argv", [PLAN, ["records", "list"], ["records", "export", "out.jsonl"], ["plan", "--profile", "tiny", "--dry-run"]])
+@pytest.mark.parametrize(
+    "argv", [PLAN, ["records", "list"], ["records", "export", "out.jsonl"], ["plan", "--profile", "tiny", "--dry-run"]]
+)
 @pytest.mark.parametrize("damage", [cut, alter])
 def test_a_record_edited_by_hand(done, capsys, argv, damage, monkeypatch):
     """A result.json that was edited or cut short: no command takes its numbers."""
@@ -286,7 +326,16 @@ def test_a_study_file_edited_by_hand(done, capsys):
     refused(capsys, PLAN, "norm.json", untouched=done.path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"phase": "norm"}', '{"phase": "norm", "profile": 3, "verdicts": [1], "figures": {}, "finished": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"phase": "norm"}',
+        '{"phase": "norm", "profile": 3, "verdicts": [1], "figures": {}, "finished": "x"}',
+    ],
+)
 def test_a_damaged_outcome_is_made_again(done, capsys, text):
     """phases/*.json is made by the notebook: damaged, it is made again."""
     (done.results / "phases" / "norm.json").write_text(text)
@@ -310,7 +359,9 @@ def test_a_token_cache_cut_short_is_made_again(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-@pytest.mark.parametrize("argv", [["train", "--quiet", *options()], PLAN, ["train", "--quiet", "--out", "{}", *options()]])
+@pytest.mark.parametrize(
+    "argv", [["train", "--quiet", *options()], PLAN, ["train", "--quiet", "--out", "{}", *options()]]
+)
 def test_a_results_folder_that_is_a_file(place, tmp_path, capsys, where, argv):
     """A results path that is a file, or below one."""
     (tmp_path / "file").write_text("mine")
@@ -320,7 +371,13 @@ def test_a_results_folder_that_is_a_file(place, tmp_path, capsys, where, argv):
 
 def mounted(folder, options):
     folder.mkdir(exist_ok=True)
-    return shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False).returncode == 0
+    return (
+        shutil.which("mount")
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -344,7 +401,10 @@ def test_a_full_disk(place, small_disk, capsys, command):
     (small_disk / "ballast").unlink()
 
 
-@pytest.mark.parametrize("n", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 7)), 11, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n",
+    [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 7)), 11, pytest.param(16, marks=pytest.mark.slow)],
+)
 def test_a_disk_that_fails_at_any_moment(tmp_path, capsys, monkeypatch, n):
     """The disk refuses the n-th write that is forced to it: one line; the same command then ends with the bits of an unbroken run."""
     argv = ["train", "--quiet", "--out", tmp_path / "run", *options(train__save_every=4)]
@@ -382,7 +442,11 @@ def test_a_read_only_results_folder(place, read_only, capsys):
     """A read-only results folder is read as ever, and refused for writing in one line."""
     code, out, err = call(capsys, "records", "list", "--results", read_only)
     assert code == 0 and not err and out.count("\n") > 5
-    for argv in (["train", "--quiet", *options(seed=77)], [*PLAN, "--seeds", "3"], ["train", "--quiet", "--out", read_only / "x", *options()]):
+    for argv in (
+        ["train", "--quiet", *options(seed=77)],
+        [*PLAN, "--seeds", "3"],
+        ["train", "--quiet", "--out", read_only / "x", *options()],
+    ):
         refused(capsys, [*argv, *([] if "--out" in argv else ["--results", read_only])], read_only, "Read-only", "writ")
 
 
@@ -390,9 +454,17 @@ def test_a_notebook_that_fails_half_way(place, capsys):
     """A phase notebook that fails: the other phases are executed and reported, the executed copy is kept, the end is non-zero."""
     place.phase("baseline", then="1 / 0")
     code, out, err = call(capsys, *PLAN)
-    assert code == 1 and len(err) == 1 and "phase baseline" in err[0] and "ZeroDivisionError" in err[0] and "01_baseline.ipynb" in err[0]
+    assert (
+        code == 1
+        and len(err) == 1
+        and "phase baseline" in err[0]
+        and "ZeroDivisionError" in err[0]
+        and "01_baseline.ipynb" in err[0]
+    )
     assert "phase norm: 1 verdicts" in out and "RQ0" in out and "baseline: FAILED" in out
-    assert (place.results / "notebooks" / "01_baseline.ipynb").exists() and not (place.results / "phases" / "baseline.json").exists()
+    assert (place.results / "notebooks" / "01_baseline.ipynb").exists() and not (
+        place.results / "phases" / "baseline.json"
+    ).exists()
     place.phase("baseline")
     code, out, err = call(capsys, *PLAN)
     assert code == 0 and not err and ", 0 to train" in out and "phase norm:" not in out
@@ -447,10 +519,12 @@ def test_a_failing_kernel_is_reported_in_a_line(place, monkeypatch):
     r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300, check=False)
     lines = r.stderr.splitlines()
     assert r.returncode == 1 and len(lines) == 2 and "Traceback" not in r.stderr, r.stderr
-    assert any("phase baseline" in line and "ValueError: two lines" in line for line in lines) and any("phase norm" in line for line in lines)
+    assert any("phase baseline" in line and "ValueError: two lines" in line for line in lines) and any(
+        "phase norm" in line for line in lines
+    )
     assert json.loads((place.results / "notebooks" / "01_baseline.ipynb").read_text())["cells"]
 
 
 def test_write_notebook_is_valid(tmp_path):
     """The notebooks of these tests are what the plan expects."""
-    kimi_nb.plan.check_parameters(write_notebook(tmp_path / "n.ipynb", ["profile = 1"]), dict(profile=1))
+    kimi_nb.plan.run.check_parameters(write_notebook(tmp_path / "n.ipynb", ["profile = 1"]), dict(profile=1))

@@ -8,23 +8,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kimi_nb.evals.adapter import adapter
+from kimi_nb.evals.harness import evaluate
 
-from kimi_nb.adapter import adapter, continuation_scores, greedy
-from kimi_nb.benchmarks import evaluate, load_any, overall_score
 from kimi_nb.cli import main
 from kimi_nb.config import ModelConfig, RunConfig
-from kimi_nb.items import TASK_NAMES, task_rows, write_tasks
+from kimi_nb.data import ByteTokenizer, PairTokenizer
+from kimi_nb.evals import (
+    TASK_NAMES,
+    TASKS,
+    BenchmarkError,
+    chance_level,
+    continuation_scores,
+    greedy,
+    load_any,
+    overall_score,
+    pick_tasks,
+    read_rows,
+    task_rows,
+    write_tasks,
+)
 from kimi_nb.model import KimiModel
-from kimi_nb.tasks import TASKS, BenchmarkError, chance_level, pick_tasks, read_rows
-from kimi_nb.tokenizer import ByteTokenizer, PairTokenizer
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
-real_rows = pytest.mark.skipif(not (ROWS / "hellaswag.jsonl").is_file(), reason="no real rows beside the checkout (../shared/data)")
+real_rows = pytest.mark.skipif(
+    not (ROWS / "hellaswag.jsonl").is_file(), reason="no real rows beside the checkout (../shared/data)"
+)
 pytest.importorskip("lm_eval")
 
 
 def tiny_model(context=64, seed=0, **more):
-    return KimiModel(ModelConfig(vocab_size=257, d_model=32, n_layers=2, n_heads=4, max_seq_len=context, d_ff=64, **more), seed=seed).eval()
+    return KimiModel(
+        ModelConfig(vocab_size=257, d_model=32, n_layers=2, n_heads=4, max_seq_len=context, d_ff=64, **more), seed=seed
+    ).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +56,9 @@ def straightforward(model, context, continuation):
     """Float64, one forward for each token that is predicted."""
     total, seen = 0.0, list(context)
     for t in continuation:
-        total += model(torch.tensor([seen[-model.config.max_seq_len :]])).logits[0, -1].double().log_softmax(-1)[t].item()
+        total += (
+            model(torch.tensor([seen[-model.config.max_seq_len :]])).logits[0, -1].double().log_softmax(-1)[t].item()
+        )
         seen.append(t)
     return total
 
@@ -56,7 +74,13 @@ def straightforward(model, context, continuation):
 )
 def test_likelihoods_agree_with_one_token_at_a_time(more):
     model, words = tiny_model(**more), ByteTokenizer()
-    texts = [("The cow says", " moo"), ("The cow says", " woof"), ("The", " opposite of hot"), ("A", "b"), ("What is 3 plus 4? It", " is 7")]
+    texts = [
+        ("The cow says", " moo"),
+        ("The cow says", " woof"),
+        ("The", " opposite of hot"),
+        ("A", "b"),
+        ("What is 3 plus 4? It", " is 7"),
+    ]
     pairs = [(words.encode(c).tolist(), words.encode(d).tolist()) for c, d in texts]
     with torch.no_grad():
         wanted = [straightforward(model, *p) for p in pairs]
@@ -70,7 +94,8 @@ def test_the_harness_gets_the_likelihoods_of_the_strings():
     model, words = tiny_model(), ByteTokenizer()
     lm = adapter(model, words)
     requests = [
-        Instance("loglikelihood", {}, (c, d), i) for i, (c, d) in enumerate([("The cow says", " moo"), ("", "moo"), ("The cow says ", "moo")])
+        Instance("loglikelihood", {}, (c, d), i)
+        for i, (c, d) in enumerate([("The cow says", " moo"), ("", "moo"), ("The cow says ", "moo")])
     ]
     scores = [s for s, _ in lm.loglikelihood(requests)]
     with torch.no_grad():
@@ -103,13 +128,19 @@ def test_a_model_that_was_training_goes_on_training():
 
 def test_files_of_our_tasks_are_what_the_function_makes(tmp_path):
     for task in TASK_NAMES:
-        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in task_rows(task) if r["half"] == "general"))
+        (tmp_path / f"{task}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in task_rows(task) if r["half"] == "general")
+        )
     write_tasks(tmp_path)
     for task in TASK_NAMES:
         rows = task_rows(task)
         assert task_rows(task, tmp_path) == rows
         halves = [r["half"] for r in rows]
-        assert len(rows) >= 100 and halves.count("tinyworld") == halves.count("general") and len({r["id"] for r in rows}) == len(rows)
+        assert (
+            len(rows) >= 100
+            and halves.count("tinyworld") == halves.count("general")
+            and len({r["id"] for r in rows}) == len(rows)
+        )
         assert len({r["question"] for r in rows if r["half"] == "general"}) >= 50
         assert all(len(set(r["choices"])) == len(r["choices"]) == 4 and 0 <= r["answer"] < 4 for r in rows)
         share = np.bincount([r["answer"] for r in rows], minlength=4) / len(rows)
@@ -120,9 +151,15 @@ def test_no_item_stands_in_the_training_split(tmp_path, monkeypatch):
     from kimi_nb.data import prepare
 
     monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path))
-    run = RunConfig().override({"data.corpus": "pydocs:0.5,tinyworld:0.5", "data.tokenizer": "byte", "data.max_tokens": 1500000})
+    run = RunConfig().override(
+        {"data.corpus": "pydocs:0.5,tinyworld:0.5", "data.tokenizer": "byte", "data.max_tokens": 1500000}
+    )
     data = prepare(run.data, 64)
-    text = re.sub(r"\s+", " ", bytes(np.asarray(data.train)[np.asarray(data.train) < 256].astype(np.uint8)).decode("utf-8", "replace")).lower()
+    text = re.sub(
+        r"\s+",
+        " ",
+        bytes(np.asarray(data.train)[np.asarray(data.train) < 256].astype(np.uint8)).decode("utf-8", "replace"),
+    ).lower()
     assert "plus" in text and "moo" in text  # the world is there
     for task in TASK_NAMES:
         for r in task_rows(task):
@@ -144,8 +181,10 @@ def test_a_model_that_knows_the_answers_has_them_all_right(monkeypatch):
     rows = task_rows("arithmetic")[:30]
     known = {r["question"]: r["choices"][r["answer"]] for r in rows}
     lm = adapter(tiny_model(512), ByteTokenizer())
-    lm.loglikelihood = lambda requests: [(0.0 if known[r.args[0]] == r.args[1].strip() else -1.0, False) for r in requests]
-    monkeypatch.setattr("kimi_nb.benchmarks.adapter", lambda *a: lm)
+    lm.loglikelihood = lambda requests: [
+        (0.0 if known[r.args[0]] == r.args[1].strip() else -1.0, False) for r in requests
+    ]
+    monkeypatch.setattr("kimi_nb.evals.harness.adapter", lambda *a: lm)
     assert evaluate(tiny_model(512), ByteTokenizer(), "arithmetic", limit=30)["arithmetic"]["score"] == 1.0
 
 
@@ -162,11 +201,20 @@ def test_missing_rows_are_skipped_with_the_reason(tmp_path):
     results = evaluate(tiny_model(), ByteTokenizer(), "hellaswag,arithmetic", data_dir=tmp_path, limit=10)
     r = results["hellaswag"]
     assert r["status"].startswith("skipped: ") and "hellaswag.jsonl" in r["status"] and "score" not in r
-    assert results["arithmetic"]["status"] == "done" and results.frame().set_index("task").loc["hellaswag", "score"] != 0
+    assert (
+        results["arithmetic"]["status"] == "done" and results.frame().set_index("task").loc["hellaswag", "score"] != 0
+    )
     assert overall_score({"hellaswag": r}) is None
 
 
-GOOD = dict(ind=1, activity_label="Cooking", ctx_a="A man stirs.", ctx_b="he", endings=["eats.", "sleeps.", "runs.", "sits."], label="1")
+GOOD = dict(
+    ind=1,
+    activity_label="Cooking",
+    ctx_a="A man stirs.",
+    ctx_b="he",
+    endings=["eats.", "sleeps.", "runs.", "sits."],
+    label="1",
+)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +259,10 @@ def test_every_public_task_with_rows_here_is_scored():
 @real_rows
 def test_batch_size_does_not_change_a_score():
     names = "lambada,hellaswag,siqa,cola,cb"
-    first, second = (evaluate(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20) for b in (None, 5))
+    first, second = (
+        evaluate(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20)
+        for b in (None, 5)
+    )
     for n in first:
         assert first[n]["score"] == second[n]["score"] and first[n]["scores"].get("perplexity", 1) == pytest.approx(
             second[n]["scores"].get("perplexity", 1), rel=1e-5
@@ -241,11 +292,20 @@ def test_a_transformers_model_scores_as_in_the_harness_alone(tmp_path):
         kw = dict(data_files={t.split: str(tmp_path / f"{n}.rows")}, cache_dir=str(tmp_path / "cache"))
         (tmp_path / f"{n}.yaml").write_text(
             yaml.safe_dump(
-                dict(include=str(home / t.source), task=f"alone_{n}", dataset_path="json", dataset_name=None, training_split=None, dataset_kwargs=kw)
+                dict(
+                    include=str(home / t.source),
+                    task=f"alone_{n}",
+                    dataset_path="json",
+                    dataset_name=None,
+                    training_split=None,
+                    dataset_kwargs=kw,
+                )
             )
         )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    alone = harness(HFLM(pretrained=model, tokenizer=tokenizer), manager.load([f"alone_{n}" for n in names]), bootstrap_iters=0)["results"]
+    alone = harness(
+        HFLM(pretrained=model, tokenizer=tokenizer), manager.load([f"alone_{n}" for n in names]), bootstrap_iters=0
+    )["results"]
     for n in names:
         for key, value in ours[n]["scores"].items():
             assert value == alone[f"alone_{n}"][f"{key},none"] == same[n]["scores"][key], (n, key)
@@ -265,7 +325,7 @@ def test_chance_of_lambada_and_squad():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from kimi_nb.checkpoint import save_model
+    from kimi_nb.train import save_model
 
     run = RunConfig().override(
         {
@@ -306,7 +366,9 @@ def test_a_transformers_folder_is_loaded(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     words = PairTokenizer.train(["the cow says moo " * 50, "a b c d e f"], 260)
-    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_layer=1, n_embd=16, n_head=2, n_positions=128)).save_pretrained(tmp_path / "m")
+    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_layer=1, n_embd=16, n_head=2, n_positions=128)).save_pretrained(
+        tmp_path / "m"
+    )
     PreTrainedTokenizerFast(tokenizer_object=words.inner, eos_token="<|endoftext|>").save_pretrained(tmp_path / "m")
     model, tokenizer = load_any(tmp_path / "m")
     assert evaluate(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3

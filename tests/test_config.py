@@ -6,10 +6,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kimi_nb.config import PHASES, PRESETS, ConfigError, DataConfig, KimiError, ModelConfig, RunConfig, load_profile, profile_names
+from kimi_nb.config import (
+    PHASES,
+    PRESETS,
+    ConfigError,
+    DataConfig,
+    KimiError,
+    ModelConfig,
+    RunConfig,
+    load_profile,
+    profile_names,
+)
 
 # What each setting needs to be awake, and another value for it. `MLA` and `MOE` are bases in which those parts are in use.
-MLA = {"model.attention.kind": "mla", "model.attention.kv_lora_rank": 16, "model.attention.qk_nope_head_dim": 4, "model.attention.qk_rope_head_dim": 4, "model.attention.v_head_dim": 8}
+MLA = {
+    "model.attention.kind": "mla",
+    "model.attention.kv_lora_rank": 16,
+    "model.attention.qk_nope_head_dim": 4,
+    "model.attention.qk_rope_head_dim": 4,
+    "model.attention.v_head_dim": 8,
+}
 MOE = {"model.ffn.kind": "moe", "model.moe.n_experts": 4, "model.moe.d_expert": 16}
 NOAUX = MOE | {"model.moe.router": "noaux_tc"}
 GROUPS = NOAUX | {"model.moe.n_experts": 8, "model.moe.n_group": 4, "model.moe.topk_group": 2}
@@ -77,7 +93,10 @@ WALK = {
     "train.optimizer.scaling": (MUON, "original"),
     "train.optimizer.muon_router": (MUON | MOE, True),
     "train.optimizer.expert_lr_scale": (MOE, 3.0),
-    "train.optimizer.qk_clip_threshold": ({"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0}, 1e-4),
+    "train.optimizer.qk_clip_threshold": (
+        {"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0},
+        1e-4,
+    ),
     "data.corpus": ({}, "tinyworld:0.9,pydocs:0.1"),
     "data.tokenizer": ({}, "bpe:300"),
     "data.max_tokens": ({}, 400),
@@ -91,8 +110,18 @@ CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "pe
 
 
 def tiny(changes=()):
-    base = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 30, "model.d_model": 32, "model.n_heads": 4, "model.max_seq_len": 16,
-            "train.steps": 4, "train.batch_size": 4, "train.eval_tokens": 200, "train.lr": 1e-2}
+    base = {
+        "data.corpus": "tinyworld",
+        "data.tokenizer": "byte",
+        "data.num_documents": 30,
+        "model.d_model": 32,
+        "model.n_heads": 4,
+        "model.max_seq_len": 16,
+        "train.steps": 4,
+        "train.batch_size": 4,
+        "train.eval_tokens": 200,
+        "train.lr": 1e-2,
+    }
     return RunConfig()._changed(base | dict(changes))[0]
 
 
@@ -101,7 +130,12 @@ def what_happens(run, folder):
     from kimi_nb.train import fit
 
     saved = []
-    record = fit(run, folder, progress=False, on_step=lambda step, line: saved.append(sorted(p.name for p in (folder / "checkpoints").glob("step_*"))))
+    record = fit(
+        run,
+        folder,
+        progress=False,
+        on_step=lambda step, line: saved.append(sorted(p.name for p in (folder / "checkpoints").glob("step_*"))),
+    )
     chosen = {k: record.provenance[k] for k in ("kernel", "micro_batch_size", "precision", "expert_backend", "data")}
     return {k: v for k, v in record.metrics.items() if k not in CLOCK}, record.curves, chosen, saved
 
@@ -128,7 +162,22 @@ def test_changing_a_setting_changes_the_run(path, tmp_path):
         assert what_happens(before, tmp_path / "a") != what_happens(after, tmp_path / "b")
 
 
-@pytest.mark.parametrize("path", [p for p, (base, _) in WALK.items() if base and p not in ("model.vocab_size", "model.max_seq_len", "model.attention.kind", "model.ffn.kind", "model.moe.topk_group")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for p, (base, _) in WALK.items()
+        if base
+        and p
+        not in (
+            "model.vocab_size",
+            "model.max_seq_len",
+            "model.attention.kind",
+            "model.ffn.kind",
+            "model.moe.topk_group",
+        )
+    ],
+)
 def test_a_sleeping_setting_is_refused(path):
     value, run = WALK[path][1], RunConfig()
     if path == "model.first_dense_layers" or path not in run.dormant():
@@ -143,9 +192,15 @@ def test_a_sleeping_setting_is_refused(path):
     ("make", "line"),
     [
         (lambda: ModelConfig(attention={"kind": "mlaa"}), "attention.kind 'mlaa' is unknown: one of mha, mla, latent"),
-        (lambda: RunConfig(model={"attention": {"kind": "mlaa"}}), "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent"),
+        (
+            lambda: RunConfig(model={"attention": {"kind": "mlaa"}}),
+            "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent",
+        ),
         (lambda: ModelConfig(d_model=64, n_heads=6), "n_heads 6 does not divide d_model 64"),
-        (lambda: ModelConfig(ffn={"kind": "moe"}, moe={"n_experts": 2, "top_k": 4}), "moe.top_k 4 is over moe.n_experts 2"),
+        (
+            lambda: ModelConfig(ffn={"kind": "moe"}, moe={"n_experts": 2, "top_k": 4}),
+            "moe.top_k 4 is over moe.n_experts 2",
+        ),
         (lambda: ModelConfig(attention={"kind": "mla"}), "attention.kv_lora_rank is missing"),
         (lambda: ModelConfig(d_model="wide"), "d_model 'wide' is not a whole number"),
         (lambda: ModelConfig(d_model=1.5), "d_model 1.5 is not a whole number"),
@@ -153,9 +208,15 @@ def test_a_sleeping_setting_is_refused(path):
         (lambda: ModelConfig(d_model=0), "d_model 0 is out of range: at least 1"),
         (lambda: RunConfig(modle={}), "modle is not a setting: did you mean model?"),
         (lambda: RunConfig().override({"train.lr": "nan"}), "train.lr 'nan' is not a finite number"),
-        (lambda: RunConfig().override({"train.optimizer.name": "muonclip", "model.attention.qk_norm": True}), "muonclip is not possible with model.attention.qk_norm"),
+        (
+            lambda: RunConfig().override({"train.optimizer.name": "muonclip", "model.attention.qk_norm": True}),
+            "muonclip is not possible with model.attention.qk_norm",
+        ),
         (lambda: RunConfig(train={"seq_len": 128}), "train.seq_len 128 is over model.max_seq_len 64"),
-        (lambda: RunConfig(train={"batch_size": 8, "micro_batch_size": 3}), "train.micro_batch_size 3 does not divide batch_size 8"),
+        (
+            lambda: RunConfig(train={"batch_size": 8, "micro_batch_size": 3}),
+            "train.micro_batch_size 3 does not divide batch_size 8",
+        ),
         (lambda: DataConfig(tokenizer="bpe:100"), "tokenizer 'bpe:100' is not possible"),
         (lambda: ModelConfig.preset("nanokimi"), "preset 'nanokimi' is unknown: one of nano"),
         (lambda: load_profile("enormous"), "profile 'enormous' is unknown: one of smoke"),
@@ -168,8 +229,23 @@ def test_refusals_are_one_line(make, line):
 
 
 def test_other_names_for_the_same_things():
-    c = ModelConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, moe={"use_moe": True, "num_experts": 8, "top_k": 2})
-    assert (c.n_layers, c.n_heads, c.d_model, c.max_seq_len, c.ffn.kind, c.moe.n_experts, c.moe.top_k) == (12, 12, 768, 1024, "moe", 8, 2)
+    c = ModelConfig(
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        vocab_size=50257,
+        block_size=1024,
+        moe={"use_moe": True, "num_experts": 8, "top_k": 2},
+    )
+    assert (c.n_layers, c.n_heads, c.d_model, c.max_seq_len, c.ffn.kind, c.moe.n_experts, c.moe.top_k) == (
+        12,
+        12,
+        768,
+        1024,
+        "moe",
+        8,
+        2,
+    )
     with pytest.raises(ConfigError, match="give one of the two"):
         ModelConfig(n_embd=64, d_model=64)
 
@@ -218,7 +294,12 @@ def test_yaml_reads_the_numbers_people_write(tmp_path):
 @pytest.mark.parametrize("name", ["smoke", "quick", "standard", "paper"])
 def test_profiles_load(name):
     profile = load_profile(name)
-    assert profile.name == name and profile.base.model.max_seq_len >= 64 and profile.base.model.n_layers >= 2 and profile.base.model.n_heads >= 4
+    assert (
+        profile.name == name
+        and profile.base.model.max_seq_len >= 64
+        and profile.base.model.n_layers >= 2
+        and profile.base.model.n_heads >= 4
+    )
     assert name in profile_names()
 
 
@@ -243,7 +324,14 @@ def test_a_broken_settings_file_names_itself_and_the_line(text, part, tmp_path):
 
 
 PATHS = sorted(RunConfig().flat())
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-5, 2000), st.floats(allow_nan=True), st.sampled_from(["mla", "moe", "muon", "auto", "", "1e-3", "none", "a: b", "[1"]), st.lists(st.floats(0, 1), max_size=3))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 2000),
+    st.floats(allow_nan=True),
+    st.sampled_from(["mla", "moe", "muon", "auto", "", "1e-3", "none", "a: b", "[1"]),
+    st.lists(st.floats(0, 1), max_size=3),
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

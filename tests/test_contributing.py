@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```(\w+)(?: ([^\n`]+))?\n(.*?)^```$", re.M | re.S)
 
 
 OFFERED = """
-from kimi_nb.widgets import Picker
+from kimi_nb.lab import Picker
 def buttons(widget):
     if type(widget).__name__ == "ToggleButton": print("offers", widget.description)
     for child in getattr(widget, "children", ()): buttons(child)
@@ -28,7 +28,10 @@ def recipes() -> dict[str, list[tuple[str, str, str]]]:
     """Title of a recipe -> its blocks (language, what it is for, text) in order."""
     text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding things")[2].partition("\n## ")[0]
     parts = re.split(r"^### (.+)$", text, flags=re.M)[1:]
-    return {title: [(m[1], (m[2] or "").strip(), m[3]) for m in BLOCK.finditer(body)] for title, body in zip(parts[::2], parts[1::2], strict=True)}
+    return {
+        title: [(m[1], (m[2] or "").strip(), m[3]) for m in BLOCK.finditer(body)]
+        for title, body in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 class Copy:
@@ -44,12 +47,18 @@ class Copy:
             if path.is_file() and not path.name.startswith("."):
                 shutil.copy(path, self.root)
         cache = REPO / "data" / "cache"
-        self.env = os.environ | dict(PYTHONPATH=str(self.root), OMP_NUM_THREADS="1", KIMI_NB_CACHE=str(cache if cache.is_dir() else self.root / "data" / "cache"))
+        self.env = os.environ | dict(
+            PYTHONPATH=str(self.root),
+            OMP_NUM_THREADS="1",
+            KIMI_NB_CACHE=str(cache if cache.is_dir() else self.root / "data" / "cache"),
+        )
         for name in ("KIMI_NB_RESULTS", "KIMI_NB_SETTINGS", "IN_TEST"):
             self.env.pop(name, None)
 
     def run(self, *command: str) -> str:
-        done = subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=540, check=False)
+        done = subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=540, check=False
+        )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
@@ -61,7 +70,12 @@ class Copy:
             return self.run(str(bin_folder / "nbdev-export"))
         assert program.startswith(".venv/bin/"), f"CONTRIBUTING runs {program}, which this test does not know"
         if program.endswith("/kimi-nb"):
-            return self.run(sys.executable, "-c", "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))", *arguments)
+            return self.run(
+                sys.executable,
+                "-c",
+                "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))",
+                *arguments,
+            )
         return self.run(str(bin_folder / Path(program).name), *arguments)
 
     def python(self, code: str) -> str:
@@ -88,7 +102,14 @@ class Copy:
             side, target = place.split()
             found = [i for i, s in enumerate(sources) if re.search(rf"^(def|class) {target}\b", s, re.M)]
             assert len(found) == 1, f"{len(found)} cells of {name} define {target}"
-            cell = dict(cell_type="code", execution_count=None, id=f"toy-{len(sources)}", metadata={}, outputs=[], source=text.rstrip("\n").splitlines(keepends=True))
+            cell = dict(
+                cell_type="code",
+                execution_count=None,
+                id=f"toy-{len(sources)}",
+                metadata={},
+                outputs=[],
+                source=text.rstrip("\n").splitlines(keepends=True),
+            )
             notebook["cells"].insert(found[0] + (side == "after"), cell)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -112,7 +133,11 @@ def test_recipes_name_notebooks_and_cells_that_exist():
             if not name.endswith(".ipynb"):
                 continue
             sources = ["".join(c["source"]) for c in json.loads((REPO / name).read_text(encoding="utf-8"))["cells"]]
-            wanted = "\n".join(line[1:] for line in text.splitlines() if line[:1] in "- ") if kind == "diff" else f"def {place.split()[1]}"
+            wanted = (
+                "\n".join(line[1:] for line in text.splitlines() if line[:1] in "- ")
+                if kind == "diff"
+                else f"def {place.split()[1]}"
+            )
             assert sum(wanted in s for s in sources) == 1, f"{title}: {name} has no one cell with\n{wanted}"
 
 
@@ -128,7 +153,10 @@ def test_commands_in_the_documents_are_commands():
             text = "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
         for block in (m[3] for m in BLOCK.finditer(text) if m[1] in ("sh", "yaml") and not m[2]):
             for found in re.finditer(r"(?<![\w/-])(?:\.venv/bin/)?kimi-nb ((?:\"[^\"]*\"|[^#\n&|;\"])+)", block):
-                if found[1].strip().startswith("#") or "image:" in block[block.rfind("\n", 0, found.start()) + 1 : found.start()]:
+                if (
+                    found[1].strip().startswith("#")
+                    or "image:" in block[block.rfind("\n", 0, found.start()) + 1 : found.start()]
+                ):
                     continue
                 arguments = shlex.split(found[1])
                 try:

@@ -1,4 +1,5 @@
 """The data path as a user meets it: several processes, kills, bad input, and properties over made-up text."""
+
 import json
 import os
 import signal
@@ -14,14 +15,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kimi_nb.config import DataConfig, KimiError
-from kimi_nb.corpora import END_OF_TEXT, DataError, DataWarning, Document, load_corpus, parse_corpus
-from kimi_nb.data import IGNORE, SPLITS, Batches, TokenData, describe, eval_windows, overlap, prepare, split_documents
-from kimi_nb.tokenizer import ByteTokenizer, CharTokenizer, PairTokenizer, Tokenizer, build_tokenizer
+from kimi_nb.data import (
+    END_OF_TEXT,
+    IGNORE,
+    SPLITS,
+    Batches,
+    ByteTokenizer,
+    CharTokenizer,
+    DataError,
+    DataWarning,
+    Document,
+    PairTokenizer,
+    TokenData,
+    Tokenizer,
+    build_tokenizer,
+    describe,
+    eval_windows,
+    load_corpus,
+    overlap,
+    parse_corpus,
+    prepare,
+    split_documents,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no real data in {SHARED}")
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +64,8 @@ def bpe(tiny):
 
 
 def refused(f, *args, **kw):
-    with pytest.raises(KimiError) as e: f(*args, **kw)
+    with pytest.raises(KimiError) as e:
+        f(*args, **kw)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -52,6 +75,7 @@ def make(cache, **kw):
 
 
 # --- tokenizers
+
 
 @quick
 @given(st.text())
@@ -78,21 +102,35 @@ def test_odd_texts(bpe, text):
 
 
 @quick
-@given(st.lists(st.sampled_from(["a word", "\n", "\n\n", " \n", "\n ", "  ", "x\ny", "\t", "\u00a0", "\u2028"]), min_size=1, max_size=60))
+@given(
+    st.lists(
+        st.sampled_from(["a word", "\n", "\n\n", " \n", "\n ", "  ", "x\ny", "\t", "\u00a0", "\u2028"]),
+        min_size=1,
+        max_size=60,
+    )
+)
 def test_cutting_long_texts_changes_nothing(bpe, parts):
-    from kimi_nb.tokenizer import _pieces
+    from kimi_nb.data.tokenizer import _pieces
+
     text = "".join(parts)
     pieces = list(_pieces(text, size=3))
     assert "".join(pieces) == text
-    words = lambda t: [w for w, _ in bpe.inner.pre_tokenizer.pre_tokenize_str(t)]  # merges never cross these, whatever was learnt
+    words = lambda t: [
+        w for w, _ in bpe.inner.pre_tokenizer.pre_tokenize_str(t)
+    ]  # merges never cross these, whatever was learnt
     assert [w for p in pieces for w in words(p)] == words(text)
 
 
 def test_byte_pairs_are_learnt_alike_in_every_process(tiny, bpe):
-    code = "from kimi_nb.corpora import load_corpus\nfrom kimi_nb.tokenizer import PairTokenizer\nprint(PairTokenizer.train(load_corpus('tinyworld', num_documents=200), 300).fingerprint)"
+    code = "from kimi_nb.data import load_corpus\nfrom kimi_nb.data import PairTokenizer\nprint(PairTokenizer.train(load_corpus('tinyworld', num_documents=200), 300).fingerprint)"
     for threads in ("1", "3"):
         env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == bpe.fingerprint
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=ROOT
+            ).stdout.strip()
+            == bpe.fingerprint
+        )
 
 
 def test_byte_pairs_learn_from_training_text_only(tmp_path):
@@ -134,7 +172,8 @@ fractions = st.sampled_from([0.0, 0.05, 0.1, 0.3])
 @given(documents, fractions, fractions)
 def test_splits_are_disjoint_and_lose_nothing(texts, val, test):
     docs = [Document.of(t, "x") for t in texts]
-    if len(texts) <= 2 or len(texts) <= (val > 0) + (test > 0): return
+    if len(texts) <= 2 or len(texts) <= (val > 0) + (test > 0):
+        return
     splits = split_documents(docs, val, test)
     assert sorted(d for s in SPLITS for d in splits[s]) == sorted(texts)
     assert bool(splits["val"]) == (val > 0) and bool(splits["test"]) == (test > 0) and splits["train"]
@@ -145,16 +184,25 @@ def test_splits_are_disjoint_and_lose_nothing(texts, val, test):
 @given(st.text(min_size=1, max_size=500), fractions, fractions)
 def test_a_single_text_is_split_by_position(text, val, test):
     splits = split_documents([Document.of(text, "x")], val, test)
-    assert "".join(d for s in SPLITS for d in splits[s]) == text or len({*splits["train"], *splits["val"], *splits["test"]}) < 3
-    if val == 0.1 and test == 0: assert "".join(splits["train"]) == text[:int(0.9 * len(text))]
+    assert (
+        "".join(d for s in SPLITS for d in splits[s]) == text
+        or len({*splits["train"], *splits["val"], *splits["test"]}) < 3
+    )
+    if val == 0.1 and test == 0:
+        assert "".join(splits["train"]) == text[: int(0.9 * len(text))]
 
 
 def test_shares_are_met_and_text_that_shares_a_module_stays_together():
     splits = split_documents(load_corpus("pydocs:0.3,pysource:0.7"))
     size = {s: sum(map(len, d)) for s, d in splits.items()}
-    for s in ("val", "test"): assert abs(size[s] / sum(size.values()) - 0.1) < 0.01
+    for s in ("val", "test"):
+        assert abs(size[s] / sum(size.values()) - 0.1) < 0.01
     groups = {s: {d.group for d in docs} for s, docs in splits.items()}
-    assert not groups["train"] & groups["test"] and not groups["train"] & groups["val"] and not groups["val"] & groups["test"]
+    assert (
+        not groups["train"] & groups["test"]
+        and not groups["train"] & groups["val"]
+        and not groups["val"] & groups["test"]
+    )
     assert {d.source for d in splits["test"]} == {"pydocs", "pysource"}
     assert overlap(splits["train"], splits["test"]) < 0.1
 
@@ -162,7 +210,9 @@ def test_shares_are_met_and_text_that_shares_a_module_stays_together():
 def test_a_text_given_to_two_splits_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text(f"one{END_OF_TEXT}two")
     (tmp_path / "b.txt").write_text(f"two{END_OF_TEXT}three{END_OF_TEXT}three")
-    assert "two splits" in refused(prepare, dict(corpus=f"files:train={tmp_path}/a.txt,val={tmp_path}/b.txt", tokenizer="byte"))
+    assert "two splits" in refused(
+        prepare, dict(corpus=f"files:train={tmp_path}/a.txt,val={tmp_path}/b.txt", tokenizer="byte")
+    )
 
 
 def test_overlap_sees_a_leak(tiny):
@@ -176,39 +226,53 @@ def test_overlap_sees_a_leak(tiny):
 @needs_shared
 def test_the_nanogpt_split_exactly():
     text = (SHARED / "tinyshakespeare.txt").read_text()
-    data = prepare(DataConfig(corpus=str(SHARED / "tinyshakespeare.txt"), tokenizer="char", val_fraction=0.1, test_fraction=0.0), seq_len=256)
+    data = prepare(
+        DataConfig(corpus=str(SHARED / "tinyshakespeare.txt"), tokenizer="char", val_fraction=0.1, test_fraction=0.0),
+        seq_len=256,
+    )
     table = {c: i for i, c in enumerate(sorted(set(text)))}
     want = np.array([table[c] for c in text])
     assert data.vocab_size == 65 and data.tokenizer.eot_id is None
     assert len(data.train) == 1_003_854 and len(data.val) == 111_540 and len(data.test) == 0
-    assert (data.train == want[:int(0.9 * len(text))]).all() and (data.val == want[int(0.9 * len(text)):]).all()
+    assert (data.train == want[: int(0.9 * len(text))]).all() and (data.val == want[int(0.9 * len(text)) :]).all()
 
 
 # --- batches and windows
 
+
 @quick
-@given(n=st.integers(2, 400), batch=st.integers(1, 7), seq=st.integers(1, 40), seed=st.integers(0, 2**31), step=st.integers(0, 50))
+@given(
+    n=st.integers(2, 400),
+    batch=st.integers(1, 7),
+    seq=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+    step=st.integers(0, 50),
+)
 def test_a_batch_is_a_function_of_seed_and_step(n, batch, seq, seed, step):
     tokens = np.arange(n)
     if n < seq + 1:
         assert "too few" in refused(Batches, tokens, batch, seq, seed)
         return
     walked = Batches(tokens, batch, seq, seed)
-    for _ in range(step): walked.next()
+    for _ in range(step):
+        walked.next()
     resumed = Batches(tokens, batch, seq, seed)
     resumed.load_state_dict(json.loads(json.dumps(walked.state_dict())))
     (x, y), (rx, _), (dx, _) = walked.next(), resumed.next(), Batches(tokens, batch, seq, seed).batch(step)
     assert (x == rx).all() and (x == dx).all() and (y == x + 1).all()
     assert x.shape == (batch, seq) and x.dtype == np.int64 and x.min() >= 0 and y.max() < n
     # the same sequences in the same order whatever the batch size
-    singles = np.concatenate([Batches(tokens, 1, seq, seed).batch(i)[0] for i in range(step * batch, (step + 1) * batch)])
+    singles = np.concatenate(
+        [Batches(tokens, 1, seq, seed).batch(i)[0] for i in range(step * batch, (step + 1) * batch)]
+    )
     assert (singles == x).all()
 
 
 @quick
 @given(n=st.integers(2, 600), seq=st.integers(1, 40), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
 def test_an_epoch_meets_no_token_twice_and_nearly_all(n, seq, seed, epoch):
-    if n < seq + 1: return
+    if n < seq + 1:
+        return
     b = Batches(np.arange(n), 1, seq, seed)
     seen = np.concatenate([b.batch(i)[0].ravel() for i in range(epoch * b.n_windows, (epoch + 1) * b.n_windows)])
     assert len(np.unique(seen)) == len(seen)
@@ -221,7 +285,9 @@ def test_seeds_and_epochs_differ():
     assert (first.batch(0)[0] != Batches(np.arange(5000), 8, 16, 1).batch(0)[0]).any()
     one = Batches(np.arange(5000), 1, 16, 0)
     epochs = [[int(one.starts(e * one.n_windows + i)[0]) for i in range(one.n_windows)] for e in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2] and len({min(e) for e in epochs}) > 1, "order and offset change with the epoch"
+    assert epochs[0] != epochs[1] != epochs[2] and len({min(e) for e in epochs}) > 1, (
+        "order and offset change with the epoch"
+    )
 
 
 def test_the_order_of_batches_never_changes():
@@ -246,36 +312,62 @@ def test_every_held_out_token_is_scored_once(n, seq, cap):
     scored = np.concatenate([y[y != IGNORE] for _, y in pairs])
     assert len(scored) == len(set(scored)) == w.n_targets
     assert all((y[y != IGNORE] == x[y != IGNORE] + 1).all() and len(x) == seq for x, y in pairs)
-    if cap is None or cap >= n - 1: assert sorted(scored) == list(range(1, n))
-    else: assert len(scored) <= max(cap, seq)
+    if cap is None or cap >= n - 1:
+        assert sorted(scored) == list(range(1, n))
+    else:
+        assert len(scored) <= max(cap, seq)
     stacked = [x for x, _ in w.batches(3)]
     assert (np.concatenate(stacked) == np.stack([x for x, _ in pairs])).all()
 
 
 # --- corpora
 
+
 @quick
-@given(st.lists(st.tuples(st.sampled_from(["pydocs", "tinyworld", "a.txt", "hf:a/b", "hf:a/b:c", "dir/x"]), st.floats(1e-2, 1e3)), min_size=2, max_size=6, unique_by=lambda p: p[0]))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["pydocs", "tinyworld", "a.txt", "hf:a/b", "hf:a/b:c", "dir/x"]), st.floats(1e-2, 1e3)
+        ),
+        min_size=2,
+        max_size=6,
+        unique_by=lambda p: p[0],
+    )
+)
 def test_mixtures_are_read_back(parts):
     read = parse_corpus(",".join(f"{n}:{w!r}" for n, w in parts))
     total = sum(w for _, w in parts)
-    assert [n for n, _ in read] == [n for n, _ in parts] and np.allclose([w for _, w in read], [w / total for _, w in parts])
+    assert [n for n, _ in read] == [n for n, _ in parts] and np.allclose(
+        [w for _, w in read], [w / total for _, w in parts]
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=30), st.text(alphabet="pydocs:,.0123456789-e /", max_size=20)))
 def test_any_corpus_string_is_understood_or_refused_in_a_line(spec):
-    try: assert abs(sum(w for _, w in parse_corpus(spec)) - 1) < 1e-9
-    except DataError as e: assert "\n" not in str(e)
+    try:
+        assert abs(sum(w for _, w in parse_corpus(spec)) - 1) < 1e-9
+    except DataError as e:
+        assert "\n" not in str(e)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(['{"text": "a"}', '{"text": 1}', "{", "[]", "null", '{"t": "a"}', ""])).map(lambda x: "\n".join(x).encode())), suffix=st.sampled_from([".txt", ".jsonl", ".md"]))
+@given(
+    content=st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.sampled_from(['{"text": "a"}', '{"text": 1}', "{", "[]", "null", '{"t": "a"}', ""])).map(
+            lambda x: "\n".join(x).encode()
+        ),
+    ),
+    suffix=st.sampled_from([".txt", ".jsonl", ".md"]),
+)
 def test_any_file_is_read_or_refused_in_a_line(tmp_path, content, suffix):
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
-    try: assert all(d.strip() for d in load_corpus(str(path)))
-    except DataError as e: assert "\n" not in str(e) and "file" in str(e)
+    try:
+        assert all(d.strip() for d in load_corpus(str(path)))
+    except DataError as e:
+        assert "\n" not in str(e) and "file" in str(e)
 
 
 def test_bad_input_is_named(tmp_path):
@@ -286,27 +378,46 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "field.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "folder").mkdir()
     for spec, words in {
-        "pydoc": ("unknown", "pydocs"), "fineweb-edu": ("cannot be reached", "local files"), "hf:a/b": ("cannot be reached",), str(tmp_path / "no.txt"): ("does not exist",),
-        str(tmp_path / "empty.txt"): ("empty.txt", "empty"), str(tmp_path / "binary.txt"): ("binary.txt", "UTF-8"), str(tmp_path / "latin.txt"): ("latin.txt", "iconv"),
-        str(tmp_path / "rows.jsonl"): ("line 2",), str(tmp_path / "field.jsonl"): ("'text'", "body"), str(tmp_path / "field.jsonl") + "#nope": ("'nope'",),
-        str(tmp_path / "folder"): ("no text files",), "pydocs:0.5,tinyworld:0": ("NAME:WEIGHT",), "files:train=x": ("val",),
+        "pydoc": ("unknown", "pydocs"),
+        "fineweb-edu": ("cannot be reached", "local files"),
+        "hf:a/b": ("cannot be reached",),
+        str(tmp_path / "no.txt"): ("does not exist",),
+        str(tmp_path / "empty.txt"): ("empty.txt", "empty"),
+        str(tmp_path / "binary.txt"): ("binary.txt", "UTF-8"),
+        str(tmp_path / "latin.txt"): ("latin.txt", "iconv"),
+        str(tmp_path / "rows.jsonl"): ("line 2",),
+        str(tmp_path / "field.jsonl"): ("'text'", "body"),
+        str(tmp_path / "field.jsonl") + "#nope": ("'nope'",),
+        str(tmp_path / "folder"): ("no text files",),
+        "pydocs:0.5,tinyworld:0": ("NAME:WEIGHT",),
+        "files:train=x": ("val",),
     }.items():
         line = refused(prepare, dict(corpus=spec, tokenizer="byte"))
         assert all(w in line for w in words), line
     assert load_corpus(str(tmp_path / "field.jsonl") + "#body") == ["a"]
-    for name, words in {"bit": "byte", "bpe:10": "257", "bpe:x": "bpe:N", "gpt2": "cannot be reached", str(tmp_path / "folder"): "tokenizer.json"}.items():
+    for name, words in {
+        "bit": "byte",
+        "bpe:10": "257",
+        "bpe:x": "bpe:N",
+        "gpt2": "cannot be reached",
+        str(tmp_path / "folder"): "tokenizer.json",
+    }.items():
         assert words in refused(prepare, dict(corpus="tinyworld", tokenizer=name))
 
 
 def test_too_little_text_names_the_split(cache):
     line = refused(prepare, dict(corpus="tinyworld", num_documents=20, tokenizer="byte"), seq_len=2000)
     assert "split val" in line and "2001" in line and "val_fraction" in line
-    assert "split train" in refused(prepare, dict(corpus="tinyworld", num_documents=200, tokenizer="byte", max_tokens=50), seq_len=64)
+    assert "split train" in refused(
+        prepare, dict(corpus="tinyworld", num_documents=200, tokenizer="byte", max_tokens=50), seq_len=64
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    assert "KIMI_NB_CACHE" in refused(prepare, dict(corpus="tinyworld", tokenizer="byte"), cache=tmp_path / "file" / "cache")
+    assert "KIMI_NB_CACHE" in refused(
+        prepare, dict(corpus="tinyworld", tokenizer="byte"), cache=tmp_path / "file" / "cache"
+    )
 
 
 def test_hub_sets_are_streamed_without_foreign_code(monkeypatch):
@@ -316,15 +427,37 @@ def test_hub_sets_are_streamed_without_foreign_code(monkeypatch):
     def fake(name, config=None, split=None, streaming=False, **kw):
         calls.append((name, config, kw))
         assert streaming and split == "train" and "trust_remote_code" not in kw
-        if name == "Skylion007/openwebtext" and not kw: raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
-        if name == "Salesforce/wikitext": return iter([{"text": t} for t in ("", " = One = \n", " text of one \n", " = = Part = = \n", "", " = Two = \n", " text of two \n")])
-        if name == "cut/off": return (row for row in [{"text": "a"}, 1 / 0])
+        if name == "Skylion007/openwebtext" and not kw:
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        if name == "Salesforce/wikitext":
+            return iter(
+                [
+                    {"text": t}
+                    for t in (
+                        "",
+                        " = One = \n",
+                        " text of one \n",
+                        " = = Part = = \n",
+                        "",
+                        " = Two = \n",
+                        " text of two \n",
+                    )
+                ]
+            )
+        if name == "cut/off":
+            return (row for row in [{"text": "a"}, 1 / 0])
         return ({"text": f"document {i}"} for i in range(10**9))
+
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    monkeypatch.setattr("kimi_nb.corpora.hub_reachable", lambda: True)
-    assert load_corpus("openwebtext", num_documents=3) == ["document 0", "document 1", "document 2"] and calls[-1][2] == {"revision": "refs/convert/parquet"}
+    monkeypatch.setattr("kimi_nb.data.corpora.hub_reachable", lambda: True)
+    assert load_corpus("openwebtext", num_documents=3) == ["document 0", "document 1", "document 2"] and calls[-1][
+        2
+    ] == {"revision": "refs/convert/parquet"}
     assert load_corpus("wikitext-103") == [" = One = \n text of one \n = = Part = = \n", " = Two = \n text of two \n"]
-    assert sum(map(len, load_corpus("hf:owner/name:config", max_chars=1000))) < 1100 and calls[-1][:2] == ("owner/name", "config")
+    assert sum(map(len, load_corpus("hf:owner/name:config", max_chars=1000))) < 1100 and calls[-1][:2] == (
+        "owner/name",
+        "config",
+    )
     assert "local files" in refused(load_corpus, "hf:cut/off")
     # a cap on tokens caps what is streamed
     assert len(prepare(dict(corpus="tinystories", tokenizer="byte", max_tokens=2000)).train) == 2000
@@ -334,16 +467,19 @@ def test_a_damaged_extract_is_made_again(cache):
     first = load_corpus("pydocs")
     (path,) = (cache / "corpora").iterdir()
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.warns(DataWarning, match="damaged"): assert load_corpus("pydocs") == first
+    with pytest.warns(DataWarning, match="damaged"):
+        assert load_corpus("pydocs") == first
     assert 1.5e6 < sum(map(len, first)) < 4e6 and len({d.group for d in first}) == len(first)
 
 
 # --- the cache
 
+
 def test_the_second_time_is_quick_and_reads_no_text(cache, monkeypatch):
     first = make(cache)
-    import kimi_nb.data
-    monkeypatch.setattr(kimi_nb.data, "load_corpus", lambda *a: pytest.fail("read the corpus again"))
+    import kimi_nb.data.tokens
+
+    monkeypatch.setattr(kimi_nb.data.tokens, "load_corpus", lambda *a: pytest.fail("read the corpus again"))
     start = time.process_time()
     assert make(cache).fingerprint == first.fingerprint
     assert time.process_time() - start < 0.1
@@ -360,7 +496,18 @@ def test_changed_files_are_noticed_and_content_decides(tmp_path, cache):
     assert make(cache, corpus=str(a), num_documents=None).fingerprint != da.fingerprint
 
 
-@pytest.mark.parametrize("changed", [dict(tokenizer="char"), dict(tokenizer="bpe:300"), dict(max_tokens=3000), dict(num_documents=150), dict(val_fraction=0.2), dict(test_fraction=0.2), dict(corpus="pydocs")])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(tokenizer="char"),
+        dict(tokenizer="bpe:300"),
+        dict(max_tokens=3000),
+        dict(num_documents=150),
+        dict(val_fraction=0.2),
+        dict(test_fraction=0.2),
+        dict(corpus="pydocs"),
+    ],
+)
 def test_every_setting_changes_the_fingerprint(cache, changed):
     assert make(cache).fingerprint != make(cache, **changed).fingerprint
 
@@ -377,9 +524,12 @@ def test_a_damaged_cache_is_named_and_made_again(cache, damage):
     before, folder = np.array(data.train), data.folder
     name = {"meta": "meta.json", "tokenizer": "tokenizer.json", "gone": "val.bin"}.get(damage, "train.bin")
     path = folder / name
-    if damage == "gone": path.unlink()
-    elif damage == "altered": path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    else: path.write_bytes(path.read_bytes()[:100])
+    if damage == "gone":
+        path.unlink()
+    elif damage == "altered":
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    else:
+        path.write_bytes(path.read_bytes()[:100])
     assert "damaged" in refused(TokenData, folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -391,12 +541,14 @@ def test_a_damaged_cache_is_named_and_made_again(cache, damage):
 def test_describe_is_plain_data(cache):
     about = describe(DataConfig(corpus="tinyworld", num_documents=100, tokenizer="byte"), cache=cache)
     json.dumps(about)
-    assert about["vocab_size"] == 257 and 0.9 < about["bytes_per_token"] <= 1 and set(about["overlap"]) == {"val", "test"}
+    assert (
+        about["vocab_size"] == 257 and 0.9 < about["bytes_per_token"] <= 1 and set(about["overlap"]) == {"val", "test"}
+    )
 
 
 WORK = """
 import sys, time
-import kimi_nb.data as d
+import kimi_nb.data.tokens as d
 write = d._write
 def slow(work, *args):
     write(work, *args)
@@ -409,7 +561,13 @@ print("READY", data.fingerprint, int(data.train.sum()), flush=True)
 
 
 def start(cache, pause):
-    return subprocess.Popen([sys.executable, "-c", WORK, str(cache), str(pause)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORK, str(cache), str(pause)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def test_processes_that_prepare_the_same_data_at_once_share_one_cache(cache):
@@ -443,7 +601,8 @@ def test_kills_at_any_moment(cache):
         time.sleep(0.1 + 0.25 * i)
         victim.send_signal(signal.SIGKILL)
         victim.communicate()
-        for folder in (cache / str(i) / "tokens").glob("[!.]*"): TokenData(folder)  # whole, or not there
+        for folder in (cache / str(i) / "tokens").glob("[!.]*"):
+            TokenData(folder)  # whole, or not there
         data = prepare(dict(corpus="tinyworld", num_documents=200, tokenizer="bpe:300"), cache=cache / str(i))
         done = done or data.fingerprint
         assert data.fingerprint == done
@@ -452,16 +611,30 @@ def test_kills_at_any_moment(cache):
 @pytest.mark.parametrize("name", ["byte", "char", "bpe:300"])
 def test_tokenizing_runs_at_a_megabyte_a_second(name, tiny):
     text = "".join(tiny) * 20
-    code = ("import sys, time\nfrom kimi_nb.corpora import load_corpus\nfrom kimi_nb.tokenizer import build_tokenizer\n"
+    code = (
+        "import sys, time\nfrom kimi_nb.data import load_corpus\nfrom kimi_nb.data import build_tokenizer\n"
         "tiny = load_corpus('tinyworld', num_documents=200)\nt = build_tokenizer(sys.argv[1], tiny)\ntexts = [''.join(tiny)] * 20\n"
-        "def once():\n    start = time.process_time(); t.encode_batch(texts); return time.process_time() - start\nprint(min(once() for _ in range(3)))")
-    out = subprocess.run([sys.executable, "-c", code, name], env=os.environ | {"RAYON_NUM_THREADS": "1"}, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        "def once():\n    start = time.process_time(); t.encode_batch(texts); return time.process_time() - start\nprint(min(once() for _ in range(3)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, name],
+        env=os.environ | {"RAYON_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
     assert len(text.encode()) / float(out) > 1e6  # bytes per second of one core's time
 
 
 def test_importing_the_data_path_is_light():
-    code = "import sys, kimi_nb.data; print([m for m in ('torch', 'transformers', 'datasets', 'tokenizers', 'pandas', 'huggingface_hub') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+    code = "import sys, kimi_nb.data.tokens; print([m for m in ('torch', 'transformers', 'datasets', 'tokenizers', 'pandas', 'huggingface_hub') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_a_tokenizer_folder_is_checked(tmp_path, tiny):

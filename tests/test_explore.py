@@ -12,14 +12,28 @@ import torch
 from tiny import tiny_run
 
 from kimi_nb.config import KimiError, ModelConfig
-from kimi_nb.decoder import Decoder
-from kimi_nb.explore import ALL, EXPLORERS, Subject, explorer_pictures, explorers, playground, rope_explorer, trained_runs
-from kimi_nb.generate import Generator, Sampling
-from kimi_nb.model import KimiModel
+from kimi_nb.data import ByteTokenizer
+from kimi_nb.lab import (
+    ALL,
+    EXPLORERS,
+    Subject,
+    explorer_pictures,
+    explorers,
+    matrices,
+    next_token,
+    playground,
+    rope_explorer,
+    routed_text,
+    routes,
+    samples_html,
+    singular_values,
+    trained_runs,
+    training_change,
+)
+from kimi_nb.model import Decoder, KimiModel
 from kimi_nb.runner import run_one
-from kimi_nb.store import Store
-from kimi_nb.tokenizer import ByteTokenizer
-from kimi_nb.views import matrices, next_token, routed_text, routes, samples_html, singular_values, training_change
+from kimi_nb.study import Store
+from kimi_nb.use import Generator, Sampling
 
 MLA = dict(kind="mla", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
 
@@ -28,7 +42,11 @@ MLA = dict(kind="mla", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v
 def store(tmp_path_factory):
     """A run with experts, a dense run with learned positions, and one whose weights are gone."""
     store = Store(tmp_path_factory.mktemp("store"))
-    runs = [tiny_run(model__ffn__kind="moe", model__moe__n_experts=4, train__eval_every=0), tiny_run(model__position__kind="learned", train__eval_every=0), tiny_run(seed=3, train__eval_every=0)]
+    runs = [
+        tiny_run(model__ffn__kind="moe", model__moe__n_experts=4, train__eval_every=0),
+        tiny_run(model__position__kind="learned", train__eval_every=0),
+        tiny_run(seed=3, train__eval_every=0),
+    ]
     for run, name in zip(runs, ("moe-s0", "dense-s0", "gone-s3"), strict=True):
         run_one(run, store, name)
     (store.folder(runs[2].run_id) / "checkpoints" / "final" / "state.json").unlink()
@@ -38,7 +56,19 @@ def store(tmp_path_factory):
 @pytest.fixture
 def subject():
     """A random model with experts, latent attention and opinions."""
-    model = KimiModel(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=257, max_seq_len=64, attention=MLA, ffn=dict(kind="moe"), moe=dict(router="noaux_tc", n_experts=4, n_shared_experts=1, d_expert=16), first_dense_layers=1)).eval()
+    model = KimiModel(
+        ModelConfig(
+            d_model=32,
+            n_layers=2,
+            n_heads=2,
+            vocab_size=257,
+            max_seq_len=64,
+            attention=MLA,
+            ffn=dict(kind="moe"),
+            moe=dict(router="noaux_tc", n_experts=4, n_shared_experts=1, d_expert=16),
+            first_dense_layers=1,
+        )
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -60,29 +90,50 @@ def test_the_coloured_text_is_the_routers_decision(subject):
     hook = moe.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].detach()))
     table = routes(subject.model, subject.tokenizer, text)
     hook.remove()
-    scores = torch.sigmoid(seen["x"][0].double() @ moe.gate.weight.detach().double().T)  # (T, E); the correction bias of an untrained router is 0
+    scores = torch.sigmoid(
+        seen["x"][0].double() @ moe.gate.weight.detach().double().T
+    )  # (T, E); the correction bias of an untrained router is 0
     best = scores.topk(2, dim=-1)
     first = table[table["slot"] == 0]
     assert set(table["layer"]) == {1} and first["expert"].tolist() == best.indices[:, 0].tolist()
     np.testing.assert_allclose(first["weight"], (best.values[:, 0] / best.values.sum(-1)).numpy(), rtol=1e-4)
     page = routed_text(table, 4)
-    assert page.count("&lt;") == page.count("&gt;") == 2 and re.sub(r"<[^>]+>", "", re.sub(r"<sub.*?</sub>", "", html.unescape(page.split("</div><div>")[1]))).startswith("The cat ")
+    assert page.count("&lt;") == page.count("&gt;") == 2 and re.sub(
+        r"<[^>]+>", "", re.sub(r"<sub.*?</sub>", "", html.unescape(page.split("</div><div>")[1]))
+    ).startswith("The cat ")
     with pytest.raises(KimiError, match="layer 0 has no experts: one of 1"):
         routed_text(table, 4, 0)
 
 
 def test_spectra_are_numpys_and_begin_at_nothing(subject):
     values, groups = singular_values(subject.model.state_dict()), matrices(subject.model.state_dict())
-    assert len(groups["feed-forward in"]) == 2 + 4 + 2  # gate and up of the dense layer, four experts of both in one, the shared expert
+    assert (
+        len(groups["feed-forward in"]) == 2 + 4 + 2
+    )  # gate and up of the dense layer, four experts of both in one, the shared expert
     for kind, members in groups.items():
         widths = [min(m.shape) for _, m in members]
-        mine = [np.linalg.svd(m.double().numpy(), compute_uv=False) for _, m in members if min(m.shape) == max(set(widths), key=widths.count)]
+        mine = [
+            np.linalg.svd(m.double().numpy(), compute_uv=False)
+            for _, m in members
+            if min(m.shape) == max(set(widths), key=widths.count)
+        ]
         np.testing.assert_allclose(values[kind], mine, rtol=2e-3, atol=1e-4)
     untouched = KimiModel(subject.model.config, seed=5)
-    assert singular_values(training_change(untouched, tiny_run(seed=5))) == {} and singular_values(training_change(untouched, tiny_run(seed=6)))
+    assert singular_values(training_change(untouched, tiny_run(seed=5))) == {} and singular_values(
+        training_change(untouched, tiny_run(seed=6))
+    )
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0.5), dict(top_k=5), dict(top_p=0.6, temperature=1.3), dict(repetition_penalty=1.5, top_k=20), dict(temperature=0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.5),
+        dict(top_k=5),
+        dict(top_p=0.6, temperature=1.3),
+        dict(repetition_penalty=1.5, top_k=20),
+        dict(temperature=0),
+    ],
+)
 def test_the_sampling_picture_is_what_the_generator_draws_from(subject, options):
     _, q, _ = next_token(subject.model, subject.tokenizer, "The cat", **options)
     g = Generator(subject.model, subject.tokenizer)
@@ -97,7 +148,9 @@ def test_the_sampling_picture_is_what_the_generator_draws_from(subject, options)
 def test_pictures_need_no_widgets(subject, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     pictures = explorer_pictures(subject)
-    assert {"Attention by layer and head", "Experts of every token", "RoPE's clocks"} <= set(pictures) and all(isinstance(p, str) or p.axes for p in pictures.values())
+    assert {"Attention by layer and head", "Experts of every token", "RoPE's clocks"} <= set(pictures) and all(
+        isinstance(p, str) or p.axes for p in pictures.values()
+    )
     assert "&lt;i&gt;" in samples_html(subject.model, subject.tokenizer, "<i>", [{}], 3)
 
 
@@ -162,14 +215,18 @@ def test_a_damaged_checkpoint_is_said_and_the_rest_goes_on(store, tmp_path):
 
 def test_the_playground_writes_while_the_notebook_is_free(subject, monkeypatch):
     go_on, stream = threading.Event(), Generator.stream
-    monkeypatch.setattr(Generator, "stream", lambda self, prompt, **o: (go_on.wait(30) and piece for piece in stream(self, prompt, **o)))
+    monkeypatch.setattr(
+        Generator, "stream", lambda self, prompt, **o: (go_on.wait(30) and piece for piece in stream(self, prompt, **o))
+    )
     play = playground(subject)
     play.controls["max_new_tokens"].value, play.controls["prompt"].value = 40, "The cat"
     play.write()
     assert play.thread.is_alive() and play.text == "" and play.controls["go"].disabled  # it waits, and we are here
     go_on.set()
     play.thread.join(60)
-    assert play.text == Generator(subject.model, subject.tokenizer).generate_text("The cat", 40, temperature=0.8, seed=0)
+    assert play.text == Generator(subject.model, subject.tokenizer).generate_text(
+        "The cat", 40, temperature=0.8, seed=0
+    )
     assert "tokens in" in play.message.value and not play.controls["go"].disabled and play.controls["stop"].disabled
 
 
@@ -181,7 +238,11 @@ def test_the_playground_stops_when_asked_and_says_what_is_wrong(subject, monkeyp
     play.halt()
     play.thread.join(10)
     assert 0 < len(play.text) < 1000 and "stopped" in play.message.value
-    monkeypatch.setattr(Generator, "stream", lambda self, prompt, **o: (_ for _ in ()).throw(KimiError("the model's logits are not numbers")))
+    monkeypatch.setattr(
+        Generator,
+        "stream",
+        lambda self, prompt, **o: (_ for _ in ()).throw(KimiError("the model's logits are not numbers")),
+    )
     play.write()
     play.thread.join(10)
     assert "are not numbers" in html.unescape(play.message.value) and not play.controls["go"].disabled

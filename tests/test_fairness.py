@@ -47,8 +47,14 @@ def test_what_decides_the_batches_is_the_same_in_a_block(profile):
         for (block, seed), runs in by_block(study).items():
             base = runs[study.baseline]
             for arm, run in runs.items():
-                same = {k: v for k, v in run.data.model_dump(mode="json").items() if f"data.{k}" not in about} == {k: v for k, v in base.data.model_dump(mode="json").items() if f"data.{k}" not in about}
-                assert same and (run.seq_len, run.train.batch_size, run.seed) == (base.seq_len, base.train.batch_size, seed), (study.name, block, arm)
+                same = {k: v for k, v in run.data.model_dump(mode="json").items() if f"data.{k}" not in about} == {
+                    k: v for k, v in base.data.model_dump(mode="json").items() if f"data.{k}" not in about
+                }
+                assert same and (run.seq_len, run.train.batch_size, run.seed) == (
+                    base.seq_len,
+                    base.train.batch_size,
+                    seed,
+                ), (study.name, block, arm)
         assert not about or study.name.startswith("scaling"), f"{study.name} compares arms on different texts: {about}"
 
 

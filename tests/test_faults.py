@@ -9,11 +9,10 @@ import pytest
 from test_plan import PLAN, call, executed, place  # noqa: F401  (a fixture)
 from tiny import hang, start, tiny_run
 
-from kimi_nb import attempt, runner
 from kimi_nb.cli import main
-from kimi_nb.runner import RunnerError, run_studies
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Study
+from kimi_nb.runner import RunnerError, attempt, run_studies
+from kimi_nb.runner import pool as runner
+from kimi_nb.study import Arm, Store, Study
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +22,13 @@ def _cache(tmp_path_factory, monkeypatch):
 
 def two_arms(**changes):
     """A study of one seed whose second arm is the one in trouble."""
-    return Study(name="faults", base=tiny_run(**changes), baseline="fine", seeds=(0,), arms=(Arm("fine"), Arm("trouble", {"model.d_ff": 64})))
+    return Study(
+        name="faults",
+        base=tiny_run(**changes),
+        baseline="fine",
+        seeds=(0,),
+        arms=(Arm("fine"), Arm("trouble", {"model.d_ff": 64})),
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
@@ -35,7 +40,11 @@ def test_a_run_that_hangs_is_ended_tried_again_and_fails_alone(tmp_path, monkeyp
     hang(store, study, "trouble")
     fine, trouble = run_studies([study], store, workers=2, progress=False, hours_per_run=6 / 3600)
     assert (fine.status, trouble.status) == ("done", "failed")
-    assert "not done after 0.00166667 hours, 2 times, last in read_state (checkpoint.py, line " in trouble.provenance["error"] and "--time-limit" in trouble.provenance["error"]
+    assert (
+        "not done after 0.00166667 hours, 2 times, last in read_state (checkpoint.py, line "
+        in trouble.provenance["error"]
+        and "--time-limit" in trouble.provenance["error"]
+    )
     assert (store.folder(trouble.run_id) / "training_log.txt").read_text().count("Timeout (") == 2
     assert store.verify() == [] and not list((store.path / ".locks").glob("*.trace"))
 
@@ -58,13 +67,19 @@ def test_a_time_limit_ends_with_the_run(tmp_path):
     for process in ends:
         process.join(60)
     assert [p.exitcode for p in ends] == [0, 1]
-    assert attempt._overdue(Store(tmp_path), "a" * 12) == "" and attempt._overdue(Store(tmp_path), "b" * 12).startswith("last in ")
+    assert attempt._overdue(Store(tmp_path), "a" * 12) == "" and attempt._overdue(Store(tmp_path), "b" * 12).startswith(
+        "last in "
+    )
     assert not list(tmp_path.rglob("*.trace"))
 
 
 def test_a_time_limit_needs_a_process_to_end(tmp_path, capsys):
     """A limit with the executor that has no worker processes, and one that is no time, are refused in one line."""
-    for how, words in ((dict(executor="inprocess", hours_per_run=1.0), "executor process or ray"), (dict(hours_per_run=0.0), "hours_per_run 0 is out of range"), (dict(address="auto"), "--executor ray")):
+    for how, words in (
+        (dict(executor="inprocess", hours_per_run=1.0), "executor process or ray"),
+        (dict(hours_per_run=0.0), "hours_per_run 0 is out of range"),
+        (dict(address="auto"), "--executor ray"),
+    ):
         with pytest.raises(RunnerError, match=words):
             run_studies([two_arms()], Store(tmp_path / "s"), progress=False, **how)
     assert main(["run", "norm", "--results", str(tmp_path), "--time-limit", "-1"]) == 2
@@ -74,10 +89,22 @@ def test_a_time_limit_needs_a_process_to_end(tmp_path, capsys):
 @pytest.mark.parametrize("where", ["the allocator", "Python", "the disk's cache"])
 def test_memory_that_runs_out_in_one_arm_fails_that_arm(tmp_path, monkeypatch, where):
     """Out of memory in one arm is a failed record that says so, and the other arms are done; a second plan tries that arm again."""
-    from kimi_nb.trainer import Trainer
+    from kimi_nb.train import Trainer
 
     real = Trainer._accumulate
-    error = dict(zip(("the allocator", "Python", "the disk's cache"), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError("no room"), OSError(errno.ENOMEM, "Cannot allocate memory")), strict=True))[where]
+    error = dict(
+        zip(
+            ("the allocator", "Python", "the disk's cache"),
+            (
+                RuntimeError(
+                    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                ),
+                MemoryError("no room"),
+                OSError(errno.ENOMEM, "Cannot allocate memory"),
+            ),
+            strict=True,
+        )
+    )[where]
 
     def hungry(self, x, y):
         if self.run.model.d_ff == 64:
@@ -88,7 +115,11 @@ def test_memory_that_runs_out_in_one_arm_fails_that_arm(tmp_path, monkeypatch, w
         patch.setattr(Trainer, "_accumulate", hungry)
         fine, trouble = run_studies([two_arms()], Store(tmp_path / "s"), "inprocess", progress=False)
     assert (fine.status, trouble.status) == ("done", "failed")
-    words = {"the allocator": "out of memory at step 1 with a micro-batch of 1 sequence", "Python": "MemoryError: no room", "the disk's cache": "Cannot allocate memory"}[where]
+    words = {
+        "the allocator": "out of memory at step 1 with a micro-batch of 1 sequence",
+        "Python": "MemoryError: no room",
+        "the disk's cache": "Cannot allocate memory",
+    }[where]
     assert words in trouble.provenance["error"]
     again = run_studies([two_arms()], Store(tmp_path / "s"), "inprocess", progress=False)
     assert [r.status for r in again] == ["done", "done"] and Store(tmp_path / "s").verify() == []
@@ -112,8 +143,8 @@ def backwards(monkeypatch):
             return datetime.fromtimestamp(now[0], tz) + timedelta(0)
 
     monkeypatch.setattr(time, "time", tick)
-    monkeypatch.setattr("kimi_nb.plan.datetime", Clock)
-    monkeypatch.setattr("kimi_nb.train.datetime", Clock)
+    monkeypatch.setattr("kimi_nb.plan.run.datetime", Clock)
+    monkeypatch.setattr("kimi_nb.train.loop.datetime", Clock)
 
 
 def test_a_clock_that_jumps_back_harms_nothing(place, capsys, backwards):  # noqa: F811
@@ -126,7 +157,9 @@ def test_a_clock_that_jumps_back_harms_nothing(place, capsys, backwards):  # noq
     code, out, _ = call(capsys, *PLAN)
     assert code == 0 and executed(out) == ["norm"]
     store = Store(place.results)
-    assert store.verify(complete=True) == [] and all(r.metrics["seconds"] >= 0 for r in store.records() if "seconds" in r.metrics)
+    assert store.verify(complete=True) == [] and all(
+        r.metrics["seconds"] >= 0 for r in store.records() if "seconds" in r.metrics
+    )
 
 
 def test_a_phase_that_records_nothing_new_is_found_out_whatever_the_clock_says(place, capsys, backwards):  # noqa: F811

@@ -12,12 +12,10 @@ pytest.importorskip("torch")
 
 import torch
 
-from kimi_nb import forecast, runner, train
-from kimi_nb.attempt import Crowded, run_one
-from kimi_nb.forecast import measure_sharing, pick_workers, visible_gpus
-from kimi_nb.runner import run_studies
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Record, Study
+from kimi_nb.runner import Crowded, forecast, measure_sharing, pick_workers, run_one, run_studies, visible_gpus
+from kimi_nb.runner import pool as runner
+from kimi_nb.study import Arm, Record, Store, Study
+from kimi_nb.train import loop as train
 from tests.tiny import start, tiny_run
 
 
@@ -75,9 +73,13 @@ def test_it_is_measured_once_and_said(gpus):
     gpus("0")
     said, (measure, calls) = [], measured({1: 50.0, 2: 71.25, 4: 70.0})
     assert pick_workers(RUNS, measure=measure, say=said.append) == 2 and len(calls) == 3
-    assert "50.0, 71.2, 70.0 steps a second with 1, 2, 4 processes" in said[-1] and said[-1].endswith("2 runs share one")
+    assert "50.0, 71.2, 70.0 steps a second with 1, 2, 4 processes" in said[-1] and said[-1].endswith(
+        "2 runs share one"
+    )
     assert pick_workers(RUNS, measure=None, say=said.append) == 2 and "measured before" in said[-1]
-    assert pick_workers([r.override({"train.lr": 5e-4}) for r in RUNS], measure=None) == 2  # the rate does not change a step's time
+    assert (
+        pick_workers([r.override({"train.lr": 5e-4}) for r in RUNS], measure=None) == 2
+    )  # the rate does not change a step's time
     wide = [r.override({"model.d_model": 32}) for r in RUNS]
     assert pick_workers(wide + RUNS[:9], measure=measure) == 2 and calls[-1][0].model.d_model == 32
 
@@ -91,7 +93,10 @@ def test_several_gpus_are_dealt_out(gpus, monkeypatch):
     assert runner._gpu_of(3, None) == (["GPU-a", "GPU-b", "GPU-a"], True) and runner._gpu_of(2, "cuda")[1] is False
     assert runner._gpu_of(2, "cuda:1") == ([None, None], False)  # as named
     monkeypatch.setattr(forecast, "_cores", lambda: 4)
-    assert pick_workers([r.override({"model.d_ff": 64}) for r in RUNS], measure=measured({1: 50.0, 2: 70.0, 4: 90.0})[0]) == 4
+    assert (
+        pick_workers([r.override({"model.d_ff": 64}) for r in RUNS], measure=measured({1: 50.0, 2: 70.0, 4: 90.0})[0])
+        == 4
+    )
     gpus()
     assert pick_workers(RUNS, measure=None) == 4
 
@@ -111,7 +116,14 @@ def test_damaged_rates_are_measured_again(gpus, tmp_path):
     pick_workers(RUNS, measure=measured({1: 50.0})[0])
     (path,) = (tmp_path / "cache").rglob("sharing.json")
     (key,) = json.loads(path.read_text())
-    for bad in ("", "[]", json.dumps({key: {"2": 70.0}}), json.dumps({key: {"1": -1.0}}), json.dumps({key: {"1": 50.0, "9": 90.0}}), json.dumps({key: None})):
+    for bad in (
+        "",
+        "[]",
+        json.dumps({key: {"2": 70.0}}),
+        json.dumps({key: {"1": -1.0}}),
+        json.dumps({key: {"1": 50.0, "9": 90.0}}),
+        json.dumps({key: None}),
+    ):
         path.write_text(bad)
         assert pick_workers(RUNS, measure=measured({1: 50.0, 2: 70.0})[0]) == 2
 
@@ -167,7 +179,11 @@ def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, 
         try:
             while True:
                 config, name, keep = pipe.recv()
-                pipe.send(runner._attempt(type(study.base)(**config), store, name=name, device="cpu", keep=keep, shared=shared))
+                pipe.send(
+                    runner._attempt(
+                        type(study.base)(**config), store, name=name, device="cpu", keep=keep, shared=shared
+                    )
+                )
         except (EOFError, OSError):
             alive.discard(me)
 
@@ -176,15 +192,28 @@ def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, 
         thread = threading.Thread(target=worker, args=(theirs, shared, mine), daemon=True)
         alive.add(mine)
         thread.start()
-        end = SimpleNamespace(is_alive=thread.is_alive, terminate=lambda: alive.discard(mine), kill=lambda: alive.discard(mine), join=thread.join)
+        end = SimpleNamespace(
+            is_alive=thread.is_alive,
+            terminate=lambda: alive.discard(mine),
+            kill=lambda: alive.discard(mine),
+            join=thread.join,
+        )
         return cls(end, mine, gpu=gpu)
 
     monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(runner.Worker, "start", classmethod(begin))
-    study = Study(name="memory", base=tiny_run(), baseline="small", seeds=(0,), arms=(Arm("small"), Arm("large", {"model.d_ff": 64}), Arm("never", {"model.d_ff": 96})))
+    study = Study(
+        name="memory",
+        base=tiny_run(),
+        baseline="small",
+        seeds=(0,),
+        arms=(Arm("small"), Arm("large", {"model.d_ff": 64}), Arm("never", {"model.d_ff": 96})),
+    )
     store = Store(tmp_path / "s")
     records = run_studies([study], store, workers=2)
-    assert [r.status for r in records] == ["done", "done", "failed"] and "out of memory" in records[2].provenance["error"]
+    assert [r.status for r in records] == ["done", "done", "failed"] and "out of memory" in records[2].provenance[
+        "error"
+    ]
     assert sorted(seen) == [("large", 1), ("large", 2), ("never", 1), ("never", 2), ("small", 2)]
     assert capsys.readouterr().err.count("found no memory beside others on its GPU and will be tried alone") == 2
 

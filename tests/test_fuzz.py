@@ -11,15 +11,39 @@ from hypothesis import strategies as st
 from tiny import phase_cells, settings_text, tiny_run, write_notebook
 
 from kimi_nb.config import KimiError, RunConfig, load_profile
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Record, Study, seal
+from kimi_nb.study import Arm, Record, Store, Study, seal
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, -1, 0, "", "\x00", "../..", "nan", 2**63, 1e308]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, -1, 0, "", "\x00", "../..", "nan", 2**63, 1e308]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-ODD = [b"\x00", b"\xff\xfe", b"{" * 2000, b"[" * 2000, b'"', b"\n", b"\\", b"9" * 5000, b"-", b"1e999", b"NaN", b"2020-99-99", b"!!python/object:os.system", b"&a *a", b"%(x)s", b"=", b"[tiny]", b": ", b"\xe2\x80\xa8"]
+ODD = [
+    b"\x00",
+    b"\xff\xfe",
+    b"{" * 2000,
+    b"[" * 2000,
+    b'"',
+    b"\n",
+    b"\\",
+    b"9" * 5000,
+    b"-",
+    b"1e999",
+    b"NaN",
+    b"2020-99-99",
+    b"!!python/object:os.system",
+    b"&a *a",
+    b"%(x)s",
+    b"=",
+    b"[tiny]",
+    b": ",
+    b"\xe2\x80\xa8",
+]
 
 
 @st.composite
@@ -90,14 +114,20 @@ def reader(make):
 def yaml_configuration(folder):
     """RunConfig.load of a YAML file"""
     path = folder / "c.yaml"
-    return file_of(tiny_run().to_yaml().encode()), lambda data: (path.write_bytes(data), in_a_line(lambda: RunConfig.load(path).run_id))
+    return file_of(tiny_run().to_yaml().encode()), lambda data: (
+        path.write_bytes(data),
+        in_a_line(lambda: RunConfig.load(path).run_id),
+    )
 
 
 @reader
 def json_configuration(folder):
     """RunConfig.load of a JSON file"""
     path = folder / "c.json"
-    return file_of(tiny_run().to_json().encode()), lambda data: (path.write_bytes(data), in_a_line(lambda: RunConfig.load(path).run_id))
+    return file_of(tiny_run().to_json().encode()), lambda data: (
+        path.write_bytes(data),
+        in_a_line(lambda: RunConfig.load(path).run_id),
+    )
 
 
 @reader
@@ -112,11 +142,20 @@ def changes(folder):
 def settings_file(folder):
     """load_profile of a settings.ini"""
     path = folder / "settings.ini"
-    return file_of(settings_text().encode()), lambda data: (path.write_bytes(data), in_a_line(lambda: load_profile("tiny", path)))
+    return file_of(settings_text().encode()), lambda data: (
+        path.write_bytes(data),
+        in_a_line(lambda: load_profile("tiny", path)),
+    )
 
 
 def a_record():
-    return Record.of(tiny_run(), "done", metrics={"test_bpb": 2.0}, curves={"train_loss": {"step": [1, 2], "value": [3.0, 2.0]}}, provenance={"device": "cpu"})
+    return Record.of(
+        tiny_run(),
+        "done",
+        metrics={"test_bpb": 2.0},
+        curves={"train_loss": {"step": [1, 2], "value": [3.0, 2.0]}},
+        provenance={"device": "cpu"},
+    )
 
 
 @reader
@@ -130,7 +169,11 @@ def record(folder):
             in_a_line(lambda: got.run)
 
     whole = a_record().to_dict()
-    resealed = nonsense(whole).filter(lambda v: isinstance(v, dict)).map(lambda v: try_to(lambda: seal({k: x for k, x in v.items() if k != "digest"})).encode())
+    resealed = (
+        nonsense(whole)
+        .filter(lambda v: isinstance(v, dict))
+        .map(lambda v: try_to(lambda: seal({k: x for k, x in v.items() if k != "digest"})).encode())
+    )
     return st.one_of(file_of(a_record().to_json().encode()), resealed), use
 
 
@@ -144,7 +187,13 @@ def try_to(make):
 @reader
 def manifest(folder):
     """The file of a study, and the tables made from it"""
-    study = Study(name="norm", base=tiny_run(), baseline="layernorm", seeds=(0, 1), arms=(Arm("layernorm"), Arm("rmsnorm", {"model.norm.kind": "rmsnorm"})))
+    study = Study(
+        name="norm",
+        base=tiny_run(),
+        baseline="layernorm",
+        seeds=(0, 1),
+        arms=(Arm("layernorm"), Arm("rmsnorm", {"model.norm.kind": "rmsnorm"})),
+    )
     Store(folder).record_study(study)
     path = folder / "studies" / "norm.json"
     whole = path.read_bytes()
@@ -154,7 +203,11 @@ def manifest(folder):
     def use(data):
         path.write_bytes(data)
         store = Store(folder)
-        for call in (lambda: store.manifest("norm"), lambda: store.frame("norm", missing=True), lambda: store.record_study(study)):
+        for call in (
+            lambda: store.manifest("norm"),
+            lambda: store.frame("norm", missing=True),
+            lambda: store.record_study(study),
+        ):
             in_a_line(call)
         assert isinstance(store.verify(), list)
 
@@ -205,14 +258,19 @@ def resealed_state(place, state):
     """state.json with the digests it ought to have."""
     state = {k: v for k, v in state.items() if k != "digest"}
     if isinstance(state.get("files"), dict):
-        state["files"] = {k: hashlib.sha256((place / k).read_bytes()).hexdigest() if "\x00" not in k and (place / k).is_file() else v for k, v in state["files"].items()}
-    (place / "state.json").write_text(json.dumps(state | {"digest": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()}))
+        state["files"] = {
+            k: hashlib.sha256((place / k).read_bytes()).hexdigest() if "\x00" not in k and (place / k).is_file() else v
+            for k, v in state["files"].items()
+        }
+    (place / "state.json").write_text(
+        json.dumps(state | {"digest": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()})
+    )
 
 
 @reader
 def checkpoint_state(folder):
     """load_checkpoint and load_model with any state.json, with its own digest or not"""
-    from kimi_nb.checkpoint import load_checkpoint, load_model
+    from kimi_nb.train import load_checkpoint, load_model
 
     place = trained(folder / "run")
     whole = (place / "state.json").read_bytes()
@@ -232,8 +290,7 @@ def checkpoint_state(folder):
 @reader
 def checkpoint_tensors(folder):
     """load_model and resuming with any bytes as safetensors, with a fitting digest"""
-    from kimi_nb.checkpoint import load_model
-    from kimi_nb.train import fit
+    from kimi_nb.train import fit, load_model
 
     place = trained(folder / "run")
     state, whole = json.loads((place / "state.json").read_text()), (place / "model.safetensors").read_bytes()
@@ -246,17 +303,21 @@ def checkpoint_tensors(folder):
         (target / "model.safetensors").write_bytes(data)
         resealed_state(target, state)
         in_a_line(lambda: load_model(target))
-        in_a_line(lambda: fit(tiny_run(train__save_every=4, train__steps=12), copy, progress=False) if data != whole else None)
+        in_a_line(
+            lambda: fit(tiny_run(train__save_every=4, train__steps=12), copy, progress=False) if data != whole else None
+        )
 
     size = int.from_bytes(whole[:8], "little")
-    header = nonsense(json.loads(whole[8 : 8 + size])).map(lambda v: (h := json.dumps(v).encode()) and len(h).to_bytes(8, "little") + h + whole[8 + size :])
+    header = nonsense(json.loads(whole[8 : 8 + size])).map(
+        lambda v: (h := json.dumps(v).encode()) and len(h).to_bytes(8, "little") + h + whole[8 + size :]
+    )
     return st.one_of(damaged(whole), header, st.binary(max_size=40)), use
 
 
 @reader
 def metrics_log(folder):
     """Resuming with any metrics.jsonl"""
-    from kimi_nb.train import _Journal
+    from kimi_nb.train.loop import _Journal
 
     trained(folder / "run")
     path = folder / "metrics.jsonl"
@@ -270,7 +331,10 @@ def metrics_log(folder):
             json.dumps(lines)
 
     lines = [json.loads(line) for line in whole.splitlines()]
-    return st.one_of(file_of(whole), nonsense(lines).filter(lambda v: isinstance(v, list)).map(lambda v: "\n".join(map(json.dumps, v)).encode())), use
+    return st.one_of(
+        file_of(whole),
+        nonsense(lines).filter(lambda v: isinstance(v, list)).map(lambda v: "\n".join(map(json.dumps, v)).encode()),
+    ), use
 
 
 @reader
@@ -297,8 +361,7 @@ def token_cache(folder):
 @reader
 def tokenizer_files(folder):
     """Tokenizer.load with any files"""
-    from kimi_nb.data import prepare
-    from kimi_nb.tokenizer import Tokenizer
+    from kimi_nb.data import Tokenizer, prepare
 
     prepare(dict(corpus="tinyworld", tokenizer="bpe:300", num_documents=30), cache=folder).tokenizer.save(folder / "t")
     files = {p: p.read_bytes() for p in (folder / "t").iterdir()}
@@ -315,12 +378,14 @@ def tokenizer_files(folder):
 @reader
 def outcome_and_timings(folder):
     """The outcome of a phase and the kept step times"""
-    from kimi_nb.forecast import read_sharing, read_timings
     from kimi_nb.plan import read_outcome, record_outcome
+    from kimi_nb.runner import read_sharing, read_timings
 
     profile = folder / "settings.ini"
     profile.write_text(settings_text())
-    record_outcome(Store(folder), "norm", load_profile("tiny", profile), [dict(id="a", claim="b", word="supported", sentence="c")])
+    record_outcome(
+        Store(folder), "norm", load_profile("tiny", profile), [dict(id="a", claim="b", word="supported", sentence="c")]
+    )
     path = folder / "phases" / "norm.json"
 
     def use(data):
@@ -329,7 +394,9 @@ def outcome_and_timings(folder):
         assert all(isinstance(v, float) and v > 0 for v in read_timings(path).values())
         assert all(rates[1] > 0 and set(rates) <= {1, 2, 4} for rates in read_sharing(path).values())
 
-    return file_of(path.read_bytes()) | st.dictionaries(st.text(max_size=3), JSON).map(lambda v: json.dumps(v).encode()), use
+    return file_of(path.read_bytes()) | st.dictionaries(st.text(max_size=3), JSON).map(
+        lambda v: json.dumps(v).encode()
+    ), use
 
 
 @reader
@@ -338,14 +405,25 @@ def notebook_parameters(folder):
     from kimi_nb.plan import check_parameters
 
     path = write_notebook(folder / "n.ipynb", phase_cells("norm"))
-    return file_of(path.read_bytes()), lambda data: (path.write_bytes(data), in_a_line(lambda: check_parameters(path, dict(profile="tiny", results="."))))
+    return file_of(path.read_bytes()), lambda data: (
+        path.write_bytes(data),
+        in_a_line(lambda: check_parameters(path, dict(profile="tiny", results="."))),
+    )
 
 
 ROWS = {
     "lambada": dict(text="He opened the door and left the room"),
-    "hellaswag": dict(activity_label="Cooking", ctx_a="She cuts", ctx_b="then she", endings=["eats.", "sleeps.", "flies.", "sings."], label="0"),
+    "hellaswag": dict(
+        activity_label="Cooking",
+        ctx_a="She cuts",
+        ctx_b="then she",
+        endings=["eats.", "sleeps.", "flies.", "sings."],
+        label="0",
+    ),
     "siqa": dict(context="Ann was late.", question="Why?", answerA="rain", answerB="sun", answerC="tea", label="1"),
-    "squad": dict(context="The river is long.", question="What is long?", answers=dict(text=["The river"], answer_start=[0])),
+    "squad": dict(
+        context="The river is long.", question="What is long?", answers=dict(text=["The river"], answer_start=[0])
+    ),
     "simple_qa": dict(id="a1", question="Where?", choices=["here", "there"], answer=1, half="general"),
     "cb": dict(premise="It rains.", hypothesis="It is wet.", label=2),
     "wsc": dict(text="Mark told Pete he won.", span1_text="Mark", span2_text="he", span2_index=3, label=0),
@@ -356,7 +434,7 @@ ROWS = {
 @reader
 def task_rows(folder):
     """read_rows of local rows of any task; what passes can be shown to the harness's own functions"""
-    from kimi_nb.tasks import TASKS, read_rows, record_choices, record_target, record_text, squad_target
+    from kimi_nb.evals import TASKS, read_rows, record_choices, record_target, record_text, squad_target
 
     path = folder / "rows.jsonl"
 
@@ -369,7 +447,9 @@ def task_rows(folder):
             if name == "squad":
                 assert isinstance(squad_target(row), str)
 
-    return st.sampled_from(sorted(ROWS)).flatmap(lambda n: st.tuples(st.just(n), file_of(json.dumps(ROWS[n]).encode()))), use
+    return st.sampled_from(sorted(ROWS)).flatmap(
+        lambda n: st.tuples(st.just(n), file_of(json.dumps(ROWS[n]).encode()))
+    ), use
 
 
 def fuzz(name, folder, examples, monkeypatch):
@@ -377,7 +457,9 @@ def fuzz(name, folder, examples, monkeypatch):
     (folder / "work").mkdir()
     strategy, use = READERS[name](folder / "work")
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(strategy)
     def check(data):
         use(data)

@@ -7,13 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from kimi_nb.checkpoint import save_model
 from kimi_nb.cli import main
 from kimi_nb.config import ModelConfig, RunConfig
-from kimi_nb.decoder import Decoder
-from kimi_nb.generate import (
+from kimi_nb.data import ByteTokenizer, CharTokenizer, PairTokenizer
+from kimi_nb.model import Decoder, KimiModel
+from kimi_nb.train import save_model
+from kimi_nb.use import (
     GenerateError,
     Generator,
     Sampling,
@@ -23,10 +29,8 @@ from kimi_nb.generate import (
     keep_top_p,
     penalise_repetition,
     select_cache_rows,
+    to_deepseek_v3,
 )
-from kimi_nb.hub import to_deepseek_v3
-from kimi_nb.model import KimiModel
-from kimi_nb.tokenizer import ByteTokenizer, CharTokenizer, PairTokenizer
 
 MLA = dict(kind="mla", kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
 BASE = dict(d_model=32, n_heads=2, vocab_size=257, max_seq_len=24)
@@ -35,7 +39,13 @@ KINDS = dict(
     learned=dict(position=dict(kind="learned")),
     latent=dict(attention=dict(kind="latent", n_latents=2, chunk_size=4)),
     mla=dict(attention=MLA, norm=dict(kind="rmsnorm")),
-    kimi=dict(attention=MLA, norm=dict(kind="rmsnorm"), first_dense_layers=1, ffn=dict(kind="moe"), moe=dict(router="noaux_tc", n_experts=4, d_expert=16, n_shared_experts=1)),
+    kimi=dict(
+        attention=MLA,
+        norm=dict(kind="rmsnorm"),
+        first_dense_layers=1,
+        ffn=dict(kind="moe"),
+        moe=dict(router="noaux_tc", n_experts=4, d_expert=16, n_shared_experts=1),
+    ),
     standard=dict(ffn=dict(kind="moe", activation="gelu"), moe=dict(n_experts=4, d_expert=16)),
 )
 
@@ -51,7 +61,11 @@ def writer(kind="kimi", tokenizer=None, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [dict(greedy=True), dict(seed=1), dict(seed=1, temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.3)], ids=["greedy", "sampled", "everything"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(greedy=True), dict(seed=1), dict(seed=1, temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.3)],
+    ids=["greedy", "sampled", "everything"],
+)
 def test_cache_and_stream_change_nothing(kind, options):
     g = writer(kind)
     whole = g.generate_text("The sea", 40, **options)  # over the trained 24 and over the edges of chunks
@@ -74,7 +88,9 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(kind):
 
 def test_cached_greedy_text_is_transformers_text():
     g = writer()
-    g.tokenizer = CharTokenizer("".join(map(chr, range(257))), eot=False, unknown=False)  # every id one character, no end
+    g.tokenizer = CharTokenizer(
+        "".join(map(chr, range(257))), eot=False, unknown=False
+    )  # every id one character, no end
     ids = torch.tensor([[84, 104, 101]])
     expected = to_deepseek_v3(g.model.eval()).generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, 3:]
     assert g.generate_text("The", 40, greedy=True) == g.tokenizer.decode(expected)
@@ -99,7 +115,11 @@ def test_sampling_rules_are_transformers(seed, k, p, temperature, penalty):
     logits, ids = torch.randn(4, 61, generator=rng) * 4, torch.randint(0, 61, (4, 17), generator=rng)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     assert torch.equal(penalise_repetition(logits, ids, penalty), expected)
-    for ours, theirs in ((lambda z: z / temperature, TemperatureLogitsWarper(temperature)), (lambda z: keep_top_k(z, k), TopKLogitsWarper(k)), (lambda z: keep_top_p(z, p), TopPLogitsWarper(p))):
+    for ours, theirs in (
+        (lambda z: z / temperature, TemperatureLogitsWarper(temperature)),
+        (lambda z: keep_top_k(z, k), TopKLogitsWarper(k)),
+        (lambda z: keep_top_p(z, p), TopPLogitsWarper(p)),
+    ):
         assert torch.equal(ours(logits), theirs(ids, logits))
         expected = theirs(ids, expected)
     u = torch.rand(4, dtype=torch.float64, generator=rng)
@@ -128,7 +148,10 @@ def test_the_end_of_text_ends_it_and_padding_ids_are_never_drawn():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([0xF0, 0x9F, 0x99, 0x82, 0xC3, 0xA9, 65, 66, 67, 10]), max_size=90), st.lists(st.sampled_from(["A", "AB", "BC", "CCA", "é"]), max_size=2))
+@given(
+    st.lists(st.sampled_from([0xF0, 0x9F, 0x99, 0x82, 0xC3, 0xA9, 65, 66, 67, 10]), max_size=90),
+    st.lists(st.sampled_from(["A", "AB", "BC", "CCA", "é"]), max_size=2),
+)
 def test_pieces_never_hold_half_a_character_and_stop_where_text_stops(data, stop):
     builder, pieces = TextBuilder(ByteTokenizer(), tuple(stop)), []
     for b in data:
@@ -138,7 +161,11 @@ def test_pieces_never_hold_half_a_character_and_stop_where_text_stops(data, stop
                 assert (bytes(builder.ids) + more).decode(errors="replace").startswith("".join(pieces)) or builder.done
     pieces.append(builder.finish())
     whole = bytes(data).decode(errors="replace")
-    assert "".join(pieces) == builder.text == whole[: min([i for s in stop if (i := whole.find(s)) >= 0], default=len(whole))]
+    assert (
+        "".join(pieces)
+        == builder.text
+        == whole[: min([i for s in stop if (i := whole.find(s)) >= 0], default=len(whole))]
+    )
 
 
 def test_stop_strings_may_cross_tokens_and_pieces():
@@ -146,7 +173,11 @@ def test_stop_strings_may_cross_tokens_and_pieces():
     text = g.generate_text("the", 60, greedy=True)
     stop = text[10:13]
     cut = text[: text.index(stop)]
-    assert g.generate_text("the", 60, greedy=True, stop=[stop]) == cut == "".join(g.stream("the", 60, greedy=True, stop=stop))
+    assert (
+        g.generate_text("the", 60, greedy=True, stop=[stop])
+        == cut
+        == "".join(g.stream("the", 60, greedy=True, stop=stop))
+    )
     assert g.generate_text("the", 60, greedy=True, echo=True) == "the" + text
 
 
@@ -167,15 +198,26 @@ def test_rows_of_a_cache_can_be_reordered(kind):
         order = torch.tensor([2, 0])
         select_cache_rows(cache, order)
         for t in range(6, 20):  # over the edges of chunks
-            torch.testing.assert_close(Decoder(model)(ids[order, t : t + 1], cache), model(ids[order, : t + 1]).logits[:, -1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                Decoder(model)(ids[order, t : t + 1], cache),
+                model(ids[order, : t + 1]).logits[:, -1],
+                atol=1e-4,
+                rtol=1e-4,
+            )
 
 
 @st.composite
 def decodable(draw):
     """Every kind of part a decoder meets."""
     pick = lambda *values: draw(st.sampled_from(values))
-    attention = pick(dict(), dict(qk_norm=True), MLA, MLA | dict(q_lora_rank=10), dict(kind="latent", n_latents=2, chunk_size=4)) | dict(implementation=pick("eager", "sdpa", "flash"))
-    position = pick(dict(), dict(yarn_factor=4.0), dict(kind="learned")) if attention.get("kind") != "mla" else pick(dict(), dict(yarn_factor=4.0))
+    attention = pick(
+        dict(), dict(qk_norm=True), MLA, MLA | dict(q_lora_rank=10), dict(kind="latent", n_latents=2, chunk_size=4)
+    ) | dict(implementation=pick("eager", "sdpa", "flash"))
+    position = (
+        pick(dict(), dict(yarn_factor=4.0), dict(kind="learned"))
+        if attention.get("kind") != "mla"
+        else pick(dict(), dict(yarn_factor=4.0))
+    )
     kind = pick("dense", "moe")
     return ModelConfig(
         d_model=32, n_heads=pick(2, 4), n_layers=2, vocab_size=61, max_seq_len=24, tie_embeddings=pick(True, False), first_dense_layers=pick(0, 1) if kind == "moe" else 0,
@@ -189,7 +231,9 @@ def awake(config, dtype=torch.float32):
     model, rng = KimiModel(config).to(dtype).eval(), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.mul_(3 if p.dim() > 1 and not name.startswith("embed_pos") else 1).add_(torch.randn(p.shape, generator=rng, dtype=dtype) * (0.2 if p.dim() == 1 else 0))
+            p.mul_(3 if p.dim() > 1 and not name.startswith("embed_pos") else 1).add_(
+                torch.randn(p.shape, generator=rng, dtype=dtype) * (0.2 if p.dim() == 1 else 0)
+            )
         for moe in model.moe_layers().values():
             moe.gate.e_score_correction_bias.normal_(0, 0.2, generator=rng)
     return model
@@ -217,7 +261,9 @@ def test_a_decoder_sees_weights_that_change_and_leaves_what_it_does_not_know_to_
         decoder, caches = Decoder(model), [model.make_cache(1, 4) for _ in range(2)]
         for _ in range(3):
             with torch.no_grad():
-                torch.testing.assert_close(decoder(ids, caches[0]), model(ids, cache=caches[1]).logits[:, -1], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    decoder(ids, caches[0]), model(ids, cache=caches[1]).logits[:, -1], rtol=1e-4, atol=1e-5
+                )
                 for p in model.parameters():
                     p.mul_(1.1)
 

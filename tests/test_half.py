@@ -9,12 +9,9 @@ from test_optim import make_config, make_model, reference_muon
 from test_train import KIMI, Stop, numbers, stop_after, tiny
 from torch import nn
 
-from kimi_nb import attention, experts, moe, norm, optim
 from kimi_nb.config import ModelConfig, NormConfig
-from kimi_nb.kernels import AttentionError
-from kimi_nb.model import KimiModel
-from kimi_nb.rope import RotaryEmbedding, apply_rope
-from kimi_nb.train import fit
+from kimi_nb.model import AttentionError, KimiModel, RotaryEmbedding, apply_rope, attention, experts, moe, norm
+from kimi_nb.train import fit, optim
 
 # Why these sizes: bf16 has 8 bits of mantissa, so one rounding moves a number by up to 2^-8 = 0.004 of itself and a vector by 0.0017 of its length;
 # n of them, one after another, by 0.0017 sqrt(n), and the softmax turns an error of a logit into as large a one of a weight. Allowed is about
@@ -33,7 +30,10 @@ TOLERANCE = {
     "resumed": 0.002,            # eight steps on a GPU, which adds in no fixed order; on the CPU not a bit may differ
 }  # fmt: skip
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
+]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 BF16 = torch.bfloat16
 
@@ -56,7 +56,9 @@ def redraw(module, size=1.0, seed=0):
     """Matrices that keep a vector's length (times `size`), gains away from one so that a forgotten gain shows."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
-        nn.init.normal_(p, 0, size * p.shape[-1] ** -0.5, generator) if p.dim() > 1 else nn.init.normal_(p, 1, 0.3, generator)
+        nn.init.normal_(p, 0, size * p.shape[-1] ** -0.5, generator) if p.dim() > 1 else nn.init.normal_(
+            p, 1, 0.3, generator
+        )
     return module
 
 
@@ -87,7 +89,12 @@ ATTENTION = {
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention(kind, implementation, device):
     """As training has it, float32 weights under autocast; and as generation may have it, bf16 weights without gradients. From 512 tokens on, PyTorch's own kernel on the CPU."""
-    config = ModelConfig(d_model=64, n_heads=4, max_seq_len=512, attention={"kind": kind, "implementation": implementation, **ATTENTION[kind]})
+    config = ModelConfig(
+        d_model=64,
+        n_heads=4,
+        max_seq_len=512,
+        attention={"kind": kind, "implementation": implementation, **ATTENTION[kind]},
+    )
     layer, x, upstream = redraw(attention.build_attention(config), 1.5), random(1, 512, 64), random(1, 512, 64, seed=2)
     tables, positions = RotaryEmbedding(attention.rope_dim(config)), torch.arange(512)
     exact, exact_x, exact_rope = copy.deepcopy(layer).double(), x.double().requires_grad_(), tables(positions)
@@ -121,14 +128,25 @@ def moe_loop(layer, x, indices):
         rows = (F.silu(gate) * up) @ layer.experts.down_proj[e].T * weights[token, slot, None]
         out = out + torch.zeros_like(x).index_add(0, token, rows)
     gate, up, down = (p.T for p in layer.shared_experts.parameters())
-    return out + (F.silu(x @ gate) * (x @ up)) @ down, scores + (layer.gate.e_score_correction_bias if m.router == "noaux_tc" else 0), weights
+    return (
+        out + (F.silu(x @ gate) * (x @ up)) @ down,
+        scores + (layer.gate.e_score_correction_bias if m.router == "noaux_tc" else 0),
+        weights,
+    )
 
 
 @on_each_device
 @pytest.mark.parametrize("router, width", [("standard", 24), ("aux_tc", 24), ("noaux_tc", 24), ("noaux_tc", 20)])
 def test_moe_with_an_expert_that_nobody_chooses(router, width, device):
     """One product over slices of rows, padded on the CPU; rows of 20 numbers start on no 16 bytes, and are batched."""
-    sizes = {"router": router, "n_experts": 8, "top_k": 2, "n_shared_experts": 1, "d_expert": width, "routed_scaling_factor": 1.5}
+    sizes = {
+        "router": router,
+        "n_experts": 8,
+        "top_k": 2,
+        "n_shared_experts": 1,
+        "d_expert": width,
+        "routed_scaling_factor": 1.5,
+    }
     layer = redraw(moe.MoE(ModelConfig(d_model=32, ffn={"kind": "moe", "activation": "swiglu"}, moe=sizes)))
     with torch.no_grad():
         layer.gate.weight[5, 0] = -30.0
@@ -147,7 +165,11 @@ def test_moe_with_an_expert_that_nobody_chooses(router, width, device):
     chosen, others = scores.gather(1, indices).amin(1), scores.scatter(1, indices, -1.0).amax(1)
     assert (chosen - others).min() > -TOLERANCE["routing"]
     near(stats.weights, weights, TOLERANCE["routing"])
-    assert stats.counts.tolist() == layer.gate.load_accumulator.tolist() == torch.bincount(indices.flatten(), minlength=8).tolist()
+    assert (
+        stats.counts.tolist()
+        == layer.gate.load_accumulator.tolist()
+        == torch.bincount(indices.flatten(), minlength=8).tolist()
+    )
     assert stats.counts[5] == 0 and not any(p.grad[5].any() for p in layer.experts.parameters())
     assert indices.numel() >= experts._ROWS * 8  # enough for the CPU to pad
 
@@ -160,7 +182,9 @@ def test_norms(kind, device):
     x, upstream = (20 * random(8, 64, 64) + 60).to(BF16), random(8, 64, 64, seed=2).to(BF16)
     exact, exact_x = copy.deepcopy(layer).double(), x.double().requires_grad_()
     centred = exact_x - exact_x.mean(-1, keepdim=True) if kind == "layernorm" else exact_x
-    wanted = centred * (centred.square().mean(-1, keepdim=True) + exact.eps).rsqrt() * exact.weight + (exact.bias if kind == "layernorm" else 0)
+    wanted = centred * (centred.square().mean(-1, keepdim=True) + exact.eps).rsqrt() * exact.weight + (
+        exact.bias if kind == "layernorm" else 0
+    )
     backward(wanted, upstream)
     layer, x = layer.to(device), x.to(device).requires_grad_()
     with torch.autocast(device, BF16):
@@ -177,11 +201,17 @@ def test_norms(kind, device):
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope_far_from_the_start(interleaved, device):
     """At positions whose angles bf16 does not know; a module that was cast keeps its frequencies."""
-    x, upstream, positions = random(2, 3, 64, 16).to(BF16), random(2, 3, 64, 16, seed=2).to(BF16), torch.arange(4000, 4064)
+    x, upstream, positions = (
+        random(2, 3, 64, 16).to(BF16),
+        random(2, 3, 64, 16, seed=2).to(BF16),
+        torch.arange(4000, 4064),
+    )
     angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
     exact_x = x.double().requires_grad_()
     pairs = exact_x.unflatten(-1, (8, 2)) if interleaved else torch.stack(exact_x.chunk(2, -1), -1)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles))
+    turned = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    )
     wanted = backward(turned.flatten(-2) if interleaved else torch.cat(turned.unbind(-1), -1), upstream)
     module, x = RotaryEmbedding(16, 10000.0).to(device).bfloat16(), x.to(device).requires_grad_()
     with torch.autocast(device, BF16):
@@ -211,7 +241,9 @@ def test_optimizer_steps(device, monkeypatch):
     model = make_model("mla moe").to(device)
     optimizer = optim.build_optimizer(model, make_config(name="muon", weight_decay=0.1))
     before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-    grads = {name: [random(*p.shape, seed=100 * step + i) for step in range(3)] for i, (name, p) in enumerate(before.items())}
+    grads = {
+        name: [random(*p.shape, seed=100 * step + i) for step in range(3)] for i, (name, p) in enumerate(before.items())
+    }
     for step in range(3):
         for name, p in model.named_parameters():
             p.grad = grads[name][step].to(device)
@@ -222,12 +254,28 @@ def test_optimizer_steps(device, monkeypatch):
             start, mine = before.pop(name), grads[name]
             ours = p.detach().cpu() - start
             if group["kind"] == "adamw":
-                exact = moved(torch.optim.AdamW, start.double(), [g.double() for g in mine], **how, betas=group["betas"], eps=group["eps"], foreach=False)
+                exact = moved(
+                    torch.optim.AdamW,
+                    start.double(),
+                    [g.double() for g in mine],
+                    **how,
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    foreach=False,
+                )
                 near(ours, exact, TOLERANCE["adamw"], name)
             else:
                 momentum, scaling, splits = group["momentum"], group["scaling"], group["splits"]
                 exact = reference_muon(start, mine, *how.values(), momentum, True, scaling, splits) - start
-                theirs = moved(torch.optim.Muon, start.to(device), [g.to(device) for g in mine], splits, **how, momentum=momentum, adjust_lr_fn=scaling)
+                theirs = moved(
+                    torch.optim.Muon,
+                    start.to(device),
+                    [g.to(device) for g in mine],
+                    splits,
+                    **how,
+                    momentum=momentum,
+                    adjust_lr_fn=scaling,
+                )
                 near(ours, exact, min(TOLERANCE["muon"], 1.5 * error(theirs, exact)), name)
                 near(ours, theirs, TOLERANCE["muon"], name)
     assert not before
@@ -236,10 +284,14 @@ def test_optimizer_steps(device, monkeypatch):
 @on_each_device
 def test_the_whole_model_with_all_parts(device, monkeypatch):
     """Given the same experts; rounding sends few tokens elsewhere by itself."""
-    config = tiny(KIMI, {"model.dropout": 0.0, "model.attention.implementation": "flash", "model.moe.seq_loss_weight": 0.01}).model.override({"vocab_size": 257})
+    config = tiny(
+        KIMI, {"model.dropout": 0.0, "model.attention.implementation": "flash", "model.moe.seq_loss_weight": 0.01}
+    ).model.override({"vocab_size": 257})
     tokens = torch.randint(0, 257, (2, 32, 16), generator=torch.Generator().manual_seed(0))
     choose, choices, found = moe.group_limited_topk, [], []
-    monkeypatch.setattr(moe, "group_limited_topk", lambda *how: choices.append(choose(*how)) or choices[0].to(choices[-1]))
+    monkeypatch.setattr(
+        moe, "group_limited_topk", lambda *how: choices.append(choose(*how)) or choices[0].to(choices[-1])
+    )
     for where, half in (("cpu", False), (device, True)):
         model = redraw(KimiModel(config)).to(where)
         with torch.autocast(where, BF16, enabled=half):
@@ -259,16 +311,34 @@ def test_the_whole_model_with_all_parts(device, monkeypatch):
 @on_each_device
 def test_a_run_names_its_machine_and_goes_on_where_it_stopped(device, tmp_path):
     dropout = 0.1 if device == "cuda" else 0.0  # which the CPU's flash kernel refuses
-    run = tiny(KIMI, {"train.precision": "bf16", "model.attention.implementation": "flash", "model.dropout": dropout, "train.save_every": 3, "train.eval_every": 4})
+    run = tiny(
+        KIMI,
+        {
+            "train.precision": "bf16",
+            "model.attention.implementation": "flash",
+            "model.dropout": dropout,
+            "train.save_every": 3,
+            "train.eval_every": 4,
+        },
+    )
     whole = fit(run, tmp_path / "whole", device=device, progress=False, threads=1)
     assert (whole.status, whole.provenance["device"], whole.provenance["precision"]) == ("done", device, "bf16")
     assert "flash" in whole.provenance["kernel"] and whole.provenance["expert_backend"] == "grouped"
     if device == "cuda":
-        assert whole.provenance["device_name"] == torch.cuda.get_device_name() and "cpu" not in whole.provenance["kernel"]
+        assert (
+            whole.provenance["device_name"] == torch.cuda.get_device_name() and "cpu" not in whole.provenance["kernel"]
+        )
     with pytest.raises(Stop):
         fit(run, tmp_path / "broken", device=device, progress=False, threads=1, on_step=stop_after(5))
     steps = []
-    again = fit(run, tmp_path / "broken", device=device, progress=False, threads=1, on_step=lambda step, line: steps.append(step))
+    again = fit(
+        run,
+        tmp_path / "broken",
+        device=device,
+        progress=False,
+        threads=1,
+        on_step=lambda step, line: steps.append(step),
+    )
     assert steps == [4, 5, 6, 7, 8] and again.provenance["device"] == device
     if device == "cpu":
         assert numbers(again) == numbers(whole) and again.curves == whole.curves

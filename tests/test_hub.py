@@ -11,14 +11,22 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
-from kimi_nb.checkpoint import save_model
 from kimi_nb.config import ModelConfig, RunConfig
-from kimi_nb.deepseek import deepseek_obstacles
-from kimi_nb.generate import Generator
-from kimi_nb.hub import HubError, KimiNbConfig, KimiNbForCausalLM, from_deepseek_v3, load_pretrained, save_pretrained, to_deepseek_v3
+from kimi_nb.data import ByteTokenizer, CharTokenizer, PairTokenizer
 from kimi_nb.model import KimiModel
 from kimi_nb.study import Record
-from kimi_nb.tokenizer import ByteTokenizer, CharTokenizer, PairTokenizer
+from kimi_nb.train import save_model
+from kimi_nb.use import (
+    Generator,
+    HubError,
+    KimiNbConfig,
+    KimiNbForCausalLM,
+    deepseek_obstacles,
+    from_deepseek_v3,
+    load_pretrained,
+    save_pretrained,
+    to_deepseek_v3,
+)
 
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MLA = dict(kind="mla", kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
@@ -60,7 +68,9 @@ def awake(config, seed=0, dtype=torch.float32):
 
 def same_weights(a, b):
     left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(t, right[n]) and t.dtype == right[n].dtype for n, t in left.items())
+    return left.keys() == right.keys() and all(
+        torch.equal(t, right[n]) and t.dtype == right[n].dtype for n, t in left.items()
+    )
 
 
 def chosen(model, ids):
@@ -71,7 +81,11 @@ def chosen(model, ids):
         if gate is None:
             continue
         if isinstance(model, KimiModel):
-            hooks.append(gate.register_forward_hook(lambda m, i, out, moe=layer.mlp: found.append(moe.route(out).indices.sort(-1)[0])))
+            hooks.append(
+                gate.register_forward_hook(
+                    lambda m, i, out, moe=layer.mlp: found.append(moe.route(out).indices.sort(-1)[0])
+                )
+            )
         else:
             hooks.append(gate.register_forward_hook(lambda m, i, out: found.append(out[2].sort(-1)[0])))
     logits = model(ids).logits
@@ -99,7 +113,13 @@ def agrees(config, seed, folder):
             if p.grad is None or grad is None:  # experts nobody chose
                 assert (p.grad is None or not p.grad.any()) and (grad is None or not grad.any())
                 continue
-            rows = config.attention.q_lora_rank if name.endswith("q_a_proj.weight") else config.attention.kv_lora_rank if name.endswith("kv_a_proj_with_mqa.weight") else 0
+            rows = (
+                config.attention.q_lora_rank
+                if name.endswith("q_a_proj.weight")
+                else config.attention.kv_lora_rank
+                if name.endswith("kv_a_proj_with_mqa.weight")
+                else 0
+            )
             if rows:
                 grad[:rows] *= s
             assert (p.grad - grad).abs().max() <= 1e-4 * max(1.0, grad.abs().max().item()), name
@@ -128,7 +148,16 @@ def test_fifty_all_kimi_models_are_deepseek_v3(tmp_path_factory, config, seed):
     agrees(config, seed, tmp_path_factory.mktemp("hub"))
 
 
-KIMI = ModelConfig(d_model=16, n_heads=2, vocab_size=257, max_seq_len=32, norm=dict(kind="rmsnorm"), attention=MLA, ffn=dict(kind="moe"), moe=dict(router="noaux_tc", n_experts=4, d_expert=8, n_shared_experts=1))
+KIMI = ModelConfig(
+    d_model=16,
+    n_heads=2,
+    vocab_size=257,
+    max_seq_len=32,
+    norm=dict(kind="rmsnorm"),
+    attention=MLA,
+    ffn=dict(kind="moe"),
+    moe=dict(router="noaux_tc", n_experts=4, d_expert=8, n_shared_experts=1),
+)
 
 
 def changed(**parts):
@@ -140,8 +169,13 @@ def test_a_half_precision_model_keeps_its_bias_in_float32(tmp_path):
     ours = awake(KIMI, dtype=torch.bfloat16)
     theirs, ids = to_deepseek_v3(ours), torch.arange(20)[None]
     bias = ours.layers[1].mlp.gate.e_score_correction_bias
-    assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.layers[1].mlp.gate.e_score_correction_bias, bias) and bias.dtype == torch.float32
-    with torch.no_grad(): a, b = theirs(ids).logits, ours(ids).logits # the same kernels: another rounding may choose other experts
+    assert (
+        theirs.dtype == torch.bfloat16
+        and torch.equal(theirs.model.layers[1].mlp.gate.e_score_correction_bias, bias)
+        and bias.dtype == torch.float32
+    )
+    with torch.no_grad():
+        a, b = theirs(ids).logits, ours(ids).logits  # the same kernels: another rounding may choose other experts
     assert (a - b).abs().max() < 0.05 * b.abs().max()
     theirs.save_pretrained(tmp_path / "a")
     save_pretrained(ours, tmp_path / "b")
@@ -152,7 +186,11 @@ def test_a_half_precision_model_keeps_its_bias_in_float32(tmp_path):
 
 
 def test_dense_and_aux_tc_models_are_deepseek_v3_too():
-    for parts in (dict(ffn=dict(kind="dense")), dict(moe=KIMI.moe.model_dump() | dict(router="aux_tc")), dict(first_dense_layers=2)):
+    for parts in (
+        dict(ffn=dict(kind="dense")),
+        dict(moe=KIMI.moe.model_dump() | dict(router="aux_tc")),
+        dict(first_dense_layers=2),
+    ):
         ours = awake(changed(**parts))  # aux_tc with a bias in its buffer, which it does not use
         ids = torch.arange(20)[None]
         torch.testing.assert_close(to_deepseek_v3(ours)(ids).logits, ours(ids).logits, atol=1e-4, rtol=0)
@@ -160,10 +198,24 @@ def test_dense_and_aux_tc_models_are_deepseek_v3_too():
 
 
 def test_every_setting_in_the_way_is_named():
-    plan = KimiModel(changed(attention=dict(kind="mha"), norm=dict(kind="layernorm"), position=dict(kind="learned"), ffn=dict(kind="moe", activation="gelu"), moe=dict(router="standard")))
+    plan = KimiModel(
+        changed(
+            attention=dict(kind="mha"),
+            norm=dict(kind="layernorm"),
+            position=dict(kind="learned"),
+            ffn=dict(kind="moe", activation="gelu"),
+            moe=dict(router="standard"),
+        )
+    )
     with pytest.raises(HubError) as e:
         to_deepseek_v3(plan)
-    for name in ("attention.kind mha", "norm.kind layernorm", "position.kind learned", "ffn.activation gelu", "moe.router standard"):
+    for name in (
+        "attention.kind mha",
+        "norm.kind layernorm",
+        "position.kind learned",
+        "ffn.activation gelu",
+        "moe.router standard",
+    ):
         assert name in str(e.value)
     assert "\n" not in str(e.value) and deepseek_obstacles(KIMI) == []
 
@@ -184,8 +236,17 @@ def test_a_deepseek_model_from_elsewhere_is_read_by_its_own_fields():
 
 
 ANY = dict(
-    nanogpt=dict(position=dict(kind="learned"), attention=dict(kind="mha"), norm=dict(kind="layernorm"), ffn=dict(kind="dense", activation="gelu")),
-    standard=dict(attention=dict(kind="mha", qk_norm=True), moe=dict(router="standard", n_experts=4, d_expert=8), ffn=dict(kind="moe", activation="silu")),
+    nanogpt=dict(
+        position=dict(kind="learned"),
+        attention=dict(kind="mha"),
+        norm=dict(kind="layernorm"),
+        ffn=dict(kind="dense", activation="gelu"),
+    ),
+    standard=dict(
+        attention=dict(kind="mha", qk_norm=True),
+        moe=dict(router="standard", n_experts=4, d_expert=8),
+        ffn=dict(kind="moe", activation="silu"),
+    ),
     latent=dict(attention=dict(kind="latent", n_latents=2, chunk_size=4), tie_embeddings=False, ffn=dict(kind="dense")),
     kimi=dict(position=dict(yarn_factor=2.0)),
 )
@@ -208,7 +269,9 @@ def test_any_configuration_is_a_transformers_model(name, tmp_path):
     for i in range(3):
         mask[i, :i] = 0
     for use_cache in (True, False):  # left padding
-        assert torch.equal(loaded.generate(ids, attention_mask=mask, use_cache=use_cache, **options)[:, 9:], torch.stack(alone))
+        assert torch.equal(
+            loaded.generate(ids, attention_mask=mask, use_cache=use_cache, **options)[:, 9:], torch.stack(alone)
+        )
     tokens = [t.tolist() for t in alone]
     text = Generator(ours, ByteTokenizer())
     assert text.generate_text(bytes((ids[0] % 128).tolist()).decode(), 4, greedy=True) is not None and tokens
@@ -238,24 +301,39 @@ def test_a_fresh_model_is_the_same_as_ours():
 def test_a_checkpoint_becomes_a_folder_with_card_tokenizer_and_record(tmp_path):
     run, model = RunConfig(model=KIMI), awake(KIMI)
     save_model(tmp_path / "run" / "final", model, run, ByteTokenizer())
-    record = Record.of(run, "done", metrics=dict(test_bpb=2.345678, odd=None), provenance=dict(device="cpu", versions=dict(torch="2")))
+    record = Record.of(
+        run, "done", metrics=dict(test_bpb=2.345678, odd=None), provenance=dict(device="cpu", versions=dict(torch="2"))
+    )
     (tmp_path / "run" / "result.json").write_text(record.to_json())
     folder = save_pretrained(tmp_path / "run", tmp_path / "out")
     card = (folder / "README.md").read_text()
-    for part in ("library_name: transformers", "test_bpb | 2.34568", record.run_id, "versions.torch", "attention.kv_lora_rank", "Intended use", "import kimi_nb.hub"):
+    for part in (
+        "library_name: transformers",
+        "test_bpb | 2.34568",
+        record.run_id,
+        "versions.torch",
+        "attention.kv_lora_rank",
+        "Intended use",
+        "import kimi_nb.use.hub",
+    ):
         assert part in card, part
     assert not [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pkl", ".py")]
     back = load_pretrained(folder)
     assert same_weights(back, model) and Record.from_json((folder / "record.json").read_text()) == record
     prompt = dict(prompt="Once", max_new_tokens=9, greedy=True)
-    assert Generator(back).generate_text(**prompt) == Generator.from_checkpoint(tmp_path / "run").generate_text(**prompt)
+    assert Generator(back).generate_text(**prompt) == Generator.from_checkpoint(tmp_path / "run").generate_text(
+        **prompt
+    )
 
 
 def test_a_byte_pair_tokenizer_is_one_for_transformers(tmp_path):
     bpe = PairTokenizer.train(["the sea and the land and the sky"] * 9, 270)
     save_pretrained(awake(changed(vocab_size=270)), tmp_path, tokenizer=bpe)
     hf = AutoTokenizer.from_pretrained(tmp_path)
-    assert hf("the sky and sea").input_ids == bpe.encode("the sky and sea").tolist() and hf.eos_token_id == bpe.eot_id == 269
+    assert (
+        hf("the sky and sea").input_ids == bpe.encode("the sky and sea").tolist()
+        and hf.eos_token_id == bpe.eot_id == 269
+    )
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 269
     assert load_pretrained(tmp_path).tokenizer.fingerprint == bpe.fingerprint
 
@@ -287,5 +365,5 @@ def test_a_character_tokenizer_comes_back(tmp_path):
 
 
 def test_nothing_else_loads_transformers():
-    code = "import sys, kimi_nb.generate, kimi_nb.deepseek, kimi_nb.cli; sys.exit('transformers' in sys.modules)"
+    code = "import sys, kimi_nb.use.generate, kimi_nb.use.deepseek, kimi_nb.cli.entry; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,7 @@ from tiny import RUN, Workplace, start, tiny_run, wait_until
 
 from kimi_nb.plan import phase_studies
 from kimi_nb.runner import distinct, run_studies
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Study
+from kimi_nb.study import Arm, Store, Study
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 
@@ -95,7 +94,10 @@ def kill_a_run(tmp_path, kills, steps, seed, train=train):
             finish(process)
             continue
         if rng.random() < 0.7:  # else while it starts
-            wait_until(lambda p=process, f=folder: not p.is_alive() or list((f / "checkpoints").glob("step_*")), what="a checkpoint")
+            wait_until(
+                lambda p=process, f=folder: not p.is_alive() or list((f / "checkpoints").glob("step_*")),
+                what="a checkpoint",
+            )
         time.sleep(rng.uniform(0.0, 0.3) * span)
         alive = process.is_alive()
         process.kill()
@@ -109,7 +111,9 @@ def kill_a_run(tmp_path, kills, steps, seed, train=train):
         assert lines == trained_lines(whole)
         assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, steps + 1))
         ours, theirs = (json.loads((f / "result.json").read_text())["metrics"] for f in (folder, whole))
-        assert {k: ours[k] for k in ("test_loss", "val_loss", "train_loss")} == {k: theirs[k] for k in ("test_loss", "val_loss", "train_loss")}
+        assert {k: ours[k] for k in ("test_loss", "val_loss", "train_loss")} == {
+            k: theirs[k] for k in ("test_loss", "val_loss", "train_loss")
+        }
         assert not list(folder.rglob("*.tmp"))
 
 
@@ -132,7 +136,11 @@ def test_a_run_killed_while_a_thread_writes_its_checkpoints_ends_with_the_same_b
 
 def small_study(seeds, steps, save_every=8):
     base = tiny_run(train__steps=steps, train__save_every=save_every, train__eval_every=50)
-    arms = (Arm("layernorm"), Arm("rmsnorm", {"model.norm.kind": "rmsnorm"}), Arm("gelu", {"model.ffn.activation": "gelu"}))
+    arms = (
+        Arm("layernorm"),
+        Arm("rmsnorm", {"model.norm.kind": "rmsnorm"}),
+        Arm("gelu", {"model.ffn.activation": "gelu"}),
+    )
     return Study(name="kills", base=base, baseline="layernorm", seeds=range(seeds), arms=arms)
 
 
@@ -150,7 +158,10 @@ def kill_a_plan(tmp_path, kills, seeds, steps, seed):
             process = start(plan, study, tmp_path / "broken", 2)
         # at first at any time of the start, later on while they train
         if rng.random() < 0.8:
-            wait_until(lambda p=process: not p.is_alive() or any(broken.path.glob("experiments/*/metrics.jsonl")), what="training")
+            wait_until(
+                lambda p=process: not p.is_alive() or any(broken.path.glob("experiments/*/metrics.jsonl")),
+                what="training",
+            )
         time.sleep(rng.uniform(0.0, 0.6))
         if rng.random() < 0.5 and (workers := trainers(process.pid)):
             victim = rng.choice(workers)
@@ -196,7 +207,10 @@ def test_a_killed_worker_is_replaced(tmp_path):
     study = small_study(1, 600, save_every=40)
     process = start(plan, study, tmp_path / "s", 2)
     store = Store(tmp_path / "s")
-    wait_until(lambda: len({f.parent for f in store.path.glob("experiments/*/checkpoints/step_*")}) >= 2, what="two runs' checkpoints")
+    wait_until(
+        lambda: len({f.parent for f in store.path.glob("experiments/*/checkpoints/step_*")}) >= 2,
+        what="two runs' checkpoints",
+    )
     trainers(process.pid)[0].kill()
     finish(process)
     assert len(list(store.records())) == 3 and store.verify(complete=True) == []
@@ -218,7 +232,14 @@ def test_an_orphaned_worker_stops_by_itself(tmp_path):
 
 def command(*argv, env=None):
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}), start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+        start_new_session=True,
+    )
 
 
 def run_options(**changes):
@@ -230,14 +251,19 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, number):
     """SIGINT and SIGTERM let `kimi-nb train` finish its step and save; it says so in one line and ends with 130."""
     out = tmp_path / "run"
     process = command("train", "--out", out, "--quiet", *run_options(train__steps=100_000, train__save_every=0))
-    wait_until(lambda: (out / "training_log.txt").exists() and "starts at" in (out / "training_log.txt").read_text(), what="training")
+    wait_until(
+        lambda: (out / "training_log.txt").exists() and "starts at" in (out / "training_log.txt").read_text(),
+        what="training",
+    )
     time.sleep(0.3)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.count("\n") == 1 and "saved in" in err and "run the same command again to go on" in err, err
     (saved,) = (out / "checkpoints").glob("step_*")
-    assert [line["step"] for line in trained_lines(out) if "train_loss" in line] == list(range(1, int(saved.name[5:]) + 1))
+    assert [line["step"] for line in trained_lines(out) if "train_loss" in line] == list(
+        range(1, int(saved.name[5:]) + 1)
+    )
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -256,7 +282,11 @@ def test_a_stopped_plan_saves_and_says_how_to_go_on(tmp_path, number):
     assert process.returncode == 130
     assert err.count("\n") == 1 and "run the same command again to go on" in err, err
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    begun = [f for f in place.results.glob("experiments/*") if not (f / "result.json").exists() and "starts at" in (f / "training_log.txt").read_text()]
+    begun = [
+        f
+        for f in place.results.glob("experiments/*")
+        if not (f / "result.json").exists() and "starts at" in (f / "training_log.txt").read_text()
+    ]
     assert begun and all(list((f / "checkpoints").glob("step_*")) for f in begun)
 
 
@@ -271,7 +301,9 @@ def test_a_plan_stopped_in_a_notebook_leaves_no_kernel(tmp_path):
     assert kernels
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().splitlines()[-1].endswith("run the same command again to go on"), err
+    assert process.returncode == 130 and err.strip().splitlines()[-1].endswith("run the same command again to go on"), (
+        err
+    )
     assert not psutil.wait_procs(kernels, timeout=10)[1]
 
 

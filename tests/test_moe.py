@@ -12,10 +12,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kimi_nb.config import ModelConfig
-from kimi_nb.experts import expert_backend, run_experts
-from kimi_nb.moe import MoE, RouterStats, group_limited_topk, load_statistics, max_violation, sigmoid_route, softmax_route, switch_loss, update_biases
+from kimi_nb.model import (
+    MoE,
+    RouterStats,
+    expert_backend,
+    group_limited_topk,
+    load_statistics,
+    max_violation,
+    run_experts,
+    sigmoid_route,
+    softmax_route,
+    switch_loss,
+    update_biases,
+)
 
-TINY = ModelConfig(d_model=16, ffn={"kind": "moe"}, moe={"router": "noaux_tc", "n_experts": 8, "top_k": 2, "d_expert": 12})
+TINY = ModelConfig(
+    d_model=16, ffn={"kind": "moe"}, moe={"router": "noaux_tc", "n_experts": 8, "top_k": 2, "d_expert": 12}
+)
 
 
 def layer_of(config=TINY, seed=0, **moe):
@@ -184,9 +197,15 @@ def test_the_router_stays_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, low = layer(x, keep_choice=True)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(exact.indices, low.indices) and torch.equal(exact.weights, low.weights) and torch.equal(exact.aux_loss, low.aux_loss)
+    assert (
+        torch.equal(exact.indices, low.indices)
+        and torch.equal(exact.weights, low.weights)
+        and torch.equal(exact.aux_loss, low.aux_loss)
+    )
     (y.float().sum() + low.aux_loss).backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters()
+    )
 
 
 LOSSES = {
@@ -201,7 +220,9 @@ LOSSES = {
 def test_each_router_has_its_losses_and_no_others(router, weight):
     off = {"aux_loss_weight": 0.0, "seq_loss_weight": 0.0}
     torch.manual_seed(0)
-    config = ModelConfig(**{**TINY.model_dump(), "moe": {**TINY.moe.model_dump(), **off, "router": router, weight: 0.5}})
+    config = ModelConfig(
+        **{**TINY.model_dump(), "moe": {**TINY.moe.model_dump(), **off, "router": router, weight: 0.5}}
+    )
     layer = MoE(config)
     x = tokens(3, 20, 16) + 1.0
     stats = layer(x)[1]
@@ -234,7 +255,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("field", list(type(TINY.moe).model_fields))
 def test_every_setting_changes_something(field):
-    base = {**TINY.moe.model_dump(), "n_group": 2 if field != "n_group" else 1, "topk_group": 2 if field == "topk_group" else 1}
+    base = {
+        **TINY.moe.model_dump(),
+        "n_group": 2 if field != "n_group" else 1,
+        "topk_group": 2 if field == "topk_group" else 1,
+    }
     base["router"] = "aux_tc" if field == "aux_loss_weight" else "noaux_tc"
 
     def outcome(moe):
@@ -267,7 +292,9 @@ class Stack(nn.Module):
             if self.how == "plain":
                 x, _ = self.block(layer, x)
             elif self.how == "nested":
-                x, _ = checkpoint(lambda x, layer=layer: checkpoint(self.block, layer, x, use_reentrant=False), x, use_reentrant=False)
+                x, _ = checkpoint(
+                    lambda x, layer=layer: checkpoint(self.block, layer, x, use_reentrant=False), x, use_reentrant=False
+                )
             else:
                 x, _ = checkpoint(self.block, layer, x, use_reentrant=self.how == "reentrant")
         return x
@@ -283,9 +310,16 @@ def test_checkpointing_counts_each_token_once(how):
     expected = Stack("plain")
     expected(tokens(4, 16, 16))
     counts = update_biases(model.layers)
-    assert counts.shape == (2, 8) and torch.equal(counts, update_biases(expected.layers)) and counts.sum() == 2 * 4 * 16 * 2
+    assert (
+        counts.shape == (2, 8)
+        and torch.equal(counts, update_biases(expected.layers))
+        and counts.sum() == 2 * 4 * 16 * 2
+    )
     for a, b in zip(model.layers, expected.layers, strict=True):
-        assert torch.equal(a.gate.e_score_correction_bias, b.gate.e_score_correction_bias) and a.gate.e_score_correction_bias.any()
+        assert (
+            torch.equal(a.gate.e_score_correction_bias, b.gate.e_score_correction_bias)
+            and a.gate.e_score_correction_bias.any()
+        )
     assert not update_biases(model.layers).any()
 
 
@@ -293,7 +327,10 @@ def test_checkpointing_counts_each_token_once(how):
 @pytest.mark.parametrize("router", ["standard", "aux_tc", "noaux_tc"])
 def test_compiled_layers_count_and_agree(router, half):
     """In one graph: a break would hand back to Python in every layer. In bf16 with enough tokens that eager CPU code pads."""
-    layer, x = layer_of(router=router, n_shared_experts=1, seq_loss_weight=0.0 if router == "standard" else 0.1), tokens(8, 64, 16)
+    layer, x = (
+        layer_of(router=router, n_shared_experts=1, seq_loss_weight=0.0 if router == "standard" else 0.1),
+        tokens(8, 64, 16),
+    )
     atol, rtol = (0.02, 0.05) if half else (1e-6, 1e-5)
     found = []
     torch._dynamo.reset()
@@ -331,7 +368,10 @@ def _rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        torch.save(train(layer_of(bias_update_speed=0.05), tokens(3, 8, 10, 16), micro=2, rank=rank, ranks=2), f"{folder}/{rank}.pt")
+        torch.save(
+            train(layer_of(bias_update_speed=0.05), tokens(3, 8, 10, 16), micro=2, rank=rank, ranks=2),
+            f"{folder}/{rank}.pt",
+        )
     finally:
         dist.destroy_process_group()
 
@@ -339,7 +379,9 @@ def _rank(rank, folder):
 def test_micro_batches_give_the_bias_of_one_batch():
     batches = tokens(3, 8, 10, 16)
     whole = train(layer_of(bias_update_speed=0.05), batches, micro=1)
-    assert torch.equal(whole, train(layer_of(bias_update_speed=0.05), batches, micro=4)) and not torch.equal(whole[0], whole[2])
+    assert torch.equal(whole, train(layer_of(bias_update_speed=0.05), batches, micro=4)) and not torch.equal(
+        whole[0], whole[2]
+    )
 
 
 def test_two_ranks_give_the_bias_of_one_process(tmp_path):
@@ -353,10 +395,14 @@ def test_the_bias_is_saved_and_only_moves_for_noaux_tc():
     layer = layer_of()
     layer(tokens(2, 10, 16))
     load = layer.update_bias()
-    assert torch.equal(layer.gate.e_score_correction_bias, 0.001 * torch.sign(5.0 - load))  # 40 assignments, 8 experts: down for the busy
+    assert torch.equal(
+        layer.gate.e_score_correction_bias, 0.001 * torch.sign(5.0 - load)
+    )  # 40 assignments, 8 experts: down for the busy
     other = layer_of(seed=5)
     other.load_state_dict(layer.state_dict())
-    assert other.gate.e_score_correction_bias.any() and torch.equal(other(tokens(2, 10, 16))[0], layer(tokens(2, 10, 16))[0])
+    assert other.gate.e_score_correction_bias.any() and torch.equal(
+        other(tokens(2, 10, 16))[0], layer(tokens(2, 10, 16))[0]
+    )
     for router in ("standard", "aux_tc"):
         still = layer_of(router=router)
         still(tokens(2, 10, 16))
@@ -365,8 +411,14 @@ def test_the_bias_is_saved_and_only_moves_for_noaux_tc():
 
 def test_statistics_of_known_loads():
     found = load_statistics(torch.tensor([[5, 5, 5, 5], [8, 8, 4, 0]]))
-    assert found["experts_used"] == [1.0, 0.75] and found["max_vio"] == pytest.approx([0.0, 0.6]) and found["mean_max_vio"] == pytest.approx(0.3)
-    assert found["load_cv"] == pytest.approx([0.0, (11 / 25) ** 0.5]) and found["load_evenness"][0] == pytest.approx(1.0)
+    assert (
+        found["experts_used"] == [1.0, 0.75]
+        and found["max_vio"] == pytest.approx([0.0, 0.6])
+        and found["mean_max_vio"] == pytest.approx(0.3)
+    )
+    assert found["load_cv"] == pytest.approx([0.0, (11 / 25) ** 0.5]) and found["load_evenness"][0] == pytest.approx(
+        1.0
+    )
     assert float(max_violation(torch.tensor([0, 0, 0, 9]))) == 3.0
 
 
@@ -374,9 +426,15 @@ def test_stats_are_asked_for_and_detached():
     layer, x = layer_of(), tokens(2, 10, 16)
     y, stats = layer(x)
     assert isinstance(stats, RouterStats) and stats.indices is None and stats.weights is None
-    assert not stats.counts.requires_grad and not stats.entropy.requires_grad and 0 < float(stats.entropy) <= torch.log(torch.tensor(8.0))
+    assert (
+        not stats.counts.requires_grad
+        and not stats.entropy.requires_grad
+        and 0 < float(stats.entropy) <= torch.log(torch.tensor(8.0))
+    )
     _, stats = layer(x, keep_choice=True)
-    assert stats.indices.shape == stats.weights.shape == (20, 2) and torch.equal(torch.bincount(stats.indices.flatten(), minlength=8), stats.counts)
+    assert stats.indices.shape == stats.weights.shape == (20, 2) and torch.equal(
+        torch.bincount(stats.indices.flatten(), minlength=8), stats.counts
+    )
     one = layer(x[:, :1])[0]
     torch.testing.assert_close(one, y[:, :1], atol=1e-6, rtol=1e-5)
 
@@ -422,7 +480,10 @@ def test_the_bias_balances_a_model_on_a_skewed_stream():
             update_biases(model.moe_layers().values(), speed)
         model.eval()
         with torch.no_grad():
-            parts = [model(ids).router for ids, _ in (batch(400, torch.Generator().manual_seed(seed)) for seed in (2, 3, 4, 5))]
+            parts = [
+                model(ids).router
+                for ids, _ in (batch(400, torch.Generator().manual_seed(seed)) for seed in (2, 3, 4, 5))
+            ]
         counts = sum(torch.stack([s.counts for s in part]) for part in parts)
         assert int(counts[0].sum()) == 2 * 51_200
         return max_violation(counts).tolist()

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kimi_nb.use.nanokimi import DataConfig
 from tiny import tiny_run
 
+from kimi_nb.bench import NanoGPTComparison, nanogpt_equal
 from kimi_nb.cli import main
 from kimi_nb.config import ConfigError, KimiError, ModelConfig, RunConfig
-from kimi_nb.data import prepare
-from kimi_nb.generate import Generator
+from kimi_nb.data import ByteTokenizer, PairTokenizer, prepare
 from kimi_nb.model import KimiModel, count_parameters
-from kimi_nb.nanogpt import NanoGPTComparison, nanogpt_equal
-from kimi_nb.nanokimi import (
+from kimi_nb.study import Record, Store
+from kimi_nb.use import (
     ArrayDataset,
-    DataConfig,
+    Generator,
     ModelEvaluator,
     TextDataProcessor,
     Tracking,
@@ -31,15 +32,14 @@ from kimi_nb.nanokimi import (
     track,
     train_on,
 )
-from kimi_nb.store import Store
-from kimi_nb.study import Record
-from kimi_nb.tokenizer import ByteTokenizer, PairTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 
 # as nanoKimi's description has it, but for the first line's package
-SNIPPET = '''import torch
-from kimi_nb import KimiModel, KimiConfig, Generator
+SNIPPET = """import torch
+from kimi_nb import KimiModel
+from kimi_nb import KimiConfig
+from kimi_nb import Generator
 
 # Create model configuration
 config = KimiConfig(
@@ -62,7 +62,7 @@ generator = Generator(model)
 # Generate text
 text = generator.generate_text("The future of artificial intelligence", max_new_tokens=50)
 print(text)
-'''  # noqa: W291
+"""  # noqa: W291
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,11 @@ def test_the_names_come_without_torch_until_one_needs_it():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
     import kimi_nb
 
-    assert kimi_nb.KimiModel is KimiModel and kimi_nb.KimiConfig is ModelConfig and {"Generator", "NanoGPTComparison", "__version__"} <= set(dir(kimi_nb))
+    assert (
+        kimi_nb.KimiModel is KimiModel
+        and kimi_nb.KimiConfig is ModelConfig
+        and {"Generator", "NanoGPTComparison", "__version__"} <= set(dir(kimi_nb))
+    )
     with pytest.raises(AttributeError, match="has no attribute 'KimiModell'"):
         _ = kimi_nb.KimiModell
 
@@ -102,15 +106,33 @@ def test_the_names_come_without_torch_until_one_needs_it():
 @pytest.mark.slow
 def test_the_snippet_runs_as_written(data_dir, capsys, monkeypatch):
     """Twelve layers, 768 wide, eight experts, GPT-2's vocabulary: constructed, and 50 tokens written."""
-    monkeypatch.setattr(PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name)))
+    monkeypatch.setattr(
+        PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name))
+    )
     here: dict = {}
     exec(SNIPPET, here)
     assert len(here["generator"].tokenizer.encode(here["text"])) >= 25 and capsys.readouterr().out.strip()
-    assert here["model"].config.flat() | {"n_layers": 12, "n_heads": 12, "d_model": 768, "max_seq_len": 1024, "ffn.kind": "moe", "moe.n_experts": 8, "moe.top_k": 2} == here["model"].config.flat()
+    assert (
+        here["model"].config.flat()
+        | {
+            "n_layers": 12,
+            "n_heads": 12,
+            "d_model": 768,
+            "max_seq_len": 1024,
+            "ffn.kind": "moe",
+            "moe.n_experts": 8,
+            "moe.top_k": 2,
+        }
+        == here["model"].config.flat()
+    )
 
 
 def test_the_snippet_runs_at_a_small_size(capsys):
-    small = SNIPPET.replace("n_layer=12", "n_layer=2").replace("n_embd=768", "n_embd=24").replace("vocab_size=50257", "vocab_size=257")
+    small = (
+        SNIPPET.replace("n_layer=12", "n_layer=2")
+        .replace("n_embd=768", "n_embd=24")
+        .replace("vocab_size=50257", "vocab_size=257")
+    )
     with pytest.warns(UserWarning, match="no tokenizer was given"):
         exec(small, {})
     assert capsys.readouterr().out
@@ -128,14 +150,26 @@ def test_the_snippet_is_the_descriptions_own(repo):
 
 @pytest.mark.parametrize(
     ("name", "layers", "width", "experts", "kind", "low", "high"),
-    [("nano", 6, 384, 4, "non_embedding", 9e6, 11e6), ("small", 12, 768, 8, "total", 122e6, 126e6), ("medium", 24, 1024, 16, "total", 330e6, 360e6)],
+    [
+        ("nano", 6, 384, 4, "non_embedding", 9e6, 11e6),
+        ("small", 12, 768, 8, "total", 122e6, 126e6),
+        ("medium", 24, 1024, 16, "total", 330e6, 360e6),
+    ],
 )
 def test_the_three_sizes_are_those_of_the_description(name, layers, width, experts, kind, low, high):
     run, tracking = read_config(REPO / "examples" / f"{name}.yaml")
     config = run.model if run.model.vocab_size else run.model.override(vocab_size=4096)
-    assert (config.n_layers, config.d_model, config.moe.n_experts, config.ffn.kind, tracking.tool) == (layers, width, experts, "moe", "none")
+    assert (config.n_layers, config.d_model, config.moe.n_experts, config.ffn.kind, tracking.tool) == (
+        layers,
+        width,
+        experts,
+        "moe",
+        "none",
+    )
     assert read_config(f"{name}.yaml")[0] == run  # kimi-nb train --config nano.yaml
-    assert RunConfig.load(REPO / "examples" / f"{name}.yaml") == run  # one vocabulary: the project's own reader takes them too
+    assert (
+        RunConfig.load(REPO / "examples" / f"{name}.yaml") == run
+    )  # one vocabulary: the project's own reader takes them too
     with torch.device("meta"):
         assert low < count_parameters(KimiModel(config, seed=None))[kind] < high
 
@@ -171,24 +205,36 @@ def test_nanokimis_file_is_read_and_every_switch_does_something(tmp_path):
     assert run.flat() | {"model.n_layers": 1, "model.max_seq_len": 32, "model.ffn.kind": "moe", "model.moe.n_experts": 4, "train.steps": 50, "train.batch_size": 4, "train.lr": 2e-3,
                          "train.optimizer.weight_decay": 0.2, "train.optimizer.name": "muon", "train.precision": "auto", "data.corpus": "tinyworld", "data.tokenizer": "byte"} == run.flat()  # fmt: skip
     assert (tracking.tool, tracking.project, tracking.name) == ("wandb", "my-nanokimi-experiments", "experiment-1")
-    for change, path, value in (("mixed_precision: true", "train.precision", "fp32"), ("compile_model: false", "train.compile", True)):
-        flipped = read(NANOKIMI.replace(change, change.split(":")[0] + (": false" if "true" in change else ": true")))[0]
+    for change, path, value in (
+        ("mixed_precision: true", "train.precision", "fp32"),
+        ("compile_model: false", "train.compile", True),
+    ):
+        flipped = read(NANOKIMI.replace(change, change.split(":")[0] + (": false" if "true" in change else ": true")))[
+            0
+        ]
         assert {k: v for k, v in flipped.flat().items() if v != run.flat()[k]} == {path: value}
     assert read(NANOKIMI.replace("use_wandb: true", "use_wandb: false"))[1].tool == "none"
     assert read(NANOKIMI.replace("use_wandb", "use_trackio"))[1].tool == "trackio"
-    for wrong, line in (("use_wandb: true", "training.use_wandb 'maybe' is not true or false"), ("compile_model: false", "train.compile 'maybe' is not true or false")):
+    for wrong, line in (
+        ("use_wandb: true", "training.use_wandb 'maybe' is not true or false"),
+        ("compile_model: false", "train.compile 'maybe' is not true or false"),
+    ):
         with pytest.raises(ConfigError, match=re.escape(line)):
             read(NANOKIMI.replace(wrong, wrong.split(":")[0] + ": maybe"))
 
 
 def test_training_and_generation_on_the_command_line(tmp_path, monkeypatch, capsys):
     """The commands of the quick start, cut to seconds."""
-    (tmp_path / "nano.yaml").write_text(NANOKIMI.replace("tinyworld", "tinyworld\n  num_documents: 60\n  ".replace("\n  ", ", ").rstrip(", ")))
+    (tmp_path / "nano.yaml").write_text(
+        NANOKIMI.replace("tinyworld", "tinyworld\n  num_documents: 60\n  ".replace("\n  ", ", ").rstrip(", "))
+    )
     out = tmp_path / "checkpoints" / "nano"
     ran("train", "--config", tmp_path / "nano.yaml", "--max-steps", 6, "--no-wandb", "--out", out, "--quiet")
     assert re.search(r"steps +6\n", capsys.readouterr().out)
     for how in ([], ["--stream"]):
-        ran("generate", "--checkpoint", out, "--prompt", "The future of AI is", "--max-new-tokens", 8, "--seed", 1, *how)
+        ran(
+            "generate", "--checkpoint", out, "--prompt", "The future of AI is", "--max-new-tokens", 8, "--seed", 1, *how
+        )
     first, second = capsys.readouterr().out.split("The future of AI is")[1:]
     assert first.strip("\n") == second.strip("\n") and first
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n\n"))
@@ -199,7 +245,11 @@ def test_training_and_generation_on_the_command_line(tmp_path, monkeypatch, caps
 
 def test_tracking_logs_every_step_where_it_was_asked_for(tmp_path, monkeypatch, capsys):
     calls = []
-    fake = types.SimpleNamespace(init=lambda **k: calls.append(("init", k["project"], k["name"])), log=lambda line, step: calls.append((step, "train_loss" in line)), finish=lambda: calls.append("finish"))
+    fake = types.SimpleNamespace(
+        init=lambda **k: calls.append(("init", k["project"], k["name"])),
+        log=lambda line, step: calls.append((step, "train_loss" in line)),
+        finish=lambda: calls.append("finish"),
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     (tmp_path / "c.yaml").write_text(NANOKIMI.replace("dataset: tinyworld", "corpus: tinyworld, num_documents: 60"))
     ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--out", tmp_path / "a", "--quiet")
@@ -209,7 +259,10 @@ def test_tracking_logs_every_step_where_it_was_asked_for(tmp_path, monkeypatch, 
     assert calls == []
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--max-steps", "3", "--out", str(tmp_path / "d")]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "kimi-nb: error: tracker 'wandb' is not installed: pip install 'kimi_nb[track]'"
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "kimi-nb: error: tracker 'wandb' is not installed: pip install 'kimi_nb[track]'"
+    )
 
 
 def test_a_tracker_that_cannot_start_is_refused_in_one_line(monkeypatch):
@@ -220,16 +273,35 @@ def test_a_tracker_that_cannot_start_is_refused_in_one_line(monkeypatch):
         monkeypatch.setitem(sys.modules, tool, types.SimpleNamespace(init=init))
         with pytest.raises(KimiError) as e:
             track(tiny_run(), Tracking(tool=tool))
-        assert str(e.value) == f"{tool} cannot start (api_key not configured (no-tty). call wandb.login(key=...)): {remedy}"
+        assert (
+            str(e.value)
+            == f"{tool} cannot start (api_key not configured (no-tty). call wandb.login(key=...)): {remedy}"
+        )
 
 
 def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("max_steps: 50", "max_steps: 50\n  warmup_steps: 20").replace("dataset: tinyworld", "corpus: tinyworld, num_documents: 60"))
-    trial = ["train", "--config", str(tmp_path / "c.yaml"), "--no-track", "--quiet", "--out", str(tmp_path / "out"), "--max-steps"]
+    (tmp_path / "c.yaml").write_text(
+        NANOKIMI.replace("max_steps: 50", "max_steps: 50\n  warmup_steps: 20").replace(
+            "dataset: tinyworld", "corpus: tinyworld, num_documents: 60"
+        )
+    )
+    trial = [
+        "train",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--no-track",
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+        "--max-steps",
+    ]
     ran(*trial, 3)
     assert capsys.readouterr().err == "kimi-nb: train.warmup_steps 20 of the file is cut to the 3 steps asked for\n"
     assert RunConfig(**Record.from_json((tmp_path / "out" / "result.json").read_text()).config).train.warmup_steps == 3
-    for arguments, line in ((["3", "--train.warmup_steps", "4"], "train.warmup_steps 4 is over steps 3"), (["0"], "train.steps 0 trains nothing: give --max-steps 1 or more")):
+    for arguments, line in (
+        (["3", "--train.warmup_steps", "4"], "train.warmup_steps 4 is over steps 3"),
+        (["0"], "train.steps 0 trains nothing: give --max-steps 1 or more"),
+    ):
         assert main(trial + arguments) == 2
         assert capsys.readouterr().err == f"kimi-nb: error: {line}\n"
 
@@ -239,12 +311,16 @@ def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp
 
 def test_validation_is_the_files_that_were_given_for_it(texts, tmp_path, capsys):
     config = DataConfig(tokenizer_name="bpe:300", block_size=32)
-    train_path, val_path = made = TextDataProcessor(config).process_dataset("my_dataset", train_files=[texts / "train1.txt", texts / "train2.txt"], val_files=[texts / "val.txt"])
+    train_path, val_path = made = TextDataProcessor(config).process_dataset(
+        "my_dataset", train_files=[texts / "train1.txt", texts / "train2.txt"], val_files=[texts / "val.txt"]
+    )
     read = lambda path: made.tokens.tokenizer.decode(np.fromfile(path, dtype="<u2")).split("<|endoftext|>")[:-1]
     assert read(val_path) == [(texts / "val.txt").read_text()]
     assert sorted(read(train_path)) == sorted((texts / n).read_text() for n in ("train1.txt", "train2.txt"))
     # by name in a file, a run trains on the one and is scored on the other
-    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("{dataset: tinyworld, tokenizer_name: byte}", "{dataset: my_dataset}"))
+    (tmp_path / "c.yaml").write_text(
+        NANOKIMI.replace("{dataset: tinyworld, tokenizer_name: byte}", "{dataset: my_dataset}")
+    )
     run = read_config(tmp_path / "c.yaml")[0]
     assert run.data == made.data and prepare(run.data).fingerprint == made.tokens.fingerprint
     ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--no-wandb", "--out", tmp_path / "out", "--quiet")
@@ -258,13 +334,19 @@ def test_validation_is_the_files_that_were_given_for_it(texts, tmp_path, capsys)
 
 
 def test_the_processors_own_snippets(texts, data_dir, monkeypatch):
-    monkeypatch.setattr(PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name)))
+    monkeypatch.setattr(
+        PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name))
+    )
     monkeypatch.chdir(texts)
     processor = TextDataProcessor(DataConfig(tokenizer_name="gpt2", block_size=1024))
-    train_path, val_path = processor.process_dataset("my_dataset", train_files=["train1.txt", "train2.txt"], val_files=["val.txt"])
+    train_path, val_path = processor.process_dataset(
+        "my_dataset", train_files=["train1.txt", "train2.txt"], val_files=["val.txt"]
+    )
     assert train_path.is_file() and val_path.is_file()
     made = TextDataProcessor(DataConfig()).process_dataset("openwebtext", ["train1.txt"], ["val.txt"])
-    assert made.tokens.vocab_size == 50257 and dataset_settings("openwebtext")["corpus"] == made.corpus  # what was processed goes before the hub
+    assert (
+        made.tokens.vocab_size == 50257 and dataset_settings("openwebtext")["corpus"] == made.corpus
+    )  # what was processed goes before the hub
 
 
 def test_what_cannot_be_processed_is_refused_in_one_line(texts):
@@ -296,7 +378,9 @@ def test_the_name_of_the_toy_set_is_taken_and_no_files_may_be_none(texts):
 
 def test_the_toy_data_set_cannot_be_learned():
     toy = toy_dataset(6000)
-    run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32), train=dict(steps=60, batch_size=8, lr=5e-3))
+    run = RunConfig(
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32), train=dict(steps=60, batch_size=8, lr=5e-3)
+    )
     model, losses = train_on(run, toy.tokens)
     assert 4.1 < ModelEvaluator().evaluate(model, toy)["loss"] < 4.4 and losses[-1] > 4.0  # ln 64 = 4.16
 
@@ -310,12 +394,16 @@ class Alternating:
 
 
 def test_a_data_set_of_ones_own_can_be_trained_on_and_scored():
-    run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=120, batch_size=8, lr=1e-2))
+    run = RunConfig(
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=120, batch_size=8, lr=1e-2)
+    )
     model, _ = train_on(run, Alternating())
     assert ModelEvaluator().evaluate_perplexity(model, Alternating()) < 1.5
     assert Generator(model).generate_text("ab", 4, greedy=True) == "abab"
     same = ArrayDataset(Alternating.train, Alternating.val, ByteTokenizer())
-    assert ModelEvaluator().evaluate(model, same)["bits_per_byte"] == pytest.approx(ModelEvaluator().evaluate(model, Alternating())["bits_per_byte"])
+    assert ModelEvaluator().evaluate(model, same)["bits_per_byte"] == pytest.approx(
+        ModelEvaluator().evaluate(model, Alternating())["bits_per_byte"]
+    )
     with pytest.raises(KimiError, match="ids below 257"):
         ArrayDataset([1, 300], [1], ByteTokenizer())
 
@@ -331,7 +419,10 @@ def test_training_on_a_data_set_takes_the_steps_of_the_run(tmp_path):
 
 def test_perplexity_is_that_of_the_definition():
     """exp of the mean negative log-likelihood over all tokens but the first, each in its window, computed by hand in float64."""
-    model, ids = KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1), ByteTokenizer().encode("The cat sat on the mat. " * 8)[:161]
+    model, ids = (
+        KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1),
+        ByteTokenizer().encode("The cat sat on the mat. " * 8)[:161],
+    )
     found = ModelEvaluator().evaluate_perplexity(model, ids)
     with torch.no_grad():
         total = 0.0
@@ -345,7 +436,9 @@ def test_perplexity_is_that_of_the_definition():
 
 
 def test_what_a_data_set_stands_for_is_trained_on_as_itself(texts):
-    made = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=16)).process_dataset("mine", texts / "train1.txt", texts / "val.txt")
+    made = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=16)).process_dataset(
+        "mine", texts / "train1.txt", texts / "val.txt"
+    )
     run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=2, batch_size=2))
     assert train_on(run, made)[1] == train_on(run, made.tokens)[1]
     with pytest.raises(KimiError, match="data set 'mine' is only a name"):
@@ -359,8 +452,13 @@ def test_the_evaluator_takes_a_folder_and_refuses_what_it_cannot_score_in_one_li
     record = fit(run, tmp_path / "run", progress=False)
     found = ModelEvaluator(max_tokens=run.train.eval_tokens).evaluate(tmp_path / "run", run.data, run.seq_len)
     assert found["loss"] == pytest.approx(record.metrics["val_loss"], rel=1e-5)
-    model, ids = KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1), np.arange(40)
-    assert ModelEvaluator().evaluate(model, torch.as_tensor(ids)) | {"seconds": 0} == ModelEvaluator(precision="auto").evaluate(model, list(ids)) | {"seconds": 0}
+    model, ids = (
+        KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1),
+        np.arange(40),
+    )
+    assert ModelEvaluator().evaluate(model, torch.as_tensor(ids)) | {"seconds": 0} == ModelEvaluator(
+        precision="auto"
+    ).evaluate(model, list(ids)) | {"seconds": 0}
     for options, arguments, line in (
         ({}, (model, ids - 1), "the text has token -1: ids are at least 0"), ({}, (model, ids + 0.5), "the token ids are float64: give whole numbers"), ({}, (model, ids > 3), "the token ids are bool: give whole numbers"),
         ({}, (model, "pets"), "data set 'pets' is only a name: give "), ({}, (model, model), "the data set is a KimiModel: give "), ({}, (model, [[1], [2, 3]]), "the data set is a list: give "), ({}, (model, {}), "the data set is a dict: give "),
@@ -378,16 +476,39 @@ def test_the_evaluator_takes_a_folder_and_refuses_what_it_cannot_score_in_one_li
 
 def contest(**changes):
     """A small MoE run and a small budget."""
-    return tiny_run(**dict(model__ffn__kind="moe", model__norm__kind="rmsnorm", train__optimizer__name="muon", train__steps=20) | changes)
+    return tiny_run(
+        **dict(model__ffn__kind="moe", model__norm__kind="rmsnorm", train__optimizer__name="muon", train__steps=20)
+        | changes
+    )
 
 
 def test_the_opponent_is_nanogpt_at_the_same_size():
     for run in (contest(), RunConfig.preset("kimi"), RunConfig.preset("small")):
         g = nanogpt_equal(run)
         m = g.model
-        assert (m.norm.kind, m.norm.bias, m.position.kind, m.attention.kind, m.ffn.kind, m.ffn.activation, m.tie_embeddings, g.train.optimizer.name) == ("layernorm", False, "learned", "mha", "dense", "gelu", True, "adamw")
-        assert (m.d_model, m.n_layers, m.n_heads, m.max_seq_len, m.dense_width) == (run.model.d_model, run.model.n_layers, run.model.n_heads, run.model.max_seq_len, 4 * run.model.d_model)
-        assert (g.tokens_per_step, g.train.steps, g.data, g.seed) == (run.tokens_per_step, run.train.steps, run.data, run.seed)
+        assert (
+            m.norm.kind,
+            m.norm.bias,
+            m.position.kind,
+            m.attention.kind,
+            m.ffn.kind,
+            m.ffn.activation,
+            m.tie_embeddings,
+            g.train.optimizer.name,
+        ) == ("layernorm", False, "learned", "mha", "dense", "gelu", True, "adamw")
+        assert (m.d_model, m.n_layers, m.n_heads, m.max_seq_len, m.dense_width) == (
+            run.model.d_model,
+            run.model.n_layers,
+            run.model.n_heads,
+            run.model.max_seq_len,
+            4 * run.model.d_model,
+        )
+        assert (g.tokens_per_step, g.train.steps, g.data, g.seed) == (
+            run.tokens_per_step,
+            run.train.steps,
+            run.data,
+            run.seed,
+        )
 
 
 def test_the_table_holds_the_runs_numbers_whichever_way_they_fall(tmp_path, capsys):
@@ -396,7 +517,9 @@ def test_the_table_holds_the_runs_numbers_whichever_way_they_fall(tmp_path, caps
     fair = compare.compare_runs(contest(), seeds=2)
     for name in ("nanoKimi", "nanoGPT"):
         mine = [r for r in store.records() if (r.run.model.ffn.kind == "moe") == (name == "nanoKimi")]
-        assert len(mine) == 2 and fair["test_bpb"][name] == pytest.approx(np.mean([r.metrics["test_bpb"] for r in mine]))
+        assert len(mine) == 2 and fair["test_bpb"][name] == pytest.approx(
+            np.mean([r.metrics["test_bpb"] for r in mine])
+        )
         assert fair["total_parameters"][name] == mine[0].metrics["total_parameters"]
     shown = capsys.readouterr().out
     assert f"{fair['test_bpb']['nanoKimi']:.4f}" in shown and "2 pairs of seeds" in shown and fair.verdict is not None
@@ -410,17 +533,24 @@ def test_the_table_holds_the_runs_numbers_whichever_way_they_fall(tmp_path, caps
 def test_what_the_store_holds_is_not_trained_again(tmp_path, monkeypatch):
     compare = NanoGPTComparison(str(tmp_path), speed=False, show=False)
     first = compare.compare_runs(contest())
-    monkeypatch.setattr("kimi_nb.train.Trainer.step", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("kimi_nb.train.loop.Trainer.step", lambda *a: pytest.fail("trained again"))
     assert compare.compare_runs(contest()).frame.equals(first.frame)
 
 
 def test_budgets(monkeypatch):
     compare = NanoGPTComparison(speed=False, show=False)
     tokens = compare.compare_runs(contest())
-    assert tokens["tokens"]["nanoKimi"] == tokens["tokens"]["nanoGPT"] and tokens["training_flops"]["nanoKimi"] != tokens["training_flops"]["nanoGPT"]
+    assert (
+        tokens["tokens"]["nanoKimi"] == tokens["tokens"]["nanoGPT"]
+        and tokens["training_flops"]["nanoKimi"] != tokens["training_flops"]["nanoGPT"]
+    )
     flops = compare.compare_runs(contest(), budget="flops")["training_flops"]
     assert flops["nanoKimi"] == pytest.approx(flops["nanoGPT"], rel=0.03)
-    monkeypatch.setattr(NanoGPTComparison, "_speed", lambda self, runs: __import__("pandas").DataFrame(dict(name=["nanoKimi", "nanoGPT"], step_seconds=[0.3, 0.1])))
+    monkeypatch.setattr(
+        NanoGPTComparison,
+        "_speed",
+        lambda self, runs: __import__("pandas").DataFrame(dict(name=["nanoKimi", "nanoGPT"], step_seconds=[0.3, 0.1])),
+    )
     steps = compare.compare_runs(contest(train__steps=10), budget="seconds")["steps"]
     assert (steps["nanoKimi"], steps["nanoGPT"]) == (10, 30)
     with pytest.raises(KimiError, match="budget 'money' is unknown: one of tokens, flops, seconds"):
@@ -434,19 +564,25 @@ def test_a_budget_of_tokens_sets_the_opponents_steps():
     found = compare.compare_runs(run, other)
     assert found["tokens"]["nanoKimi"] == found["tokens"]["nanoGPT"] and found.runs["nanoGPT"].train.warmup_steps == 4
     assert f"equal budget of tokens: 4 steps of {run.tokens_per_step:,} tokens" in found.title
-    with pytest.raises(KimiError, match="a step of nanoGPT has 64 tokens, one of nanoKimi 128: both need the same batches"):
+    with pytest.raises(
+        KimiError, match="a step of nanoGPT has 64 tokens, one of nanoKimi 128: both need the same batches"
+    ):
         compare.compare_runs(run, other.override({"train.batch_size": run.train.batch_size // 2}))
 
 
 def test_the_opponents_steps_to_the_target_are_measured(monkeypatch):
     """The loss falls below its end early, or a seed ends above the mean end: that one counts with its whole length."""
-    from kimi_nb import analysis
+    from kimi_nb.stats import claims as analysis
 
     ask = analysis.with_targets
 
     def early(frame, curves, baseline):
         out = ask(frame, curves, baseline)
-        return out.assign(steps_to_target=out["steps_to_target"].where(out["arm"] != baseline, out["seed"].map({0: 10.0, 1: math.nan})))
+        return out.assign(
+            steps_to_target=out["steps_to_target"].where(
+                out["arm"] != baseline, out["seed"].map({0: 10.0, 1: math.nan})
+            )
+        )
 
     monkeypatch.setattr(analysis, "with_targets", early)
     found = NanoGPTComparison(speed=False, show=False).compare_runs(contest(), seeds=2)

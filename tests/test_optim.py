@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kimi_nb import optim
 from kimi_nb.config import KimiError, ModelConfig, OptimizerConfig, TrainConfig
 from kimi_nb.model import KimiModel
-from kimi_nb.optim import (
+from kimi_nb.train import (
     Muon,
     attention_modules,
     build_optimizer,
@@ -26,6 +25,7 @@ from kimi_nb.optim import (
     learning_rate,
     load_optimizer_tensors,
     newton_schulz,
+    optim,
     optimizer_tensors,
     param_groups,
     qk_clip_,
@@ -40,7 +40,12 @@ MODELS = {
     "mha learned untied": dict(position=dict(kind="learned"), tie_embeddings=False, ffn=dict(activation="gelu")),
     "mha moe": dict(ffn=dict(kind="moe"), moe=dict(n_experts=4, d_expert=24, n_shared_experts=1)),
     "mha moe relu": dict(ffn=dict(kind="moe", activation="relu"), moe=dict(n_experts=4, d_expert=24)),
-    "mla moe": dict(attention=MLA | dict(q_lora_rank=10), ffn=dict(kind="moe"), moe=dict(n_experts=4, d_expert=24, router="noaux_tc"), first_dense_layers=1),
+    "mla moe": dict(
+        attention=MLA | dict(q_lora_rank=10),
+        ffn=dict(kind="moe"),
+        moe=dict(n_experts=4, d_expert=24, router="noaux_tc"),
+        first_dense_layers=1,
+    ),
     "mla": dict(attention=MLA),
     "latent": dict(attention=dict(kind="latent", n_latents=2, chunk_size=4)),
     "layernorm with bias": dict(norm=dict(kind="layernorm", bias=True)),
@@ -48,7 +53,11 @@ MODELS = {
 
 
 def make_model(name="mha moe", **more):
-    return KimiModel(ModelConfig(**(dict(d_model=32, n_layers=2, n_heads=4, d_ff=48, vocab_size=40, max_seq_len=16) | MODELS[name] | more)))
+    return KimiModel(
+        ModelConfig(
+            **(dict(d_model=32, n_layers=2, n_heads=4, d_ff=48, vocab_size=40, max_seq_len=16) | MODELS[name] | more)
+        )
+    )
 
 
 def make_config(lr=1e-2, **optimizer):
@@ -98,7 +107,14 @@ def test_muon_is_the_float64_reference(dtype, tolerance, scaling, nesterov):
     cases = [((12, 12), 1), ((12, 5), 1), ((5, 12), 1), ((7, 40), 1), ((3, 8, 6), 1), ((3, 8, 6), 2), ((18, 6), 3)]
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, _ in cases]
     start = [p.detach().clone() for p in params]
-    optimizer = Muon([dict(params=[p], splits=cut) for p, (_, cut) in zip(params, cases, strict=True)], lr=0.05, weight_decay=0.3, momentum=0.9, nesterov=nesterov, scaling=scaling)
+    optimizer = Muon(
+        [dict(params=[p], splits=cut) for p, (_, cut) in zip(params, cases, strict=True)],
+        lr=0.05,
+        weight_decay=0.3,
+        momentum=0.9,
+        nesterov=nesterov,
+        scaling=scaling,
+    )
     grads = []
     for _ in range(4):
         grads.append([torch.randn_like(p) for p in params])
@@ -159,7 +175,9 @@ def test_many_steps_on_low_rank_stay_bounded(steps):
 def test_one_batched_call_per_shape(monkeypatch):
     """All layers' matrices of one shape, tall or wide, in one group or several, are one batch."""
     calls = []
-    monkeypatch.setattr(optim, "newton_schulz", lambda G, *a, **k: calls.append(tuple(G.shape)) or newton_schulz(G, *a, **k))
+    monkeypatch.setattr(
+        optim, "newton_schulz", lambda G, *a, **k: calls.append(tuple(G.shape)) or newton_schulz(G, *a, **k)
+    )
     params = [torch.randn(s) for s in [(8, 8)] * 5 + [(16, 8), (8, 16), (3, 8, 8), (2, 32, 8)]]
     for p in params:
         p.grad = torch.randn_like(p)
@@ -194,7 +212,9 @@ def test_refusals_are_one_line(make, words):
     assert "\n" not in str(caught.value)
 
 
-HIDDEN = re.compile(r"layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?\.weight|mlp\.((shared_experts\.)?(gate|up|down)_proj\.weight|experts\.(gate_up|up|down)_proj))")
+HIDDEN = re.compile(
+    r"layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?\.weight|mlp\.((shared_experts\.)?(gate|up|down)_proj\.weight|experts\.(gate_up|up|down)_proj))"
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,12 +232,16 @@ def test_every_parameter_is_in_one_right_group(name, kind):
         assert where[n]["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0), n
         assert where[n].get("splits", 1) == (2 if expected == "muon" and n.endswith("gate_up_proj") else 1), n
     optimizer = build_optimizer(model, make_config(name=kind))
-    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
     assert describe_groups(optimizer).count("|") == len(groups) - 1
 
 
 def test_described_in_words():
-    text = describe_groups(build_optimizer(make_model("mha moe"), make_config(lr=1e-3, name="muon", expert_lr_scale=0.5)))
+    text = describe_groups(
+        build_optimizer(make_model("mha moe"), make_config(lr=1e-3, name="muon", expert_lr_scale=0.5))
+    )
     assert "muon: 14 matrices, 12.8K parameters, lr 0.001, decay 0.01" in text
     assert "muon fused experts: 16 matrices, 12.3K parameters, lr 0.0005, decay 0.01" in text
     assert "adamw without decay: " in text
@@ -389,7 +413,10 @@ def test_schedule_properties(data):
     if steps - 1 > warmup:
         assert math.isclose(lrs[-1], lr if schedule == "constant" else c.end_lr, abs_tol=slack)
         if schedule == "cosine":
-            assert all(math.isclose(lrs[s], nanogpt_lr(s, lr, c.end_lr, warmup, steps - 1), abs_tol=slack) for s in range(warmup, steps))
+            assert all(
+                math.isclose(lrs[s], nanogpt_lr(s, lr, c.end_lr, warmup, steps - 1), abs_tol=slack)
+                for s in range(warmup, steps)
+            )
     past = learning_rate(steps + 50, c)
     assert past == lr if schedule == "constant" else math.isclose(past, c.end_lr, abs_tol=slack)
 
@@ -403,6 +430,7 @@ def test_set_lr_keeps_the_groups_ratios():
 
 
 # QK-clip on the real attention modules
+
 
 def exploding(name, implementation, scale=30.0):
     spec = MODELS[name]
@@ -439,7 +467,9 @@ def test_qk_clip_fires_on_exploded_heads_and_then_is_quiet(name, implementation)
     assert second == dict(n_clipped=0, max_logit=pytest.approx(before[4:].max().item()), min_gamma=1.0)
     assert report.max_logit == pytest.approx(before.max().item())
     assert report.min_gamma == pytest.approx(tau / before.max().item())
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if not n.startswith("layers.0.self_attn"))
+    assert all(
+        torch.equal(p, weights[n]) for n, p in model.named_parameters() if not n.startswith("layers.0.self_attn")
+    )
     assert all(m.logit_max.max() == -math.inf for _, m in attention_modules(model))
     # the first layer's input has not changed: its heads stand exactly at the threshold, the others where they were
     torch.testing.assert_close(seen()[:4], before[:4].clamp(max=tau), rtol=1e-4, atol=1e-4)
@@ -466,7 +496,7 @@ RANKS = """
     import sys, torch, torch.distributed as dist
     from kimi_nb.config import ModelConfig
     from kimi_nb.model import KimiModel
-    from kimi_nb.optim import attention_modules, qk_clip_, set_logit_tracking
+    from kimi_nb.train import attention_modules, qk_clip_, set_logit_tracking
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
     model = KimiModel(ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=40, max_seq_len=16))
@@ -482,7 +512,13 @@ RANKS = """
 def test_qk_clip_takes_the_maximum_over_ranks(tmp_path, repo):
     """Each rank saw another head explode: both must clip both, and stay identical."""
     ranks = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(RANKS), str(r), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=repo)
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RANKS), str(r), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=repo,
+        )
         for r in range(2)
     ]
     outs = [p.communicate(timeout=120) for p in ranks]

@@ -10,13 +10,13 @@ import time
 import warnings
 from pathlib import Path
 
+import kimi_nb.plan.run
 import pytest
 from tiny import Workplace, in_process, phase_cells, tiny_run
 
-import kimi_nb.plan
 from kimi_nb.cli import main
 from kimi_nb.runner import Progress
-from kimi_nb.store import Store
+from kimi_nb.study import Store
 
 REPO = Path(__file__).resolve().parents[1]
 PLAN = ["plan", "--profile", "tiny", "--quiet", "--executor", "inprocess"]
@@ -26,7 +26,7 @@ PLAN = ["plan", "--profile", "tiny", "--quiet", "--executor", "inprocess"]
 def place(tmp_path_factory, tmp_path, monkeypatch):
     """A checkout with two phases of tiny runs, whose notebooks are executed without a kernel."""
     monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path_factory.getbasetemp() / "plan-cache"))
-    monkeypatch.setattr(kimi_nb.plan, "_execute", in_process)
+    monkeypatch.setattr(kimi_nb.plan.run, "_execute", in_process)
     made = Workplace(tmp_path / "work", train__steps=3, train__save_every=0, train__eval_every=0)
     for k, v in made.environment().items():
         monkeypatch.setenv(k, v)
@@ -52,7 +52,12 @@ def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
     begin = time.process_time()
     code, again, err = call(capsys, *PLAN)
     assert time.process_time() - begin < 2
-    assert (code, err) == (0, "") and ", 0 to train" in again and executed(again) == [] and again.count("(up to date)") == 2
+    assert (
+        (code, err) == (0, "")
+        and ", 0 to train" in again
+        and executed(again) == []
+        and again.count("(up to date)") == 2
+    )
     assert {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")} == before
     verdicts = [line for line in out.splitlines() if line.startswith("  RQ0")]
     assert verdicts == [line for line in again.splitlines() if line.startswith("  RQ0")] and len(verdicts) == 2
@@ -77,7 +82,9 @@ def test_only_some_phases(place, capsys):
     """--only runs the named phases and nothing else."""
     code, out, _ = call(capsys, *PLAN, "--only", "norm")
     assert code == 0 and executed(out) == ["norm"]
-    assert Store(place.results).studies() == ["norm"] or all(s.startswith("norm") for s in Store(place.results).studies())
+    assert Store(place.results).studies() == ["norm"] or all(
+        s.startswith("norm") for s in Store(place.results).studies()
+    )
     code, out, _ = call(capsys, *PLAN)
     assert code == 0 and executed(out) == ["baseline"]
 
@@ -109,19 +116,24 @@ def test_timing_accounts_for_all_of_it(place, capsys):
     """--timing names the parts, training and evaluation apart; they add up to the whole, and what is no work is the overhead."""
     code, out, _ = call(capsys, *PLAN, "--timing")
     parts = {m[1].strip(): float(m[2]) for m in re.finditer(r"^([a-z,:-]+(?: [a-z,:-]+)*) +([\d.]+) s", out, re.M)}
-    assert code == 0 and {"training", "evaluation", "data", "notebooks", "start-up of workers", "set-up of runs"} <= parts.keys()
+    assert (
+        code == 0
+        and {"training", "evaluation", "data", "notebooks", "start-up of workers", "set-up of runs"} <= parts.keys()
+    )
     whole, overhead = parts.pop("in all"), parts.pop("overhead")
     assert abs(sum(parts.values()) - whole) < 0.1 * len(parts) and 0 < overhead < whole
 
 
 def test_workers_start_once(place, monkeypatch, capfd):
     """A plan with two workers starts two processes, however many runs there are, and leaves none."""
-    from kimi_nb import runner
     from kimi_nb.config import load_profile
     from kimi_nb.plan import phase_studies
+    from kimi_nb.runner import pool as runner
 
     started, real = [], runner.Worker.start.__func__
-    monkeypatch.setattr(runner.Worker, "start", classmethod(lambda cls, *a: started.append(real(cls, *a)) or started[-1]))
+    monkeypatch.setattr(
+        runner.Worker, "start", classmethod(lambda cls, *a: started.append(real(cls, *a)) or started[-1])
+    )
     every = [s for g in phase_studies(load_profile("tiny")).values() for s in g]
     records = runner.run_studies(every, Store(place.results), workers=2, progress=False)
     assert len(records) > 8 and {r.status for r in records} == {"done"}
@@ -131,10 +143,16 @@ def test_workers_start_once(place, monkeypatch, capfd):
 
 def test_a_run_whose_workers_keep_dying_is_a_failed_record(place, monkeypatch, tmp_path):
     """A run that kills its worker three times is recorded as failed, with the reason; the others are trained."""
-    from kimi_nb import runner
+    from kimi_nb.runner import pool as runner
     from kimi_nb.study import Arm, Study
 
-    study = Study(name="deaths", base=tiny_run(train__steps=3), baseline="small", seeds=(0,), arms=(Arm("small"), Arm("huge", {"model.d_ff": 64})))
+    study = Study(
+        name="deaths",
+        base=tiny_run(train__steps=3),
+        baseline="small",
+        seeds=(0,),
+        arms=(Arm("small"), Arm("huge", {"model.d_ff": 64})),
+    )
     real = runner.Worker.give
 
     def give(self, planned):
@@ -195,20 +213,30 @@ def test_a_text_is_not_read_more_often_than_the_profile_allows(place, capsys):
     settings = place.path / "settings.ini"
     settings.write_text(settings.read_text().replace("max_epochs = 1000", "max_epochs = 0.001"))
     code, _, err = call(capsys, *PLAN)
-    assert code == 2 and re.fullmatch(r"kimi-nb: error: study baseline, arm \w+: [\d.]+ passes over \S+ are more than max_epochs 0.001: .*raise max_epochs in settings.ini\n", err), err
+    assert code == 2 and re.fullmatch(
+        r"kimi-nb: error: study baseline, arm \w+: [\d.]+ passes over \S+ are more than max_epochs 0.001: .*raise max_epochs in settings.ini\n",
+        err,
+    ), err
     assert not list(Store(place.results).records())
 
 
 def test_a_study_may_keep_what_its_runs_were_on_their_way(tmp_path):
     """`keep` numbered checkpoints outlive the run, each a whole model; without it only the final one does."""
-    from kimi_nb.checkpoint import checkpoints, load_model
     from kimi_nb.runner import run_study
     from kimi_nb.study import Arm, Study
+    from kimi_nb.train import checkpoints, load_model
 
     run = tiny_run(train__steps=4, train__save_every=1)
     for keep in (1, 2):
         store = Store(tmp_path / str(keep))
-        study = Study(name="s", base=run, arms=[Arm("a"), Arm("b", {"train.lr": 0.5 * run.train.lr})], baseline="a", seeds=[0], keep=keep)
+        study = Study(
+            name="s",
+            base=run,
+            arms=[Arm("a"), Arm("b", {"train.lr": 0.5 * run.train.lr})],
+            baseline="a",
+            seeds=[0],
+            keep=keep,
+        )
         for record in run_study(study, store, executor="inprocess", progress=False):
             kept = checkpoints(store.folder(record.run_id) / "checkpoints")
             assert [p.name for p in kept] == ([] if keep == 1 else ["step_00000002", "step_00000003"])
@@ -220,38 +248,59 @@ def test_timing_says_what_the_notebooks_did_and_what_is_overhead(tmp_path):
     import nbformat
 
     cell = nbformat.v4.new_code_cell
-    cells = [cell("a", metadata=dict(tags=["measuring"], papermill=dict(duration=3.0))), cell("b", metadata=dict(papermill=dict(duration=1.0))), cell("c", metadata=dict(tags=["scoring", "hide-input"], papermill=dict(duration=2.0)))]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(papermill=dict(duration=8.0))), file := tmp_path / "n.ipynb")
-    spent = kimi_nb.plan.time_by_part(file)
-    assert {k: v for k, v in spent.items() if v} == {kimi_nb.plan.ANALYSIS["measuring"]: 3.0, kimi_nb.plan.ANALYSIS["scoring"]: 2.0, "worked examples, tables and figures": 1.0, "kernels and papermill": 2.0}
-    said = kimi_nb.plan.timing(kimi_nb.plan.PlanReport("tiny", seconds={"training": 10.0, "notebooks": 4.0, "waiting for the last": 1.0}, inside=spent))
-    assert re.search(r"^training +10\.0 s  66\.7%$", said, re.M) and re.search(r"^notebooks: kernels and papermill +1\.0 s", said, re.M)
+    cells = [
+        cell("a", metadata=dict(tags=["measuring"], papermill=dict(duration=3.0))),
+        cell("b", metadata=dict(papermill=dict(duration=1.0))),
+        cell("c", metadata=dict(tags=["scoring", "hide-input"], papermill=dict(duration=2.0))),
+    ]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata=dict(papermill=dict(duration=8.0))), file := tmp_path / "n.ipynb"
+    )
+    spent = kimi_nb.plan.run.time_by_part(file)
+    assert {k: v for k, v in spent.items() if v} == {
+        kimi_nb.plan.run.ANALYSIS["measuring"]: 3.0,
+        kimi_nb.plan.run.ANALYSIS["scoring"]: 2.0,
+        "worked examples, tables and figures": 1.0,
+        "kernels and papermill": 2.0,
+    }
+    said = kimi_nb.plan.run.timing(
+        kimi_nb.plan.run.PlanReport(
+            "tiny", seconds={"training": 10.0, "notebooks": 4.0, "waiting for the last": 1.0}, inside=spent
+        )
+    )
+    assert re.search(r"^training +10\.0 s  66\.7%$", said, re.M) and re.search(
+        r"^notebooks: kernels and papermill +1\.0 s", said, re.M
+    )
     assert re.search(r"^overhead +2\.0 s  13\.3%", said, re.M)  # the wait, and the kernels' quarter of the notebooks
 
 
 def test_kernels_share_the_cores(monkeypatch):
     """Two kernels at a time get half the cores each; a number that the user has set stands."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(kimi_nb.plan, "share_of_cores", lambda n: 8 // n)
-    with kimi_nb.plan._threads(2):
+    monkeypatch.setattr(kimi_nb.plan.run, "share_of_cores", lambda n: 8 // n)
+    with kimi_nb.plan.run._threads(2):
         assert os.environ["OMP_NUM_THREADS"] == "4"
     assert "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with kimi_nb.plan._threads(2):
+    with kimi_nb.plan.run._threads(2):
         assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_profiles_fit_their_budgets(monkeypatch):
     """What the published runs of `quick` took on two cores leaves room for the notebooks within the budget it declares; `smoke` is a small part of it."""
     from kimi_nb.config import load_profile
-    from kimi_nb.plan import phase_studies
-    from kimi_nb.publish import published
+    from kimi_nb.plan import phase_studies, published
     from kimi_nb.runner import distinct
 
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
-    planned = {name: [p.run for p in distinct(s for group in phase_studies(load_profile(name)).values() for s in group)] for name in ("smoke", "quick")}
+    planned = {
+        name: [p.run for p in distinct(s for group in phase_studies(load_profile(name)).values() for s in group)]
+        for name in ("smoke", "quick")
+    }
     took = {r.run_id: r.metrics["seconds"] for r in published("quick").records()}
-    assert 80 <= len(planned["quick"]) == len(took)  # by number: the learning rates that the plan chooses are part of a run's id
+    assert (
+        80 <= len(planned["quick"]) == len(took)
+    )  # by number: the learning rates that the plan chooses are part of a run's id
     assert sum(took.values()) / 2 / 60 < 0.8 * load_profile("quick").budget_minutes
     steps = {name: sum(r.train.steps * r.tokens_per_step for r in runs) for name, runs in planned.items()}
     assert len(planned["smoke"]) >= 14 and steps["smoke"] < 0.02 * steps["quick"]

@@ -12,16 +12,27 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from kimi_nb import pictures, plots
-from kimi_nb.design import correlations, factorial, fit_power_law
-from kimi_nb.inference import StatsError
-from kimi_nb.stats import compare
+from kimi_nb.stats import StatsError, compare, correlations, factorial, fit_power_law, pictures, plots
 
 
 def made_up(n=3):
     rng = np.random.default_rng(0)
-    rows = [dict(run_id=f"{b}{a}{s}", arm=a, block=b, seed=s, status="done", **{"train.lr": lr}, step_ms=100 + 5 * k + rng.normal(), test_bpb=1.9 - 0.02 * k + 0.03 * s + rng.normal(0, 0.004))
-            for b in ("512", "1024") for k, a in enumerate(("base", "muon", "mla")) for s in range(n) for lr in (1e-3,)]
+    rows = [
+        dict(
+            run_id=f"{b}{a}{s}",
+            arm=a,
+            block=b,
+            seed=s,
+            status="done",
+            **{"train.lr": lr},
+            step_ms=100 + 5 * k + rng.normal(),
+            test_bpb=1.9 - 0.02 * k + 0.03 * s + rng.normal(0, 0.004),
+        )
+        for b in ("512", "1024")
+        for k, a in enumerate(("base", "muon", "mla"))
+        for s in range(n)
+        for lr in (1e-3,)
+    ]
     frame = pd.DataFrame(rows)
     frame.loc[(frame.arm == "mla") & (frame.block == "1024"), ["status", "test_bpb"]] = "diverged", np.nan
     return frame
@@ -29,16 +40,45 @@ def made_up(n=3):
 
 def made_up_curves():
     steps = np.arange(10, 201, 10)
-    frame = pd.concat([pd.DataFrame(dict(run_id=f"{a}{s}", arm=a, seed=s, block="512", step=steps, tokens=steps * 512, seconds=steps * (0.1 + 0.01 * s), val_loss=3 + k + np.exp(-steps / 50) + 0.1 * s))
-                       for k, a in enumerate(("base", "muon")) for s in range(3)], ignore_index=True)
+    frame = pd.concat(
+        [
+            pd.DataFrame(
+                dict(
+                    run_id=f"{a}{s}",
+                    arm=a,
+                    seed=s,
+                    block="512",
+                    step=steps,
+                    tokens=steps * 512,
+                    seconds=steps * (0.1 + 0.01 * s),
+                    val_loss=3 + k + np.exp(-steps / 50) + 0.1 * s,
+                )
+            )
+            for k, a in enumerate(("base", "muon"))
+            for s in range(3)
+        ],
+        ignore_index=True,
+    )
     frame.loc[(frame.run_id == "muon0") & (frame.step > 100), "val_loss"] = np.nan
     return frame
 
 
 def all_figures():
     runs, curves, rng = made_up(), made_up_curves(), np.random.default_rng(0)
-    cells = pd.DataFrame([dict(norm=a, optimizer=b, seed=s, status="done", test_bpb=2 - 0.1 * (b == "muon") + rng.normal(0, 0.01)) for a, b in itertools.product(("ln", "rms"), ("adamw", "muon")) for s in range(3)])
-    sizes = pd.DataFrame([dict(n=n, seed=s, status="done", val_loss=1.7 + 300 * n ** -0.3 + 0.01 * rng.normal()) for n in (1e5, 1e6, 1e7, 1e8) for s in range(2)])
+    cells = pd.DataFrame(
+        [
+            dict(norm=a, optimizer=b, seed=s, status="done", test_bpb=2 - 0.1 * (b == "muon") + rng.normal(0, 0.01))
+            for a, b in itertools.product(("ln", "rms"), ("adamw", "muon"))
+            for s in range(3)
+        ]
+    )
+    sizes = pd.DataFrame(
+        [
+            dict(n=n, seed=s, status="done", val_loss=1.7 + 300 * n**-0.3 + 0.01 * rng.normal())
+            for n in (1e5, 1e6, 1e7, 1e8)
+            for s in range(2)
+        ]
+    )
     yield "loss_curves", plots.loss_curves(curves, target=3.1)
     yield "forest", plots.forest(compare(runs, "test_bpb", "base", margin=0.01))
     yield "heatmap", plots.heatmap(runs, "block", "arm", "test_bpb")
@@ -51,7 +91,12 @@ def all_figures():
     yield "expert_load", pictures.expert_load(rng.dirichlet(np.ones(8), 3))
     yield "expert_load over time", pictures.expert_load(rng.dirichlet(np.ones(8), (10, 2)), steps=range(10))
     yield "spectra", pictures.spectra({"Muon": rng.uniform(0.5, 1, 32), "AdamW": rng.uniform(0, 1, (3, 32))})
-    yield "correlation_matrix", pictures.correlation_matrix(correlations(runs.assign(seconds=runs.step_ms ** 2), ["test_bpb", "step_ms", "seconds"]))
+    yield (
+        "correlation_matrix",
+        pictures.correlation_matrix(
+            correlations(runs.assign(seconds=runs.step_ms**2), ["test_bpb", "step_ms", "seconds"])
+        ),
+    )
 
 
 def texts(fig):
@@ -72,7 +117,9 @@ def test_a_saved_figure_is_the_same_bytes_each_time(tmp_path):
     for folder in "ab":
         png, svg = plots.save(plots.loss_curves(made_up_curves()), tmp_path / folder / "curves.png", dpi=60)
         assert png.read_bytes()[:4] == b"\x89PNG" and b"<dc:date>" not in svg.read_bytes()
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in ("curves.png", "curves.svg"))
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in ("curves.png", "curves.svg")
+    )
     plots.save(plots.loss_curves(made_up_curves()), tmp_path / "eps=1e-6.lr=0.001", dpi=60)
     assert (tmp_path / "eps=1e-6.lr=0.001.png").exists()
 
@@ -81,7 +128,7 @@ def test_the_mean_of_a_curve_is_over_the_runs_that_lasted():
     fig = plots.loss_curves(made_up_curves(), cut=0)
     lines = {line.get_label(): line for line in fig.axes[0].lines}
     muon = lines["muon (n = 2, 1 stopped early)"]
-    assert np.allclose(muon.get_ydata(), 4 + np.exp(-np.arange(10, 201, 10) / 50) + 0.15)    # seeds 1 and 2
+    assert np.allclose(muon.get_ydata(), 4 + np.exp(-np.arange(10, 201, 10) / 50) + 0.15)  # seeds 1 and 2
     assert any(line.get_marker() == "x" and np.allclose(line.get_xdata(), [100]) for line in fig.axes[0].lines)
     seconds = plots.loss_curves(made_up_curves(), x="seconds", cut=0).axes[0].lines[0]
     assert np.allclose(seconds.get_xdata(), np.arange(10, 201, 10) * 0.11)
@@ -102,7 +149,9 @@ def test_a_forest_shows_the_numbers_of_its_table():
     ax, words = fig.axes[0], " ".join(texts(fig))
     thick = [line for line in ax.lines if line.get_linewidth() == 3.5]
     known = result[result.ci_low.notna()]
-    assert np.allclose(sorted(tuple(line.get_xdata()) for line in thick), sorted(zip(known.ci_low, known.ci_high, strict=True)))
+    assert np.allclose(
+        sorted(tuple(line.get_xdata()) for line in thick), sorted(zip(known.ci_low, known.ci_high, strict=True))
+    )
     assert "no run is left: 3 diverged" in words and "← better" in words and "difference from base" in words
     left, right = ax.get_xlim()
     assert left < min(0, known["diff"].min()) and right > 0
@@ -135,11 +184,19 @@ def test_tables_round_and_show_what_is_missing():
     assert [plots.cell(v) for v in (0.0, float("inf"), 3, "a|b", None)] == ["0", "—", "3", "a\\|b", "—"]
 
 
-@pytest.mark.parametrize("draw", [
-    lambda: plots.loss_curves(made_up_curves(), "test_los"), lambda: plots.heatmap(made_up(), "x", "arm", "test_bpb"), lambda: plots.table(made_up(), ["nothing"]),
-    lambda: plots.loss_curves(made_up_curves(), band="std"), lambda: plots.loss_curves(made_up_curves(), block="2048"), lambda: pictures.expert_load(np.ones(4)),
-    lambda: plots.forest(compare(made_up(), "test_bpb", "base").iloc[:0]), lambda: plots.pareto(made_up().assign(test_bpb=np.nan), "step_ms", "test_bpb"),
-])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.loss_curves(made_up_curves(), "test_los"),
+        lambda: plots.heatmap(made_up(), "x", "arm", "test_bpb"),
+        lambda: plots.table(made_up(), ["nothing"]),
+        lambda: plots.loss_curves(made_up_curves(), band="std"),
+        lambda: plots.loss_curves(made_up_curves(), block="2048"),
+        lambda: pictures.expert_load(np.ones(4)),
+        lambda: plots.forest(compare(made_up(), "test_bpb", "base").iloc[:0]),
+        lambda: plots.pareto(made_up().assign(test_bpb=np.nan), "step_ms", "test_bpb"),
+    ],
+)
 def test_a_figure_that_cannot_be_drawn_says_why_in_one_line(draw):
     with pytest.raises(StatsError) as e:
         draw()
@@ -147,6 +204,9 @@ def test_a_figure_that_cannot_be_drawn_says_why_in_one_line(draw):
 
 
 def test_figures_need_no_screen():
-    code = "from kimi_nb.pictures import power_curve; from kimi_nb.plots import save; import tempfile; print(save(power_curve(), tempfile.mkdtemp() + '/p')[0].stat().st_size > 1000)"
+    code = "from kimi_nb.stats import power_curve; from kimi_nb.stats import save; import tempfile; print(save(power_curve(), tempfile.mkdtemp() + '/p')[0].stat().st_size > 1000)"
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.strip() == "True"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.strip()
+        == "True"
+    )

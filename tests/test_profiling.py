@@ -13,7 +13,27 @@ def test_profile_shows_operations_and_writes_a_trace(tmp_path, monkeypatch, capf
     monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("KIMI_NB_RESULTS", str(tmp_path / "results"))
     settings = [f"--{k}={v}" for k, v in (RUN | {"train.optimizer.name": "muon"}).items()]
-    assert main(["profile", *settings, "--steps", "2", "--warmup", "1", "--rows", "6", "--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]) == 0
+    assert (
+        main(
+            [
+                "profile",
+                *settings,
+                "--steps",
+                "2",
+                "--warmup",
+                "1",
+                "--rows",
+                "6",
+                "--out",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
     assert err == "" and not (tmp_path / "results").exists()
     times = [float(m) for m in re.findall(r"^\S.*?\s+[\d,.]+\s+([\d.]+)\s+[\d.]+%$", out, re.M)]

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from kimi_nb import publish
-from kimi_nb.plan import phase_notebooks, read_outcome
-from kimi_nb.publish import published_profiles, read_bundle
-from kimi_nb.store import Store
+from kimi_nb.plan import phase_notebooks, publish, published_profiles, read_bundle, read_outcome
+from kimi_nb.study import Store
 
 REPO = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif("quick" not in published_profiles(REPO), reason="no reference run of profile quick is published")
+pytestmark = pytest.mark.skipif(
+    "quick" not in published_profiles(REPO), reason="no reference run of profile quick is published"
+)
 
 
 def kimi(*arguments: str, checkout: Path = REPO) -> subprocess.CompletedProcess:
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    env = {k: v for k, v in os.environ.items() if k != "KIMI_NB_RESULTS"} | dict(KIMI_NB_SETTINGS=str(checkout / "settings.ini"), PYTHONPATH=str(REPO))
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    env = {k: v for k, v in os.environ.items() if k != "KIMI_NB_RESULTS"} | dict(
+        KIMI_NB_SETTINGS=str(checkout / "settings.ini"), PYTHONPATH=str(REPO)
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +69,19 @@ def test_a_damaged_folder_is_not_published(opened, tmp_path, what):
     """One line says what is wrong, and nothing is written."""
     results, home = tmp_path / "results", checkout(tmp_path / "checkout")
     shutil.copytree(opened, results)
-    path = {"a record": next(results.glob("experiments/*/result.json")), "an outcome": results / "phases" / "norm.json", "a notebook": results / "notebooks" / phase_notebooks()["norm"].name}[what]
+    path = {
+        "a record": next(results.glob("experiments/*/result.json")),
+        "an outcome": results / "phases" / "norm.json",
+        "a notebook": results / "notebooks" / phase_notebooks()["norm"].name,
+    }[what]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     done = kimi("records", "publish", "--results", str(results), "--stale", checkout=home)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert path.name.partition(".")[0].split("_")[-1] in done.stderr and not (home / "data").exists() and not (home / "figures").exists()
+    assert (
+        path.name.partition(".")[0].split("_")[-1] in done.stderr
+        and not (home / "data").exists()
+        and not (home / "figures").exists()
+    )
 
 
 def test_some_phases_are_published_alone(opened, tmp_path):
@@ -78,7 +90,12 @@ def test_some_phases_are_published_alone(opened, tmp_path):
     shutil.copytree(opened, results)
     (results / "phases" / "rope.json").unlink()
     store = Store(results)
-    mine = {i for n in store.studies() if n == "tuning" or store.manifest(n)[0].phase in ("norm", "moe") for i in store.manifest(n)[1].values()}
+    mine = {
+        i
+        for n in store.studies()
+        if n == "tuning" or store.manifest(n)[0].phase in ("norm", "moe")
+        for i in store.manifest(n)[1].values()
+    }
     lost = next(f for f in sorted(results.glob("experiments/*")) if f.name[-12:] not in mine)
     shutil.rmtree(lost)
     assert "start the plan again" in "".join(Store(results).verify(complete=True))  # no whole plan
@@ -86,10 +103,16 @@ def test_some_phases_are_published_alone(opened, tmp_path):
     assert done.returncode == 0 and "phases norm, moe only" in done.stdout, done.stderr
     about, files = read_bundle("quick", home)
     assert about["phases"] == ["norm", "moe"] and about["partial"] and about["runs"] == len(mine)
-    assert [f for f in files if "headline" in f or "combined" in f or "rope" in f] == [] and "figures/quick/moe-loss.png" in files
+    assert [
+        f for f in files if "headline" in f or "combined" in f or "rope" in f
+    ] == [] and "figures/quick/moe-loss.png" in files
     assert kimi("records", "open", "--results", str(tmp_path / "again"), checkout=home).returncode == 0
     again = Store(tmp_path / "again")
-    assert {r.run_id for r in again.records()} == mine and again.verify(complete=True) == [] and again.frame("tuning", stale=True).equals(store.frame("tuning", stale=True))
+    assert (
+        {r.run_id for r in again.records()} == mine
+        and again.verify(complete=True) == []
+        and again.frame("tuning", stale=True).equals(store.frame("tuning", stale=True))
+    )
     assert published_profiles(home, "moe") == ["quick"] and published_profiles(home, "combined") == []
     # of the phases that are named everything still counts
     next(results.glob(f"experiments/*_{min(mine)}/result.json")).unlink()
@@ -97,7 +120,13 @@ def test_some_phases_are_published_alone(opened, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and read_bundle("quick", home)[0] == about, done.stderr
 
 
-@pytest.mark.parametrize("arguments, said", [(("publish", "--only", "combind"), "phase 'combind' is unknown: did you mean combined?"), (("open", "--only", "moe"), "takes no --only")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("publish", "--only", "combind"), "phase 'combind' is unknown: did you mean combined?"),
+        (("open", "--only", "moe"), "takes no --only"),
+    ],
+)
 def test_phases_that_cannot_be_named_are_refused_in_a_line(opened, tmp_path, arguments, said):
     done = kimi("records", *arguments, "--results", str(opened if arguments[0] == "publish" else tmp_path / "new"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
@@ -107,9 +136,15 @@ def test_many_runs_have_fewer_points_a_curve(opened, monkeypatch):
     """Where the records would not fit, their curves are thinned; every run and every final number stays."""
     store = Store(opened)
     whole = publish.bundle(store, "quick", stale=True, only=["norm"])
-    monkeypatch.setattr(publish, "LIMIT", sum(map(len, whole.values())) - len(whole["data/records/quick/bundle.json"]) - 1)
+    monkeypatch.setattr(
+        publish, "LIMIT", sum(map(len, whole.values())) - len(whole["data/records/quick/bundle.json"]) - 1
+    )
     less = publish.bundle(store, "quick", stale=True, only=["norm"])
-    read = lambda files: [x["record"] for x in map(json.loads, gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:]) if "record" in x]
+    read = lambda files: [
+        x["record"]
+        for x in map(json.loads, gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:])
+        if "record" in x
+    ]
     assert [r["metrics"] for r in read(less)] == [r["metrics"] for r in read(whole)]
     points = [max(len(c["step"]) for r in read(files) for c in r["curves"].values()) for files in (whole, less)]
     assert points[0] > 30 >= points[1] and json.loads(less["data/records/quick/bundle.json"])["points"] == 30
@@ -123,8 +158,13 @@ def test_publishing_again_gives_the_same(opened, tmp_path):
     assert done.returncode == 0, done.stderr
     (before, old), (after, new) = read_bundle("quick", REPO), read_bundle("quick", home)
     new_here = {"files", "partial", "points"}  # bundles of before do not say these
-    assert {k: v for k, v in before.items() if k not in new_here} == {k: v for k, v in after.items() if k not in new_here} and old.keys() == new.keys()
+    assert {k: v for k, v in before.items() if k not in new_here} == {
+        k: v for k, v in after.items() if k not in new_here
+    } and old.keys() == new.keys()
     assert [n for n in old if n.endswith(".json") and old[n] != new[n]] == []
-    lines = [[json.loads(line) for line in gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:]] for files in (old, new)]
+    lines = [
+        [json.loads(line) for line in gzip.decompress(files["data/records/quick.jsonl.gz"]).decode().splitlines()[1:]]
+        for files in (old, new)
+    ]
     assert [x["record"] for x in lines[0] if "record" in x] == [x["record"] for x in lines[1] if "record" in x]
     assert [x["rows"] for x in lines[0] if "rows" in x] == [x["rows"] for x in lines[1] if "rows" in x]

@@ -22,8 +22,10 @@ KIMI = dict(
 def train(run, folder, rank, size, port, on_step=None, **how):
     """One rank's life."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from kimi_nb.ranks import joined
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from kimi_nb.model import joined
     from kimi_nb.train import fit
 
     with joined("cpu", minutes=1):
@@ -77,7 +79,13 @@ def close(a, b, tolerance=2e-5):
     for name in ("train_loss", "grad_norm", "max_violation", "qk_clipped_heads", "val_loss", "expert_load"):
         if name in a.curves:
             assert a.curves[name]["step"] == b.curves[name]["step"]
-            torch.testing.assert_close(torch.tensor(a.curves[name]["value"], dtype=torch.float64), torch.tensor(b.curves[name]["value"], dtype=torch.float64), atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                torch.tensor(a.curves[name]["value"], dtype=torch.float64),
+                torch.tensor(b.curves[name]["value"], dtype=torch.float64),
+                atol=tolerance,
+                rtol=tolerance,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
     for name in ("val_loss", "test_bpb", "test_accuracy", "tokens", "steps"):
         assert a.metrics[name] == pytest.approx(b.metrics[name], abs=tolerance, rel=tolerance), name
 
@@ -97,7 +105,10 @@ def test_two_ranks_take_the_steps_of_one(kind, tmp_path):
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, run.train.steps + 1))
     if kind == "kimi":
-        assert max(both.curves["qk_clipped_heads"]["value"]) > 0 and sum(map(sum, both.curves["expert_load"]["value"][0])) == 4 * run.seq_len * 2
+        assert (
+            max(both.curves["qk_clipped_heads"]["value"]) > 0
+            and sum(map(sum, both.curves["expert_load"]["value"][0])) == 4 * run.seq_len * 2
+        )
 
 
 def back_to(folder, step):
@@ -110,16 +121,25 @@ def back_to(folder, step):
 
 def test_sharded_ranks_take_the_steps_of_one(tmp_path):
     """Parameters, gradients and optimizer state cut in two (three experts, so unevenly): the curve of one process to 2e-5, its weights to 1e-5, checkpoints of the same form; each goes on from the other's."""
-    from kimi_nb.checkpoint import load_checkpoint, load_model
-    from kimi_nb.train import fit
+    from kimi_nb.train import fit, load_checkpoint, load_model
 
-    mla = dict(model__attention__kind="mla", model__attention__kv_lora_rank=8, model__attention__qk_nope_head_dim=4, model__attention__qk_rope_head_dim=4, model__attention__v_head_dim=8)
+    mla = dict(
+        model__attention__kind="mla",
+        model__attention__kv_lora_rank=8,
+        model__attention__qk_nope_head_dim=4,
+        model__attention__qk_rope_head_dim=4,
+        model__attention__v_head_dim=8,
+    )
     run = tiny_run(**KIMI | mla | dict(model__tie_embeddings=True, model__moe__n_experts=3, train__save_every=6))
     alone = fit(run, one := tmp_path / "one", device="cpu", progress=False, threads=1, keep=99)
     (two := tmp_path / "two").mkdir()
     together(run, two, target=train_sharded)
     both = result(two)
-    assert (both.provenance["ranks"], both.provenance["sharded"], alone.provenance["sharded"]) == (2, True, False) and both.run_id == alone.run_id
+    assert (both.provenance["ranks"], both.provenance["sharded"], alone.provenance["sharded"]) == (
+        2,
+        True,
+        False,
+    ) and both.run_id == alone.run_id
     assert max(both.curves["qk_clipped_heads"]["value"]) > 0
     close(alone, both)
     for name in ("step_00000006", "final"):
@@ -140,7 +160,7 @@ def test_sharded_ranks_take_the_steps_of_one(tmp_path):
 
 def test_one_process_has_nothing_to_shard(tmp_path):
     """One line, before there is a folder."""
-    from kimi_nb.ranks import RanksError
+    from kimi_nb.model import RanksError
     from kimi_nb.train import fit
 
     with pytest.raises(RanksError, match=r"^one process has nobody to share a model with: start several with torchrun"):
@@ -157,7 +177,11 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(tmp_path):
     (folder := tmp_path / "two").mkdir()
     together(run, folder, target=killed, expect=None)
     said = (folder / "rank0.txt").read_text()
-    assert said.startswith("TrainError: rank 0 lost the others after step 4 (") and "start them again with the same command" in said and not (folder / "result.json").exists()
+    assert (
+        said.startswith("TrainError: rank 0 lost the others after step 4 (")
+        and "start them again with the same command" in said
+        and not (folder / "result.json").exists()
+    )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000004"]
     went_on = fit(run, folder, device="cpu", progress=False, threads=1)
     assert went_on.status == "done" and went_on.provenance["ranks"] == 1
@@ -169,22 +193,77 @@ def test_torchrun_and_the_command_line(tmp_path):
     """torchrun … kimi-nb train: one record in the store, one report on the terminal; a batch that two ranks cannot share is one line."""
     text = tmp_path / "t.txt"
     text.write_text("All the world is a stage, and all the men and women merely players. " * 200)
-    sizes = ["--model.d_model=16", "--model.n_layers=1", "--model.n_heads=2", "--model.max_seq_len=16", "--train.steps=4", "--train.warmup_steps=0", "--train.eval_every=2", "--train.eval_tokens=64", f"--data.corpus={text}", "--data.tokenizer=byte"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python", sys.executable, "-c", "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))", "train", "--quiet", "--device=cpu", "--results", str(tmp_path / "r"), *sizes]
-    done = subprocess.run([*command, "--train.batch_size=4"], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
+    sizes = [
+        "--model.d_model=16",
+        "--model.n_layers=1",
+        "--model.n_heads=2",
+        "--model.max_seq_len=16",
+        "--train.steps=4",
+        "--train.warmup_steps=0",
+        "--train.eval_every=2",
+        "--train.eval_tokens=64",
+        f"--data.corpus={text}",
+        "--data.tokenizer=byte",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={free_port()}",
+        "--no-python",
+        sys.executable,
+        "-c",
+        "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))",
+        "train",
+        "--quiet",
+        "--device=cpu",
+        "--results",
+        str(tmp_path / "r"),
+        *sizes,
+    ]
+    done = subprocess.run(
+        [*command, "--train.batch_size=4"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("done: run ") == 1
-    from kimi_nb.store import Store
+    from kimi_nb.study import Store
 
     (record,) = Store(tmp_path / "r").records()
     assert record.provenance["ranks"] == 2 and record.status == "done" and not Store(tmp_path / "r").verify()
-    apart = [*command[:command.index("--results")], "--shard", "--out", str(tmp_path / "s"), *sizes]
-    done = subprocess.run([*apart, "--train.batch_size=4"], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
+    apart = [*command[: command.index("--results")], "--shard", "--out", str(tmp_path / "s"), *sizes]
+    done = subprocess.run(
+        [*apart, "--train.batch_size=4"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     sharded = result(tmp_path / "s")
-    assert sharded.run_id == record.run_id and sharded.provenance["sharded"] and sharded.metrics["test_bpb"] == pytest.approx(record.metrics["test_bpb"], abs=2e-5)
-    odd = subprocess.run([*command, "--train.batch_size=3"], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
-    assert odd.returncode != 0 and "3 sequences a step cannot be shared by 2 ranks: make train.batch_size a multiple of 2" in odd.stderr
+    assert (
+        sharded.run_id == record.run_id
+        and sharded.provenance["sharded"]
+        and sharded.metrics["test_bpb"] == pytest.approx(record.metrics["test_bpb"], abs=2e-5)
+    )
+    odd = subprocess.run(
+        [*command, "--train.batch_size=3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        check=False,
+    )
+    assert (
+        odd.returncode != 0
+        and "3 sequences a step cannot be shared by 2 ranks: make train.batch_size a multiple of 2" in odd.stderr
+    )
 
 
 def test_dropout_differs_between_ranks_and_repeats(tmp_path):

@@ -14,13 +14,14 @@ import psutil
 import pytest
 from tiny import Workplace, hang, tiny_run, wait_until
 
-from kimi_nb import runner
 from kimi_nb.cli import main
 from kimi_nb.runner import RunnerError, run_studies
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Study
+from kimi_nb.runner import pool as runner
+from kimi_nb.study import Arm, Store, Study
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None or os.name != "posix", reason="needs ray: pip install 'kimi_nb[scale]'")
+needs_ray = pytest.mark.skipif(
+    find_spec("ray") is None or os.name != "posix", reason="needs ray: pip install 'kimi_nb[scale]'"
+)
 SMALL = dict(include_dashboard=False, object_store_memory=80 * 2**20)
 
 
@@ -46,7 +47,13 @@ def test_without_ray_a_plan_says_what_to_install(place, monkeypatch, capsys):
 
 
 @needs_ray
-@pytest.mark.parametrize("argv, words", [(["--address", "127.0.0.1:1"], ["127.0.0.1:1", "ray start --head"]), (["--address", "cluster"], ["'cluster'", "HOST:PORT"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--address", "127.0.0.1:1"], ["127.0.0.1:1", "ray start --head"]),
+        (["--address", "cluster"], ["'cluster'", "HOST:PORT"]),
+    ],
+)
 def test_a_cluster_that_does_not_answer_is_one_line(place, capsys, argv, words):
     """An address where no cluster is, is refused at once in one line."""
     begin = time.monotonic()
@@ -111,7 +118,9 @@ def test_lost_workers_cost_a_try(here, tmp_path):
     twice, thrice, *_ = (p.run.run_id for p in study.expand())
     here.lose = [twice] * 2 + [thrice] * 3
     records = {r.run_id: r for r in run_studies([study], store, "ray", progress=False)}
-    assert {k: r.status for k, r in records.items()} == {k: "failed" if k == thrice else "done" for k in records} and len(records) == 4
+    assert {k: r.status for k, r in records.items()} == {
+        k: "failed" if k == thrice else "done" for k in records
+    } and len(records) == 4
     assert "died 3 times" in records[thrice].provenance["error"] and store.verify() == []
     assert [r.status for r in run_studies([study], store, "ray", progress=False)] == ["done"] * 4
 
@@ -137,8 +146,16 @@ def test_progress_on_a_cluster_is_read_from_the_journals(tmp_path):
     store, study = Store(tmp_path / "s"), sweep("shown", 1)
     first, second = study.expand()
     journal = store.begin(first.run, "x") / "metrics.jsonl"
-    journal.write_text("".join(json.dumps(dict(step=n, train_loss=5.0 - n)) + "\n" for n in (1, 2, 3)) + json.dumps(dict(step=3, val_loss=1.0)) + '\n{"step": 4, "tra')
-    bar = runner.Progress({p.run.run_id: 1.0 for p in (first, second)}, dict.fromkeys((first.run.run_id, second.run.run_id), 12), show=False)
+    journal.write_text(
+        "".join(json.dumps(dict(step=n, train_loss=5.0 - n)) + "\n" for n in (1, 2, 3))
+        + json.dumps(dict(step=3, val_loss=1.0))
+        + '\n{"step": 4, "tra'
+    )
+    bar = runner.Progress(
+        {p.run.run_id: 1.0 for p in (first, second)},
+        dict.fromkeys((first.run.run_id, second.run.run_id), 12),
+        show=False,
+    )
     runner._follow({first.run.run_id, second.run.run_id}, store, bar)
     assert bar.seen == {first.run.run_id: 250, second.run.run_id: 0} and "loss 2.000" in bar.note
 
@@ -147,11 +164,21 @@ def test_progress_on_a_cluster_is_read_from_the_journals(tmp_path):
 def cluster(tmp_path_factory):
     """A head and a node on this machine, one core each; a lost node is noticed within seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        for k, v in dict(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", KIMI_NB_CACHE=str(tmp_path_factory.mktemp("ray-cache"))).items():
+        for k, v in dict(
+            RAY_AUTH_MODE="disabled",
+            RAY_USAGE_STATS_ENABLED="0",
+            OMP_NUM_THREADS="1",
+            KIMI_NB_CACHE=str(tmp_path_factory.mktemp("ray-cache")),
+        ).items():
             patch.setenv(k, v)
         from ray.cluster_utils import Cluster
 
-        soon = dict(health_check_initial_delay_ms=2000, health_check_period_ms=1000, health_check_timeout_ms=5000, health_check_failure_threshold=3)
+        soon = dict(
+            health_check_initial_delay_ms=2000,
+            health_check_period_ms=1000,
+            health_check_timeout_ms=5000,
+            health_check_failure_threshold=3,
+        )
         made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, _system_config=soon, **SMALL))
         yield made
         made.shutdown()
@@ -211,7 +238,9 @@ def every_record_once(store, study):
 def test_a_node_lost_in_the_middle(cluster, tmp_path):
     """One of two Ray nodes is killed while both train: its run goes on from its checkpoint on the other, every record is there once."""
     store, study = Store(tmp_path / "s"), sweep("lost", 3, train__steps=300, train__save_every=10, train__eval_every=0)
-    with killing(cluster, store, lambda s: len({f.parent for f in s.path.glob("experiments/*/checkpoints/step_*")}) >= 2):
+    with killing(
+        cluster, store, lambda s: len({f.parent for f in s.path.glob("experiments/*/checkpoints/step_*")}) >= 2
+    ):
         run_studies([study], store, "ray", address=cluster.address, progress=False)
     every_record_once(store, study)
     assert sum("goes on after" in text for text in logs(store)) == 1, "the lost run did not go on from its checkpoint"
@@ -251,7 +280,9 @@ def test_a_run_that_hangs_on_a_node_fails_alone(cluster, tmp_path, monkeypatch):
     hang(store, study, "rmsnorm")
     fine, hung = run_studies([study], store, "ray", address=cluster.address, progress=False, hours_per_run=8 / 3600)
     assert (fine.status, hung.status) == ("done", "failed")
-    assert "not done after 0.00222222 hours, 2 times, last in read_state (checkpoint.py, line " in hung.provenance["error"]
+    assert (
+        "not done after 0.00222222 hours, 2 times, last in read_state (checkpoint.py, line " in hung.provenance["error"]
+    )
 
 
 @needs_ray
@@ -259,7 +290,13 @@ def test_a_run_that_hangs_on_a_node_fails_alone(cluster, tmp_path, monkeypatch):
 def test_a_stopped_plan_on_ray_saves_and_says_how_to_go_on(place):
     """SIGTERM to `kimi-nb plan --executor ray` on a cluster of its own: every run under way is saved, one line says so, no process is left."""
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *PLAN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *PLAN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_until(lambda: list(place.results.glob("experiments/*/metrics.jsonl")), 120, "training")
     time.sleep(1)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -267,6 +304,8 @@ def test_a_stopped_plan_on_ray_saves_and_says_how_to_go_on(place):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count("\n") == 1 and "run the same command again to go on" in err, err
     stopped = [f.parent for f in place.results.glob("experiments/*/training_log.txt") if "starts at" in f.read_text()]
-    unsaved = {f.name: (f / "training_log.txt").read_text() for f in stopped if not list((f / "checkpoints").glob("step_*"))}
+    unsaved = {
+        f.name: (f / "training_log.txt").read_text() for f in stopped if not list((f / "checkpoints").glob("step_*"))
+    }
     assert stopped and unsaved == {}
     assert not psutil.wait_procs(children, timeout=30)[1]

@@ -9,31 +9,47 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from kimi_nb.report.paper import paper
+from kimi_nb.report.slides import slides
 
-from kimi_nb.across import others
 from kimi_nb.config import load_profile
-from kimi_nb.document import compile_typst, to_markdown, to_typst
-from kimi_nb.findings import Evidence, ReportError, runs_table
-from kimi_nb.paper import paper
 from kimi_nb.phases import combined, norm
 from kimi_nb.plan import record_outcome
-from kimi_nb.report import short_report, write_report
-from kimi_nb.slides import slides, talk_typst
-from kimi_nb.store import Store
-from kimi_nb.study import Arm, Record, Study
+from kimi_nb.report import (
+    Evidence,
+    ReportError,
+    compile_typst,
+    others,
+    runs_table,
+    short_report,
+    talk_typst,
+    to_markdown,
+    to_typst,
+    write_report,
+)
+from kimi_nb.study import Arm, Record, Store, Study
 
 EFFECTS = dict(attention=0.10, norm=-0.06, routing=0.0, optimizer=-0.40)
 
 
 def tiny_profile():
     profile = load_profile("quick")
-    return profile.model_copy(update=dict(base=profile.base.override({"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60}), tune={}))
+    return profile.model_copy(
+        update=dict(
+            base=profile.base.override(
+                {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60}
+            ),
+            tune={},
+        )
+    )
 
 
 def larger_profile():
     """A profile `standard` that trains twice as long."""
     profile = tiny_profile()
-    return profile.model_copy(update=dict(name="standard", base=profile.base.override({"train.steps": 2 * profile.base.train.steps})))
+    return profile.model_copy(
+        update=dict(name="standard", base=profile.base.override({"train.steps": 2 * profile.base.train.steps}))
+    )
 
 
 def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=0.0, profile=None):
@@ -42,10 +58,37 @@ def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=
     study = combined.study(profile)
     for k, p in enumerate(study.expand()):
         on = combined.cell_factors(p.arm)
-        bpb = 3.0 + sum(effects[f] for f in on) + synergy * (len(on) == 4) + pair * ({"attention", "optimizer"} <= set(on)) + uneven * p.seed * ("optimizer" in on) + 0.001 * p.seed + 0.002 * ((7 * k) % 5 - 2)
-        metrics = dict(test_bpb=bpb, test_loss=1.7 * bpb, val_loss=1.7 * bpb, tokens=400.0 * p.run.train.steps, steps=300, step_seconds=0.01, active_parameters=1e5, total_parameters=3e5, epochs=0.5)
+        bpb = (
+            3.0
+            + sum(effects[f] for f in on)
+            + synergy * (len(on) == 4)
+            + pair * ({"attention", "optimizer"} <= set(on))
+            + uneven * p.seed * ("optimizer" in on)
+            + 0.001 * p.seed
+            + 0.002 * ((7 * k) % 5 - 2)
+        )
+        metrics = dict(
+            test_bpb=bpb,
+            test_loss=1.7 * bpb,
+            val_loss=1.7 * bpb,
+            tokens=400.0 * p.run.train.steps,
+            steps=300,
+            step_seconds=0.01,
+            active_parameters=1e5,
+            total_parameters=3e5,
+            epochs=0.5,
+        )
         curves = dict(val_loss=dict(step=[100, 200, 300], value=[1.7 * bpb + 1, 1.7 * bpb + 0.3, 1.7 * bpb]))
-        store.put(Record.of(p.run, (status or {}).get((p.arm, p.seed), "done"), metrics, curves, dict(device="cpu", device_name="Test CPU")), "combined")
+        store.put(
+            Record.of(
+                p.run,
+                (status or {}).get((p.arm, p.seed), "done"),
+                metrics,
+                curves,
+                dict(device="cpu", device_name="Test CPU"),
+            ),
+            "combined",
+        )
     store.record_study(study)
     _, found, contrasts = combined.analyse(store, study)
     record_outcome(store, "combined", profile, combined.judge(found, contrasts))
@@ -69,21 +112,32 @@ def words_of(store, *also):
 def test_the_wording_follows_the_records(tmp_path, invented):
     """Opposite effects give opposite sentences, in the abstract, the findings and the conclusion."""
     abstract, conclusion, whole = words_of(invented)
-    other_abstract, other_conclusion, other = words_of(factorial_results(tmp_path / "b", {k: -v for k, v in EFFECTS.items()}))
+    other_abstract, other_conclusion, other = words_of(
+        factorial_results(tmp_path / "b", {k: -v for k, v in EFFECTS.items()})
+    )
     assert re.search(r"Muon lowers test bits per byte by 0\.40\d .*?: an improvement", abstract)
-    assert re.search(r"latent attention \(MLA\) raises test bits per byte by 0\.1\d\d .*?makes the model worse", abstract)
+    assert re.search(
+        r"latent attention \(MLA\) raises test bits per byte by 0\.1\d\d .*?makes the model worse", abstract
+    )
     assert re.search(r"Muon raises test bits per byte by 0\.\d+ .*?makes the model worse", other_abstract)
     assert re.search(r"latent attention \(MLA\) lowers test bits per byte by .*?: an improvement", other_abstract)
     assert "RMSNorm and Muon make the model better" in conclusion and "MLA makes it worse" in conclusion
     assert "MLA makes the model better" in other_conclusion and "RMSNorm and Muon make it worse" in other_conclusion
-    assert "The model with all parts is better than the baseline." in conclusion and "The model with all parts is worse than the baseline." in other_conclusion
+    assert (
+        "The model with all parts is better than the baseline." in conclusion
+        and "The model with all parts is worse than the baseline." in other_conclusion
+    )
     assert "**Muon makes the model better (fewer bits per byte), averaged over the other parts:** *supported*" in whole
-    assert "**Muon makes the model better (fewer bits per byte), averaged over the other parts:** *contradicted*" in other
+    assert (
+        "**Muon makes the model better (fewer bits per byte), averaged over the other parts:** *contradicted*" in other
+    )
 
 
 def test_synergy_and_its_absence(tmp_path):
     """The sentence on synergy follows its sign."""
-    helps, hinders = (words_of(factorial_results(tmp_path / n, EFFECTS, synergy=s))[0] for n, s in (("a", -0.3), ("b", 0.3)))
+    helps, hinders = (
+        words_of(factorial_results(tmp_path / n, EFFECTS, synergy=s))[0] for n, s in (("a", -0.3), ("b", 0.3))
+    )
     assert "the combination gains 0.3" in helps and "give more together than the sum" in helps
     assert "the combination loses 0." in hinders and "give less together than the sum" in hinders
 
@@ -101,7 +155,10 @@ def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
     turns = factorial_results(tmp_path / "a", EFFECTS | dict(attention=-0.05), pair=0.1)
     abstract, conclusion, whole = words_of(turns)
     for text in (abstract, conclusion, whole.split("What the parts do.")[1]):
-        assert re.search(r"MLA helps with AdamW \(-0\.0[45]\d\) and hurts with Muon \(\+0\.0[45]\d\)", text) and "each gives less" not in text
+        assert (
+            re.search(r"MLA helps with AdamW \(-0\.0[45]\d\) and hurts with Muon \(\+0\.0[45]\d\)", text)
+            and "each gives less" not in text
+        )
     less = words_of(factorial_results(tmp_path / "b", EFFECTS | dict(attention=-0.3), pair=0.1))[0]
     assert "each gives less in the company of the other" in less and "hurts with" not in less
 
@@ -110,13 +167,18 @@ def test_seeds_that_disagree_are_told_from_seeds_that_agree(tmp_path, invented):
     """The intervals from seeds alone stand beside the pooled ones; that the pooled error is too small is said where it is."""
     agree, differ = words_of(invented), words_of(factorial_results(tmp_path / "a", EFFECTS, uneven=0.1))
     assert "excludes zero for" in agree[0] and "too optimistic" not in agree[0] + agree[2]
-    assert "the pooled error is too optimistic" in differ[0] and "For Muon the verdict rests on the seeds alone." in differ[0]
+    assert (
+        "the pooled error is too optimistic" in differ[0]
+        and "For Muon the verdict rests on the seeds alone." in differ[0]
+    )
     assert all(whole.count("From the seeds alone") == 2 for whole in (agree[2], differ[2]))  # section and threats
 
 
 def test_steps_to_target_say_what_they_leave_out(tmp_path):
     """Runs that never arrived are counted, and a target reached at the first evaluation is a bound."""
-    table = runs_table(Evidence(factorial_results(tmp_path / "a", EFFECTS | dict(optimizer=-2.0))), "combined", ("steps_to_target",))
+    table = runs_table(
+        Evidence(factorial_results(tmp_path / "a", EFFECTS | dict(optimizer=-2.0))), "combined", ("steps_to_target",)
+    )
     cells = {row[0]: row[-1] for row in table.rows}
     assert cells["MLA"] == "— (0 of 3)" and cells["Muon"] == "≤ 100" and "of 3)" not in cells["RMSNorm"]
     assert "counts with its whole length" in table.caption and "is a bound" in table.note
@@ -125,10 +187,14 @@ def test_steps_to_target_say_what_they_leave_out(tmp_path):
 def test_phases_that_are_missing_are_not_untestable(tmp_path, invented):
     """An answer whose phase has not run says so; records without any conclusion make no paper."""
     _, _, whole = words_of(invented)
-    assert "- **H4** *was not run*." in whole and "cannot compare the optimizers" not in whole and "**RQ5** is *" in whole
+    assert (
+        "- **H4** *was not run*." in whole and "cannot compare the optimizers" not in whole and "**RQ5** is *" in whole
+    )
     store = Store(shutil.copytree(invented.path, tmp_path / "a"))
     shutil.rmtree(store.path / "phases")
-    with pytest.raises(ReportError, match=r"^no phase has been concluded in .*: run kimi-nb plan, or kimi-nb report --published quick$"):
+    with pytest.raises(
+        ReportError, match=r"^no phase has been concluded in .*: run kimi-nb plan, or kimi-nb report --published quick$"
+    ):
         write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -146,36 +212,78 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
     store = Store(shutil.copytree(invented.path, tmp_path / "a"))
     own = norm.study(tiny_profile())
     base, odd = own.base.override({"train.steps": 120}), "R*S $x$ {fig:none} | #1 [@nobody]"
-    study = Study(name="toy", phase="toy", question=f"Is {odd} better?", base=base, arms=[Arm("a", {}), Arm("b", {"model.norm.kind": "rmsnorm"}, odd), Arm("c", {"train.steps": 0})], baseline="a", seeds=(0, 1))
+    study = Study(
+        name="toy",
+        phase="toy",
+        question=f"Is {odd} better?",
+        base=base,
+        arms=[Arm("a", {}), Arm("b", {"model.norm.kind": "rmsnorm"}, odd), Arm("c", {"train.steps": 0})],
+        baseline="a",
+        seeds=(0, 1),
+    )
     for p in study.expand():
-        store.put(Record.of(p.run, "done", dict(test_bpb=2.0 + p.seed * 0.01 * (p.arm == "b")), {}, dict(device="cpu")), "toy")
+        store.put(
+            Record.of(p.run, "done", dict(test_bpb=2.0 + p.seed * 0.01 * (p.arm == "b")), {}, dict(device="cpu")), "toy"
+        )
     store.record_study(study)
-    record_outcome(store, "toy", tiny_profile(), [dict(id="toy", claim=f"{odd} is better.", word="undecided", sentence=f"It {odd}.", caveats=[f"Mind {odd}."])])
+    record_outcome(
+        store,
+        "toy",
+        tiny_profile(),
+        [dict(id="toy", claim=f"{odd} is better.", word="undecided", sentence=f"It {odd}.", caveats=[f"Mind {odd}."])],
+    )
     files = write_report(store, tmp_path / "out", say=lambda line: None)
     text = (tmp_path / "out" / "paper.md").read_text()
-    assert re.search(r"## .*\d+ Toy\n", text) and "| toy | " in text and "A run takes 0 to 120 steps of " in text and re.search(r"We train 52 models of .*? \(and leave two untrained, as a floor\)", text) and all(f.stat().st_size > 1000 for f in files)
+    assert (
+        re.search(r"## .*\d+ Toy\n", text)
+        and "| toy | " in text
+        and "A run takes 0 to 120 steps of " in text
+        and re.search(r"We train 52 models of .*? \(and leave two untrained, as a floor\)", text)
+        and all(f.stat().st_size > 1000 for f in files)
+    )
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
 
 
 def test_another_size_is_said_as_it_is(tmp_path, invented):
     """The same effects at a larger size hold; opposite ones turn, and what one size decides alone is said to be decided there only."""
     same = factorial_results(tmp_path / "same", EFFECTS, profile=larger_profile())
-    other = factorial_results(tmp_path / "other", dict(attention=-0.10, norm=0.0, routing=0.05, optimizer=-0.20), profile=larger_profile())
+    other = factorial_results(
+        tmp_path / "other", dict(attention=-0.10, norm=0.0, routing=0.05, optimizer=-0.20), profile=larger_profile()
+    )
     abstract, conclusion, whole = words_of(invented, same)
     section = whole.split("At a larger size\n")[1].split("\n## ")[0]
-    assert "decided alike, none is decided in opposite ways" in abstract and "No claim is supported at one size and contradicted at another." in section
+    assert (
+        "decided alike, none is decided in opposite ways" in abstract
+        and "No claim is supported at one size and contradicted at another." in section
+    )
     held = re.search(r"\*\*Held\.\*\* (.*)", section)[1]
-    assert re.search(r"Supported .*RQ2: .*RQ4: .*\. Contradicted .*RQ1: ", held) and "the effects at the two sizes differ by no more than chance explains" in section
+    assert (
+        re.search(r"Supported .*RQ2: .*RQ4: .*\. Contradicted .*RQ1: ", held)
+        and "the effects at the two sizes differ by no more than chance explains" in section
+    )
     assert "| `train.steps` | 300 | 600 |" in section and "Size is not all that differs" not in section
     abstract, conclusion, whole = words_of(invented, other)
     section = whole.split("At a larger size\n")[1].split("\n## ")[0]
-    assert re.search(r"\*\*Turned into its opposite\.\*\* RQ1: .*\(contradicted at quick and supported at standard\)", section)
-    assert re.search(r"\*\*Decided at quick only\.\*\* RQ2: ", section) and re.search(r"\*\*Decided at standard only\.\*\* RQ3: ", section)
-    assert re.search(r"The effect of Muon is smaller at standard: -0\.4\d\d bits/byte at quick, -0\.2\d\d at standard", section) and re.search(r"that of Muon is smaller \(-0\.4\d\d, -0\.2\d\d\)", abstract)
-    assert re.search(r"The effect of MLA changes its sign at standard: \+0\.1\d\d bits/byte at quick, -0\.\d+ at standard", section)
-    assert re.search(r"\| RQ1 \| .* \| quick \| 0\.\d+ \(.*\| \*\*contradicted\*\* \| opposite \|", section) and "{sec:sizes}" not in conclusion
+    assert re.search(
+        r"\*\*Turned into its opposite\.\*\* RQ1: .*\(contradicted at quick and supported at standard\)", section
+    )
+    assert re.search(r"\*\*Decided at quick only\.\*\* RQ2: ", section) and re.search(
+        r"\*\*Decided at standard only\.\*\* RQ3: ", section
+    )
+    assert re.search(
+        r"The effect of Muon is smaller at standard: -0\.4\d\d bits/byte at quick, -0\.2\d\d at standard", section
+    ) and re.search(r"that of Muon is smaller \(-0\.4\d\d, -0\.2\d\d\)", abstract)
+    assert re.search(
+        r"The effect of MLA changes its sign at standard: \+0\.1\d\d bits/byte at quick, -0\.\d+ at standard", section
+    )
+    assert (
+        re.search(r"\| RQ1 \| .* \| quick \| 0\.\d+ \(.*\| \*\*contradicted\*\* \| opposite \|", section)
+        and "{sec:sizes}" not in conclusion
+    )
     runs = whole.split("Runs at other sizes\n")[1]
-    assert "| MLA + RMSNorm + noaux_tc + Muon | 3 |" in runs and not any(r.run_id in runs for r in other.records())  # a summary, no run by run
+    assert "| MLA + RMSNorm + noaux_tc + Muon | 3 |" in runs and not any(
+        r.run_id in runs for r in other.records()
+    )  # a summary, no run by run
     assert "At a larger size" not in words_of(invented)[2]
 
 
@@ -187,13 +295,19 @@ def test_a_second_folder_must_bear_on_the_first(tmp_path, invented):
             write_report(invented, tmp_path / "out", say=lambda line: None, also=[also])
     lone = Store(shutil.copytree(invented.path, tmp_path / "lone"))
     shutil.rmtree(lone.path / "phases")
-    record_outcome(lone, "norm", larger_profile(), [dict(id="H2", claim="Steadier.", word="undecided", sentence="It.", caveats=[])])
+    record_outcome(
+        lone, "norm", larger_profile(), [dict(id="H2", claim="Steadier.", word="undecided", sentence="It.", caveats=[])]
+    )
     with pytest.raises(ReportError, match=r"^.*lone has no phase in common with .* \(it has norm\)$"):
         write_report(invented, tmp_path / "out", say=lambda line: None, also=[lone])
     assert not (tmp_path / "out").exists()
     other = factorial_results(tmp_path / "other", EFFECTS, profile=larger_profile())
-    write_report(invented, tmp_path / "out", say=lambda line: None, also=[other], perhaps=[lone])  # what is only found, not named, may be left out
-    assert (tmp_path / "out" / "figures" / "sizes-effects.svg").is_file() and "sizes-effects.svg" in (tmp_path / "out" / "paper.md").read_text()
+    write_report(
+        invented, tmp_path / "out", say=lambda line: None, also=[other], perhaps=[lone]
+    )  # what is only found, not named, may be left out
+    assert (tmp_path / "out" / "figures" / "sizes-effects.svg").is_file() and "sizes-effects.svg" in (
+        tmp_path / "out" / "paper.md"
+    ).read_text()
     assert "## At a larger size" in (tmp_path / "out" / "research_report.md").read_text()
     with zipfile.ZipFile(tmp_path / "out" / "slides.pptx") as z:
         assert any("At a larger size" in z.read(n).decode() for n in z.namelist() if n.startswith("ppt/slides/slide"))
@@ -214,10 +328,17 @@ def test_all_forms_hold_together(tmp_path, invented):
         for n in made:
             root = ElementTree.fromstring(z.read(n))
             for picture in root.iter("{http://schemas.openxmlformats.org/presentationml/2006/main}pic"):
-                off, ext = (next(picture.iter(f"{{http://schemas.openxmlformats.org/drawingml/2006/main}}{k}")) for k in ("off", "ext"))
-                assert int(off.get("x")) + int(ext.get("cx")) <= int(frame[1]) and int(off.get("y")) + int(ext.get("cy")) <= int(frame[2]), n
+                off, ext = (
+                    next(picture.iter(f"{{http://schemas.openxmlformats.org/drawingml/2006/main}}{k}"))
+                    for k in ("off", "ext")
+                )
+                assert int(off.get("x")) + int(ext.get("cx")) <= int(frame[1]) and int(off.get("y")) + int(
+                    ext.get("cy")
+                ) <= int(frame[2]), n
         text = " ".join(z.read(n).decode() for n in made)
-        assert all(f"<a:t>{s.title}</a:t>" in text for s in slides(Evidence(store), {})) and any("notesSlide" in n for n in z.namelist())
+        assert all(f"<a:t>{s.title}</a:t>" in text for s in slides(Evidence(store), {})) and any(
+            "notesSlide" in n for n in z.namelist()
+        )
 
 
 def test_the_short_report_has_every_answer(invented):
@@ -233,7 +354,19 @@ def test_the_short_report_has_every_answer(invented):
 def test_an_empty_folder_is_refused_in_a_line(tmp_path):
     with pytest.raises(ReportError, match="holds no record"):
         Evidence(Store(tmp_path / "none"))
-    done = subprocess.run([sys.executable, "-c", "import sys; from kimi_nb.cli import main; sys.exit(main())", "report", "--results", str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from kimi_nb.cli import main; sys.exit(main())",
+            "report",
+            "--results",
+            str(tmp_path / "none"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no record" in done.stderr
 
 
@@ -242,7 +375,7 @@ def test_the_published_records_give_a_whole_paper(tmp_path):
     """Body of twenty pages or more, twelve to twenty slides, in well under three minutes, without training."""
     import time
 
-    from kimi_nb.publish import published, published_profiles
+    from kimi_nb.plan import published, published_profiles
 
     if "quick" not in published_profiles():
         pytest.skip("no published reference run of profile quick")

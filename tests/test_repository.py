@@ -80,11 +80,15 @@ def at_load(body: list[ast.stmt]):
 
 def tracked() -> list[Path]:
     """Files git knows or would add; without git, those of the folders that are tracked."""
-    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True, check=False)
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     if listing.returncode == 0:
         found = [REPO / line for line in listing.stdout.splitlines()]
     else:
-        found = [p for d in ("nbs", PACKAGE, "tests", "docs", "data", "figures") for p in (REPO / d).rglob("*")] + list(REPO.glob("*"))
+        found = [p for d in ("nbs", PACKAGE, "tests", "docs", "data", "figures") for p in (REPO / d).rglob("*")] + list(
+            REPO.glob("*")
+        )
     return [p for p in found if p.is_file() and "__pycache__" not in p.parts]
 
 
@@ -121,7 +125,9 @@ def test_parameters_tag(path):
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == (1 if path in PHASES else 0)
     for cell in tagged:
-        assert all(isinstance(node, ast.Assign | ast.AnnAssign) for node in ast.parse(source(cell)).body), "a parameters cell only assigns"
+        assert all(isinstance(node, ast.Assign | ast.AnnAssign) for node in ast.parse(source(cell)).body), (
+            "a parameters cell only assigns"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -144,7 +150,11 @@ def test_only_the_title_is_a_heading_of_the_first_level(path):
 
 def test_every_module_has_a_notebook():
     """A deleted notebook must not leave its module behind."""
-    generated = {p for p in (REPO / PACKAGE).rglob("*.py") if p.name not in ("__init__.py", "_modidx.py") and "__pycache__" not in p.parts}
+    generated = {
+        p
+        for p in (REPO / PACKAGE).rglob("*.py")
+        if p.name not in ("__init__.py", "_modidx.py") and "__pycache__" not in p.parts
+    }
     assert generated == set(modules().values())
 
 
@@ -154,7 +164,9 @@ def test_no_public_name_is_defined_by_two_modules():
         if name.startswith("phases."):
             continue  # each phase has its own `study`; they are used as `attention.study`
         for node in tree(path).body:
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            if isinstance(node, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+            ):
                 for public in ast.literal_eval(node.value):
                     owners[public].append(name)
     assert owners, "no module has an __all__"
@@ -184,7 +196,10 @@ def test_training_loads_few_packages(name):
 
 def test_the_bench_loads_where_only_training_is_installed():
     """On a GPU machine without the package's other dependencies."""
-    others = [re.split(r"[^\w-]", d)[0].replace("-", "_") for d in tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]]
+    others = [
+        re.split(r"[^\w-]", d)[0].replace("-", "_")
+        for d in tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    ]
     absent = sorted({*others, "transformers", "ray"} - TRAINING_PACKAGES - {"pyyaml"})
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {PACKAGE}.bench, {PACKAGE}.cli"
     assert "pandas" in absent and subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
@@ -234,7 +249,10 @@ def test_cell_tags_survive_cleaning(project):
 def reached(project, *groups: str) -> dict:
     """Name -> specifier of all that the package and these extras can reach, as far as it is installed here."""
     extras, seen, wanted = project["project"]["optional-dependencies"], defaultdict(set), {}
-    todo = [Requirement(r) for r in project["project"]["dependencies"] + [r for group in groups or extras for r in extras[group]]]
+    todo = [
+        Requirement(r)
+        for r in project["project"]["dependencies"] + [r for group in groups or extras for r in extras[group]]
+    ]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -250,7 +268,9 @@ def reached(project, *groups: str) -> dict:
             more = importlib.metadata.requires(requirement.name) or []
         except importlib.metadata.PackageNotFoundError:
             continue  # an extra that is not installed here: its own name must still be pinned
-        todo += [r for r in map(Requirement, more) if any(r.marker is None or r.marker.evaluate({"extra": e}) for e in new)]
+        todo += [
+            r for r in map(Requirement, more) if any(r.marker is None or r.marker.evaluate({"extra": e}) for e in new)
+        ]
     return wanted
 
 
@@ -289,7 +309,11 @@ def audited(name: str, *vulnerable: str) -> dict:
     [
         ([audited("a"), audited("b")], 0, "audit: 2 packages asked about, 0 with known vulnerabilities"),
         ([audited("a"), audited("b", "PYSEC-1")], 1, "b 1.0: PYSEC-1, fixed in 1.1"),
-        ([audited("a"), dict(name="b", skip_reason="not found")], 0, "warning: the index says nothing about 1 of 2 packages"),
+        (
+            [audited("a"), dict(name="b", skip_reason="not found")],
+            0,
+            "warning: the index says nothing about 1 of 2 packages",
+        ),
         (None, 0, "warning: not audited: the index does not answer"),
     ],
 )
@@ -297,7 +321,10 @@ def test_an_audit_fails_for_a_known_vulnerability_alone(monkeypatch, capsys, ans
     monkeypatch.syspath_prepend(REPO / "docs")
     import lock
 
-    done = SimpleNamespace(stdout="" if answer is None else json.dumps(dict(dependencies=answer)), stderr="warning\nthe index does not answer\n")
+    done = SimpleNamespace(
+        stdout="" if answer is None else json.dumps(dict(dependencies=answer)),
+        stderr="warning\nthe index does not answer\n",
+    )
     monkeypatch.setattr(lock, "run_tool", lambda *_: done)
     assert lock.main("audit") == code
     assert said in "".join(capsys.readouterr())
@@ -312,14 +339,18 @@ def test_torch_is_the_version_the_measurements_were_made_with(pins):
 
 def test_readme_is_the_index_notebook(tmp_path):
     made = tmp_path / "README.md"
-    done = subprocess.run([sys.executable, "docs/readme.py", str(made)], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "docs/readme.py", str(made)], cwd=REPO, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     same = made.read_text(encoding="utf-8") == (REPO / "README.md").read_text(encoding="utf-8")
     assert same, "README.md is not what nbs/index.ipynb gives: run make readme"
 
 
 def test_readme_links_lead_somewhere():
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", (REPO / "README.md").read_text(encoding="utf-8")):
+    for text, target in re.findall(
+        r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", (REPO / "README.md").read_text(encoding="utf-8")
+    ):
         assert target.startswith("http") or (REPO / target).exists(), f"[{text}]({target})"
 
 
@@ -346,12 +377,20 @@ def test_tracked_files_are_fit_for_strangers():
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # figures and other binary files
-        found += [f"{path.relative_to(REPO)}: {what}: {m[0]!r}" for what, pattern in UNWANTED.items() for m in re.finditer(pattern, text, re.M)]
+        found += [
+            f"{path.relative_to(REPO)}: {what}: {m[0]!r}"
+            for what, pattern in UNWANTED.items()
+            for m in re.finditer(pattern, text, re.M)
+        ]
     assert found == []
 
 
 def test_no_large_or_generated_file_is_tracked():
-    bad = [p for p in tracked() if p.stat().st_size > 1_500_000 or {"results", ".venv", "_docs", "_proc"} & set(p.relative_to(REPO).parts)]
+    bad = [
+        p
+        for p in tracked()
+        if p.stat().st_size > 1_500_000 or {"results", ".venv", "_docs", "_proc"} & set(p.relative_to(REPO).parts)
+    ]
     assert [str(p.relative_to(REPO)) for p in bad] == []
 
 
@@ -394,7 +433,16 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
 
 
 @needs_make
-@pytest.mark.parametrize(("hashes", "fits", "asked"), [("prefer", True, "lock torch own"), ("prefer", False, "lock all"), ("require", True, "lock torch own"), ("require", False, "lock"), ("off", False, "all")])
+@pytest.mark.parametrize(
+    ("hashes", "fits", "asked"),
+    [
+        ("prefer", True, "lock torch own"),
+        ("prefer", False, "lock all"),
+        ("require", True, "lock torch own"),
+        ("require", False, "lock"),
+        ("off", False, "all"),
+    ],
+)
 def test_set_up_installs_by_hash_where_the_index_has_the_files(tmp_path, hashes, fits, asked):
     """By hash, but for torch and the package itself; where the hashes do not fit, `prefer` says so in a line and goes on, `require` does not."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
@@ -413,5 +461,7 @@ esac
     done = make("setup", f"PYTHON={python}", f"HASHES={hashes}", cwd=tmp_path)
     assert (done.returncode == 0) == (fits or hashes != "require"), done.stderr
     assert (tmp_path / "asked").read_text().split() == asked.split()
-    assert ("note: installed by version, not by hash: ERROR: THESE PACKAGES" in done.stdout) == (hashes == "prefer" and not fits)
+    assert ("note: installed by version, not by hash: ERROR: THESE PACKAGES" in done.stdout) == (
+        hashes == "prefer" and not fits
+    )
     assert (tmp_path / ".venv" / ".installed").exists() == (done.returncode == 0)

@@ -19,7 +19,11 @@ from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
-PAGES = sorted(p.relative_to(NBS).with_suffix("").as_posix() for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+PAGES = sorted(
+    p.relative_to(NBS).with_suffix("").as_posix()
+    for p in NBS.rglob("*.ipynb")
+    if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)
+)
 PHASES = [p for p in PAGES if p.startswith("phases/")]
 
 
@@ -32,7 +36,22 @@ def site(tmp_path_factory) -> Path:
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     with FileLock(base / "site.lock"):
         if not (base / "site.log").exists():
-            command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-c", "docs", "-d", str(base / "trees"), "nbs", str(base / "site")]
+            command = [
+                sys.executable,
+                "-m",
+                "sphinx",
+                "-W",
+                "--keep-going",
+                "-q",
+                "-j",
+                "auto",
+                "-c",
+                "docs",
+                "-d",
+                str(base / "trees"),
+                "nbs",
+                str(base / "site"),
+            ]
             done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
             (base / "site.log").write_text(json.dumps([done.returncode, done.stderr[-4000:]]))
     code, said = json.loads((base / "site.log").read_text())
@@ -79,7 +98,9 @@ def test_every_notebook_has_a_page_without_directives(pages):
     assert [p for p in PAGES if f"{p}.html" not in pages] == []
     assert [name for name, page in pages.items() if re.search(r"^\s*#\s*\|", "".join(page.text), re.M)] == []
     exporting = [p for p in PAGES if re.search(r"#\|\s*default_exp", (NBS / f"{p}.ipynb").read_text(encoding="utf-8"))]
-    assert [p for p in exporting if "Everything kimi_nb." not in re.sub(r"\s+", " ", "".join(pages[f"{p}.html"].text))] == []
+    assert [
+        p for p in exporting if "Everything kimi_nb." not in re.sub(r"\s+", " ", "".join(pages[f"{p}.html"].text))
+    ] == []
 
 
 def test_no_link_or_picture_is_broken(site, pages):
@@ -94,7 +115,11 @@ def test_no_link_or_picture_is_broken(site, pages):
             path = path / "index.html" if path.is_dir() else path
             if not path.exists():
                 wrong.append(f"{name}: {target}")
-            elif parts.fragment and path.suffix == ".html" and unquote(parts.fragment) not in pages[path.resolve().relative_to(site.resolve()).as_posix()].ids:
+            elif (
+                parts.fragment
+                and path.suffix == ".html"
+                and unquote(parts.fragment) not in pages[path.resolve().relative_to(site.resolve()).as_posix()].ids
+            ):
                 wrong.append(f"{name}: no place {target}")
     assert wrong == []
     outside = sorted({urlsplit(s).netloc for page in pages.values() for s in page.sources if urlsplit(s).netloc})
@@ -103,7 +128,7 @@ def test_no_link_or_picture_is_broken(site, pages):
 
 def test_what_is_published_is_whole_and_small():
     """Every published bundle opens, fits the limit, and holds an outcome, a notebook and figures for each phase it names."""
-    from kimi_nb.publish import LIMIT, published_profiles, read_bundle
+    from kimi_nb.plan import LIMIT, published_profiles, read_bundle
 
     for profile in published_profiles(REPO):
         about, files = read_bundle(profile, REPO)
@@ -123,12 +148,21 @@ def test_phase_pages_show_the_published_results(pages):
         if not executed.exists():
             assert "No reference run of the profile" in text, phase
             continue
-        ran = {c["source"].strip(): c for c in json.loads(executed.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and not c["source"].startswith("#| hide")}
-        now = {"".join(c["source"]).strip() for c in json.loads((NBS / f"{phase}.ipynb").read_text(encoding="utf-8"))["cells"]}
+        ran = {
+            c["source"].strip(): c
+            for c in json.loads(executed.read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code" and not c["source"].startswith("#| hide")
+        }
+        now = {
+            "".join(c["source"]).strip()
+            for c in json.loads((NBS / f"{phase}.ipynb").read_text(encoding="utf-8"))["cells"]
+        }
         same = [c for text, c in ran.items() if text in now]
         pictures = sum("image/png" in o["data"] for c in same for o in c["outputs"] if "data" in o)
         tables = sum(any("text/markdown" in o.get("data", {}) for o in c["outputs"]) for c in same)
-        assert sum("_images/" in s for s in page.sources) >= pictures, f"{phase}: pictures of the reference run are missing"
+        assert sum("_images/" in s for s in page.sources) >= pictures, (
+            f"{phase}: pictures of the reference run are missing"
+        )
         assert page.tables >= tables, f"{phase}: tables are missing"
         assert "Results of the published reference run" in text and "commit" in text, phase
         assert len(same) == len(ran) or "edited since" in text, f"{phase}: changed cells are shown without a word"
@@ -138,8 +172,8 @@ def test_phase_pages_show_the_published_results(pages):
 
 def test_phase_pages_show_other_published_sizes(pages):
     """A phase that other profiles hold, too, has a section on each, with every claim and the main figures; no other phase has one."""
-    from kimi_nb.across import main_figures
-    from kimi_nb.publish import published_profiles, read_bundle
+    from kimi_nb.plan import published_profiles, read_bundle
+    from kimi_nb.report import main_figures
 
     for phase in PHASES:
         page, name = pages[f"{phase}.html"], phase.partition("_")[2]
@@ -153,7 +187,9 @@ def test_phase_pages_show_other_published_sizes(pages):
             about, files = read_bundle(profile, REPO)
             section = text.partition(f"size (profile {profile})")[2]
             outcome = json.loads(files[f"data/records/{profile}/phases/{name}.json"])
-            assert [v["id"] for v in outcome["verdicts"] if v["id"] not in section] == [] and about["device_name"] in section, phase
+            assert [v["id"] for v in outcome["verdicts"] if v["id"] not in section] == [] and about[
+                "device_name"
+            ] in section, phase
             assert sum("_images/" in s for s in page.sources) >= len(main_figures(name, outcome["figures"])), phase
 
 
@@ -172,8 +208,10 @@ def conf(tmp_path, monkeypatch) -> dict:
 
 def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     """With one profile published there is no section; with a second one both verdicts stand in a row, and a word says how they go together."""
-    from kimi_nb.publish import open_published, publish, published_profiles
-    from kimi_nb.store import Store
+    from kimi_nb.plan.publish import publish
+
+    from kimi_nb.plan import open_published, published_profiles
+    from kimi_nb.study import Store
 
     if "quick" not in published_profiles(REPO):
         pytest.skip("no reference run is published")
@@ -191,15 +229,27 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     file.write_text(json.dumps(outcome | dict(profile="standard", verdicts=changed)))
     publish(Store(results), "standard", home, stale=True, only=["norm"])
     first, claims, *figures = conf["other_sizes"]("norm")
-    assert first["source"].startswith("## The same at another size (profile standard)") and "phase norm only" in first["source"]  # it is a copy, so as large
+    assert (
+        first["source"].startswith("## The same at another size (profile standard)")
+        and "phase norm only" in first["source"]
+    )  # it is a copy, so as large
     table = claims["outputs"][0]["data"]["text/markdown"]
     for old, new in zip(outcome["verdicts"], changed, strict=True):
         row = next(line for line in table.splitlines() if line.startswith(f"| {old['id']} |"))
         both = {old["word"], new["word"]}
-        together = "opposite" if both == {"supported", "contradicted"} else "one decides" if both == {"supported", "undecided"} else "not tested"
+        together = (
+            "opposite"
+            if both == {"supported", "contradicted"}
+            else "one decides"
+            if both == {"supported", "undecided"}
+            else "not tested"
+        )
         assert f"**{old['word']}**" in row and f"**{new['word']}**. It was \\| so. | {together} |" in row
     shown = [o["data"]["image/png"] for c in figures for o in c["outputs"] if "image/png" in o["data"]]
-    assert shown == [base64.b64encode((home / "figures" / "standard" / f"norm-{n}.png").read_bytes()).decode() for n in ("loss", "forest")]
+    assert shown == [
+        base64.b64encode((home / "figures" / "standard" / f"norm-{n}.png").read_bytes()).decode()
+        for n in ("loss", "forest")
+    ]
     assert conf["other_sizes"]("moe") == [] and all(conf["tidy"](c, home) for c in (first, claims, *figures))
 
 
@@ -216,7 +266,9 @@ def test_a_changed_cell_loses_its_results(conf):
     again = json.loads((NBS / "phases" / f"{name}.ipynb").read_text(encoding="utf-8"))
     next(c for c in again["cells"] if c["id"] == shown[-1]["id"])["source"].append("\n1 + 1")
     space["with_results"](again, name)
-    assert [c["id"] for c in again["cells"] if c["cell_type"] == "code" and c["outputs"]] == [c["id"] for c in shown[:-1]]
+    assert [c["id"] for c in again["cells"] if c["cell_type"] == "code" and c["outputs"]] == [
+        c["id"] for c in shown[:-1]
+    ]
     assert "edited since" in "".join(again["cells"][1]["source"])
 
 
@@ -234,7 +286,10 @@ def browser():
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with playwright.sync_playwright() as p:
         try:
-            started = p.chromium.launch(executable_path=executable, args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+            started = p.chromium.launch(
+                executable_path=executable,
+                args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+            )
         except playwright.Error as problem:
             pytest.skip(f"needs chromium: {str(problem).splitlines()[0]}")
         yield started
@@ -255,7 +310,14 @@ def page(browser, address):
     context = browser.new_context(viewport=dict(width=1280, height=900))
     page, page.wrong = context.new_page(), []
     vendored = (REPO / "docs" / "_static" / "vendor").is_dir()
-    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" and (vendored or "ERR_NAME_NOT_RESOLVED" not in m.text) else None)
+    page.on(
+        "console",
+        lambda m: (
+            page.wrong.append(m.text)
+            if m.type == "error" and (vendored or "ERR_NAME_NOT_RESOLVED" not in m.text)
+            else None
+        ),
+    )
     page.on("pageerror", lambda e: page.wrong.append(str(e)))
     page.on("response", lambda r: page.wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     yield page
@@ -268,17 +330,25 @@ def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
     for name in pages:
         page.wrong.clear()
         page.goto(f"{address}/{name}", wait_until="load")
-        blank = page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && !(i.complete && i.naturalWidth)).map(i => i.src)")
+        blank = page.evaluate(
+            "[...document.images].filter(i => i.loading !== 'lazy' && !(i.complete && i.naturalWidth)).map(i => i.src)"
+        )
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if page.wrong or blank or wide > 1:
-            found[name] = [*page.wrong, *(f"blank {b}" for b in blank), *([f"{wide} pixels too wide"] if wide > 1 else [])]
+            found[name] = [
+                *page.wrong,
+                *(f"blank {b}" for b in blank),
+                *([f"{wide} pixels too wide"] if wide > 1 else []),
+            ]
     assert found == {}
 
 
 def test_search_finds_noaux_tc(page, address):
     """The search works without a server's help and leads to the notebook that explains the router."""
     page.goto(f"{address}/search.html?q=noaux_tc")
-    page.wait_for_function("document.querySelector('#search-results').innerText.includes('Search finished')", timeout=15000)
+    page.wait_for_function(
+        "document.querySelector('#search-results').innerText.includes('Search finished')", timeout=15000
+    )
     targets = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.getAttribute('href'))")
     assert any("06_moe" in t for t in targets[:3]), targets
     assert page.wrong == []
@@ -295,7 +365,10 @@ def test_what_can_be_operated_works_without_python(page, address):
     page.goto(f"{address}/howto/reading_a_verdict.html", wait_until="networkidle")
     handle = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
     handle.wait_for(timeout=20000)
-    assert "smallest difference found with 3 seeds" in page.locator(".cell_output .widget-box, .cell_output .jupyter-widgets").first.inner_text()
+    assert (
+        "smallest difference found with 3 seeds"
+        in page.locator(".cell_output .widget-box, .cell_output .jupyter-widgets").first.inner_text()
+    )
     handle.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.body.innerText.includes('smallest difference found with 4 seeds')", timeout=10000)

@@ -16,15 +16,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import kimi_nb.study.ledger
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-import kimi_nb.ledger
 from kimi_nb.config import KimiError, RunConfig
-from kimi_nb.store import Store
-from kimi_nb.study import RESERVED, Arm, Record, RecordError, Study, seal, unseal
+from kimi_nb.study import RESERVED, Arm, Record, RecordError, Store, Study, seal, unseal
 
 REPO = Path(__file__).resolve().parents[1]
 BASE = RunConfig().override({"train.steps": 50})
@@ -38,8 +37,17 @@ def study(seeds=(0, 1, 2), **more) -> Study:
 
 
 def result(run: RunConfig, bpb: float | None = 2.0, status: str = "done", n: int = 5, **provenance) -> Record:
-    curves = {"train_loss": {"step": list(range(1, n + 1)), "value": [7 - i / n for i in range(n)]}, "val_loss": {"step": [n], "value": [6.0]}}
-    return Record.of(run, status, {"test_bpb": bpb, "val_loss": 6.0}, curves, {"device": "cpu", "started": "2025-01-01T00:00:00", **provenance})
+    curves = {
+        "train_loss": {"step": list(range(1, n + 1)), "value": [7 - i / n for i in range(n)]},
+        "val_loss": {"step": [n], "value": [6.0]},
+    }
+    return Record.of(
+        run,
+        status,
+        {"test_bpb": bpb, "val_loss": 6.0},
+        curves,
+        {"device": "cpu", "started": "2025-01-01T00:00:00", **provenance},
+    )
 
 
 def fill(store: Store, **more) -> list[Record]:
@@ -52,7 +60,9 @@ def fill(store: Store, **more) -> list[Record]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts
+    }
 
 
 @contextmanager
@@ -96,7 +106,13 @@ def forked(work):
 
 def test_layout(tmp_path):
     store = Store(tmp_path / "deep" / "results")
-    assert not store.path.exists() and store.frame().empty and store.verify() == [] and store.studies() == [] and store.get("0" * 12) is None
+    assert (
+        not store.path.exists()
+        and store.frame().empty
+        and store.verify() == []
+        and store.studies() == []
+        and store.get("0" * 12) is None
+    )
     records = fill(store)
     store.rebuild()
     assert {p.name for p in store.path.iterdir() if p.name[0] != "."} == {
@@ -108,14 +124,25 @@ def test_layout(tmp_path):
         "research_report.md",
     }
     folder = store.folder(records[0].run_id)
-    assert folder.name == f"norm_{records[0].run_id}" and json.loads((folder / "config.json").read_text()) == records[0].config
+    assert (
+        folder.name == f"norm_{records[0].run_id}"
+        and json.loads((folder / "config.json").read_text()) == records[0].config
+    )
     log = json.loads((store.path / "experiments.json").read_text())
     assert [e["experiment_id"] for e in log] == sorted(f"norm_{r.run_id}" for r in records)
     first = next(e for e in log if e["run_id"] == records[0].run_id)
-    assert first["serves"] == ["norm / layernorm"] and first["results"]["test_bpb"] == 2.0 and first["config"] == records[0].config
+    assert (
+        first["serves"] == ["norm / layernorm"]
+        and first["results"]["test_bpb"] == 2.0
+        and first["config"] == records[0].config
+    )
     baseline = store.baselines()["norm"][""]
-    assert baseline["arm"] == "layernorm" and baseline["metrics"]["test_bpb"] == pytest.approx(dict(mean=2.2, sd=0.2, n=3))
-    assert "| layernorm (baseline) | – | 3 done | 2.2 ± 0.2 | 6 ± 0 |" in (store.path / "research_report.md").read_text()
+    assert baseline["arm"] == "layernorm" and baseline["metrics"]["test_bpb"] == pytest.approx(
+        dict(mean=2.2, sd=0.2, n=3)
+    )
+    assert (
+        "| layernorm (baseline) | – | 3 done | 2.2 ± 0.2 | 6 ± 0 |" in (store.path / "research_report.md").read_text()
+    )
 
 
 def test_rebuilt_files_depend_on_the_records_alone(tmp_path):
@@ -158,14 +185,21 @@ def test_a_stale_record_is_shown_but_not_reused_and_makes_room(tmp_path):
     store.put(new := result(run, 2.0))
     aside = folder.with_name(f"{folder.name}.stale-{old.digest[:8]}")
     assert store.get(run.run_id, fresh=True) == new and Record.from_json((aside / "result.json").read_text()) == old
-    assert store.verify() == [] and len(store.frame()) == 1 and sorted(store.frame(stale=True)["test_bpb"]) == [2.0, 3.0]
+    assert (
+        store.verify() == [] and len(store.frame()) == 1 and sorted(store.frame(stale=True)["test_bpb"]) == [2.0, 3.0]
+    )
     with refused("another result"):  # and never comes back over newer code
         store.put(old)
 
 
 def test_what_failed_or_was_skipped_may_be_tried_again(tmp_path):
     store, run = Store(tmp_path), BASE
-    for record in (result(run, None, "failed"), result(run, None, "skipped: no GPU"), result(run, None, "failed", note="again"), result(run, 2.0)):
+    for record in (
+        result(run, None, "failed"),
+        result(run, None, "skipped: no GPU"),
+        result(run, None, "failed", note="again"),
+        result(run, 2.0),
+    ):
         store.put(record)
         assert store.get(run.run_id) == record
     assert len(list((tmp_path / "experiments").iterdir())) == 4 and store.verify() == []
@@ -174,11 +208,14 @@ def test_what_failed_or_was_skipped_may_be_tried_again(tmp_path):
 def test_checkpoints_of_other_code_are_not_resumed(tmp_path, monkeypatch):
     store = Store(tmp_path)
     with monkeypatch.context() as m:
-        m.setattr(kimi_nb.ledger, "code_hash", lambda: OTHER_CODE)
+        m.setattr(kimi_nb.study.ledger, "code_hash", lambda: OTHER_CODE)
         (store.begin(BASE, "norm") / "checkpoint").write_text("weights")
         assert (store.begin(BASE) / "checkpoint").exists()  # the same code goes on with it
     folder = store.begin(BASE)
-    assert not (folder / "checkpoint").exists() and (folder.with_name(folder.name + ".stale-00000000") / "checkpoint").read_text() == "weights"
+    assert (
+        not (folder / "checkpoint").exists()
+        and (folder.with_name(folder.name + ".stale-00000000") / "checkpoint").read_text() == "weights"
+    )
 
 
 # --- studies and tables -------------------------------------------------------------------------------------------
@@ -194,7 +231,11 @@ def test_seeds_of_plans_add_up_and_another_size_is_kept_apart(tmp_path):
     store.record_study(study((0,), base=BASE.override({"train.steps": 60})))
     assert store.studies() == ["norm"] and store.manifest("norm")[0].base.train.steps == 60
     (mark,) = [p.stem for p in small.parent.iterdir() if "@" in p.name]
-    assert (small.parent / f"{mark}.json").read_text() == text and store.manifest(mark)[0].base.train.steps == 50 and store.verify() == []
+    assert (
+        (small.parent / f"{mark}.json").read_text() == text
+        and store.manifest(mark)[0].base.train.steps == 50
+        and store.verify() == []
+    )
 
 
 def test_frame(tmp_path):
@@ -211,7 +252,10 @@ def test_frame(tmp_path):
         and frame["label"].tolist()[2] == "ε"
         and frame["device"].tolist() == ["cpu"] * 6
     )
-    assert frame["model.norm.kind"].tolist()[:2] == ["layernorm", "rmsnorm"] and frame["train.optimizer.betas"][0] == BASE.train.optimizer.betas
+    assert (
+        frame["model.norm.kind"].tolist()[:2] == ["layernorm", "rmsnorm"]
+        and frame["train.optimizer.betas"][0] == BASE.train.optimizer.betas
+    )
     assert set(BASE.flat()) <= set(frame.columns) and list(frame.columns[:8]) == [
         "run_id",
         "study",
@@ -222,7 +266,11 @@ def test_frame(tmp_path):
         "status",
         "stale",
     ]
-    assert len(store.frame()) == 6 and set(store.frame()["study"]) == {"norm"} and "val_loss" not in store.frame(metrics="test_bpb")
+    assert (
+        len(store.frame()) == 6
+        and set(store.frame()["study"]) == {"norm"}
+        and "val_loss" not in store.frame(metrics="test_bpb")
+    )
     with refused("'nrom'", "did you mean norm?"):
         store.frame("nrom")
     with refused("'test_bpp'", "test_bpb"):
@@ -256,19 +304,27 @@ def test_missing_is_never_zero(tmp_path):
 def test_curves_have_steps_of_their_own(tmp_path):
     store = Store(tmp_path)
     inf, record = float("inf"), result(BASE)
-    curves = {"a": {"step": [1, 2, 4], "value": [1.5, None, inf]}, "b": {"step": [4], "value": [2]}, "load": {"step": [2], "value": [[0.5, 0.5]]}}
+    curves = {
+        "a": {"step": [1, 2, 4], "value": [1.5, None, inf]},
+        "b": {"step": [4], "value": [2]},
+        "load": {"step": [2], "value": [[0.5, 0.5]]},
+    }
     store.put(Record.of(BASE, "done", curves=curves))
     store.put(result(BASE.override(seed=1), n=2))
     frame = store.curves()
     first = frame[frame["run_id"] == record.run_id]
-    assert first["step"].tolist() == [1, 2, 4] and first["tokens"].tolist() == [BASE.tokens_per_step * s for s in (1, 2, 4)]
+    assert first["step"].tolist() == [1, 2, 4] and first["tokens"].tolist() == [
+        BASE.tokens_per_step * s for s in (1, 2, 4)
+    ]
     assert (
         first["a"].isna().tolist() == [False, True, False]
         and first["a"].iloc[2] == inf
         and first["b"].isna().tolist() == [True, True, False]
         and first["load"].iloc[1] == [0.5, 0.5]
     )
-    assert store.curves(names="b")["step"].tolist() == [4] and len(frame) == 5 and Store(tmp_path / "none").curves().empty
+    assert (
+        store.curves(names="b")["step"].tolist() == [4] and len(frame) == 5 and Store(tmp_path / "none").curves().empty
+    )
 
 
 def test_a_table_of_a_thousand_runs_takes_little_more_than_reading_their_files(tmp_path):
@@ -278,7 +334,11 @@ def test_a_table_of_a_thousand_runs_takes_little_more_than_reading_their_files(t
         folder = tmp_path / "experiments" / f"norm_{i:012x}"
         folder.mkdir(parents=True)
         fields = dict(
-            run_id=f"{i:012x}", status="done", config=config, metrics={f"m{k}": i / (k + 1) for k in range(20)}, provenance={"device": "cpu"}
+            run_id=f"{i:012x}",
+            status="done",
+            config=config,
+            metrics={f"m{k}": i / (k + 1) for k in range(20)},
+            provenance={"device": "cpu"},
         )
         curves = {c: dict(step=list(range(200)), value=[v / 7 for v in range(200)]) for c in "abc"}
         (folder / "result.json").write_text(seal({**fields, "curves": curves}))
@@ -305,7 +365,12 @@ def test_a_record_edited_by_hand_is_noticed(tmp_path):
     store = Store(tmp_path)
     record, *_ = fill(store)
     file = store.folder(record.run_id) / "result.json"
-    for old, new in (('"test_bpb":2.0', '"test_bpb":1.0'), ('"status":"done"', '"status":"failed"'), ("6.8", "6.7"), ('"seed":0', '"seed":1')):
+    for old, new in (
+        ('"test_bpb":2.0', '"test_bpb":1.0'),
+        ('"status":"done"', '"status":"failed"'),
+        ("6.8", "6.7"),
+        ('"seed":0', '"seed":1'),
+    ):
         text = file.read_text()
         assert old in text
         file.write_text(text.replace(old, new, 1))
@@ -381,7 +446,14 @@ def test_verify_names_what_is_wrong_and_changes_nothing(tmp_path):
 def test_a_record_of_another_config_is_noticed(tmp_path):
     run = RunConfig().override({"data.corpus": "tinyworld", "data.tokenizer": "byte"})
     store = Store(tmp_path)
-    store.put(Record(run_id="0" * 12, status="done", config=run.model_dump(mode="json"), provenance={"code_hash": kimi_nb.ledger.code_hash()}))
+    store.put(
+        Record(
+            run_id="0" * 12,
+            status="done",
+            config=run.model_dump(mode="json"),
+            provenance={"code_hash": kimi_nb.study.ledger.code_hash()},
+        )
+    )
     assert [run.run_id in p for p in store.verify()] == [True]
 
 
@@ -428,7 +500,10 @@ def test_a_read_only_folder_is_read_and_not_written():
         with unprivileged():
             reader = Store(store.path)
             assert (
-                reader.get(records[0].run_id) == records[0] and len(reader.frame("norm")) == 6 and reader.verify() == [] and not reader.curves().empty
+                reader.get(records[0].run_id) == records[0]
+                and len(reader.frame("norm")) == 6
+                and reader.verify() == []
+                and not reader.curves().empty
             )
             acts = (
                 lambda: reader.put(result(BASE.override(seed=9))),
@@ -437,7 +512,11 @@ def test_a_read_only_folder_is_read_and_not_written():
                 reader.rebuild,
                 lambda: reader.export(store.path / "x"),
             )
-            for act in (*acts, lambda: reader.import_records(box / "records.gz"), lambda: reader.lock("0" * 12).__enter__()):
+            for act in (
+                *acts,
+                lambda: reader.import_records(box / "records.gz"),
+                lambda: reader.lock("0" * 12).__enter__(),
+            ):
                 with refused(str(store.path), "cannot be written", "writable"):
                     act()
         for p in folders:
@@ -647,7 +726,9 @@ def test_thinned_curves_keep_every_metric(tmp_path):
         and len(thin.curves["train_loss"]["step"]) == 20
         and thin.provenance["curves_thinned"] == dict(points=20, digits=3)
     )
-    assert store.import_records(tmp_path / "thin.gz")["equal"] == 1 and store.get(record.run_id) == record  # the fuller one stays
+    assert (
+        store.import_records(tmp_path / "thin.gz")["equal"] == 1 and store.get(record.run_id) == record
+    )  # the fuller one stays
 
 
 def test_import_keeps_what_is_here(tmp_path):
@@ -658,7 +739,12 @@ def test_import_keeps_what_is_here(tmp_path):
     b.record_study(study((3,)))
     a.export(tmp_path / "x.gz")
     assert b.import_records(tmp_path / "x.gz") == dict(records=2, added=1, equal=0, kept=1, studies=1)
-    assert b.get(mine.run_id) == mine and b.manifest("norm")[0].seeds == (3, 0) and len(b.manifest("norm")[1]) == 4 and b.verify() == []
+    assert (
+        b.get(mine.run_id) == mine
+        and b.manifest("norm")[0].seeds == (3, 0)
+        and len(b.manifest("norm")[1]) == 4
+        and b.verify() == []
+    )
 
 
 def test_an_altered_export_is_refused_whole(tmp_path):
@@ -696,7 +782,10 @@ def test_an_altered_export_is_refused_whole(tmp_path):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["step", "value", "train", "name", "arms", "seed", "x"]), x, max_size=4),
+    lambda x: (
+        st.lists(x, max_size=4)
+        | st.dictionaries(st.sampled_from(["step", "value", "train", "name", "arms", "seed", "x"]), x, max_size=4)
+    ),
     max_leaves=12,
 )
 RECORD = result(BASE)
@@ -712,7 +801,11 @@ def clean(value):
 def read_all(text: str | bytes, folder: Path):
     """Every reader over one file as record, manifest and export; whatever is wrong must be the project's own error."""
     store = Store(folder)
-    record, manifest, export = folder / "experiments" / f"x_{RECORD.run_id}" / "result.json", folder / "studies" / "norm.json", folder / "export"
+    record, manifest, export = (
+        folder / "experiments" / f"x_{RECORD.run_id}" / "result.json",
+        folder / "studies" / "norm.json",
+        folder / "export",
+    )
     for file in (record, manifest, export):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
@@ -758,7 +851,11 @@ def test_readers_survive_sealed_nonsense(quick_disk, kind, data):
     for _ in range(data.draw(st.integers(1, 2))):
         node = fields
         while True:
-            key = data.draw(st.sampled_from(sorted(node))) if isinstance(node, dict) else data.draw(st.integers(0, len(node) - 1))
+            key = (
+                data.draw(st.sampled_from(sorted(node)))
+                if isinstance(node, dict)
+                else data.draw(st.integers(0, len(node) - 1))
+            )
             if not isinstance(node[key], (dict, list)) or not node[key] or data.draw(st.booleans()):
                 break
             node = node[key]
@@ -772,7 +869,12 @@ def test_readers_survive_sealed_nonsense(quick_disk, kind, data):
 
 
 @settings(max_examples=150, **QUIET)
-@given(at=st.floats(0, 1), byte=st.binary(min_size=1, max_size=3), drop=st.integers(0, 5), which=st.sampled_from([RECORD.to_json(), seal(MANIFEST)]))
+@given(
+    at=st.floats(0, 1),
+    byte=st.binary(min_size=1, max_size=3),
+    drop=st.integers(0, 5),
+    which=st.sampled_from([RECORD.to_json(), seal(MANIFEST)]),
+)
 def test_any_change_of_a_sealed_file_is_noticed(at, byte, drop, which):
     data = which.encode()
     i = int(at * (len(data) - 1))
@@ -792,13 +894,17 @@ NUMBER = st.none() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)
 
 @settings(max_examples=200, **QUIET)
 @given(
-    metrics=st.dictionaries(NAMES, NUMBER, max_size=4), values=st.lists(NUMBER | st.lists(NUMBER, max_size=2), max_size=5), note=st.text(max_size=9)
+    metrics=st.dictionaries(NAMES, NUMBER, max_size=4),
+    values=st.lists(NUMBER | st.lists(NUMBER, max_size=2), max_size=5),
+    note=st.text(max_size=9),
 )
 def test_a_record_comes_back_as_it_was(metrics, values, note):
     record = Record.of(BASE, "done", metrics, {"x": dict(step=list(range(len(values))), value=values)}, {"note": note})
     again = Record.from_json(record.to_json())
     assert again == record and again.digest == record.digest and again.run == BASE
-    assert unseal(record.to_json(), "f", skip="curves") == {k: v for k, v in json.loads(record.to_json()).items() if k != "curves"}
+    assert unseal(record.to_json(), "f", skip="curves") == {
+        k: v for k, v in json.loads(record.to_json()).items() if k != "curves"
+    }
 
 
 # --- everything in any order --------------------------------------------------------------------------------------
@@ -837,7 +943,11 @@ class Operations(RuleBasedStateMachine):
 
     @staticmethod
     def makes_room(old, new):
-        return old is None or (old.stale and not new.stale) or (old.stale == new.stale and old.status not in ("done", "diverged"))
+        return (
+            old is None
+            or (old.stale and not new.stale)
+            or (old.stale == new.stale and old.status not in ("done", "diverged"))
+        )
 
     @rule(k=stores, record=records)
     def put(self, k, record):
@@ -931,8 +1041,14 @@ TestOperations = Operations.TestCase
 def test_the_code_hash_is_the_same_in_another_process():
     """A worker process must agree with its parent, or everything would be stale."""
     shown = subprocess.run(
-        [sys.executable, "-c", "from kimi_nb.study import code_hash; print(code_hash())"], cwd=REPO, capture_output=True, text=True, check=True
+        [sys.executable, "-c", "from kimi_nb.study import code_hash; print(code_hash())"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
-    from kimi_nb.study import _hash_files, training_files
+    from kimi_nb.study.record import _hash_files
+
+    from kimi_nb.study import training_files
 
     assert shown == _hash_files(training_files())

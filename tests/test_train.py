@@ -9,18 +9,47 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kimi_nb import trainer
-from kimi_nb.checkpoint import CheckpointError, checkpoints, load_model
 from kimi_nb.config import ConfigError, KimiError, RunConfig
 from kimi_nb.data import prepare
-from kimi_nb.evaluate import held_out_scores
-from kimi_nb.train import Trainer, TrainError, fit, pick_device
+from kimi_nb.train import (
+    CheckpointError,
+    Trainer,
+    TrainError,
+    checkpoints,
+    fit,
+    held_out_scores,
+    load_model,
+    pick_device,
+    trainer,
+)
 
-TINY = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60, "model.d_model": 32, "model.max_seq_len": 16, "train.steps": 8, "train.batch_size": 4,
-        "train.eval_tokens": 300, "train.lr": 1e-2}
-KIMI = {"model.attention.kind": "mla", "model.attention.kv_lora_rank": 16, "model.attention.qk_nope_head_dim": 4, "model.attention.qk_rope_head_dim": 4, "model.attention.v_head_dim": 8,
-        "model.norm.kind": "rmsnorm", "model.ffn.kind": "moe", "model.moe.router": "noaux_tc", "model.moe.n_experts": 4, "model.moe.d_expert": 16, "model.moe.n_shared_experts": 1,
-        "model.first_dense_layers": 1, "train.optimizer.name": "muonclip", "model.dropout": 0.1}
+TINY = {
+    "data.corpus": "tinyworld",
+    "data.tokenizer": "byte",
+    "data.num_documents": 60,
+    "model.d_model": 32,
+    "model.max_seq_len": 16,
+    "train.steps": 8,
+    "train.batch_size": 4,
+    "train.eval_tokens": 300,
+    "train.lr": 1e-2,
+}
+KIMI = {
+    "model.attention.kind": "mla",
+    "model.attention.kv_lora_rank": 16,
+    "model.attention.qk_nope_head_dim": 4,
+    "model.attention.qk_rope_head_dim": 4,
+    "model.attention.v_head_dim": 8,
+    "model.norm.kind": "rmsnorm",
+    "model.ffn.kind": "moe",
+    "model.moe.router": "noaux_tc",
+    "model.moe.n_experts": 4,
+    "model.moe.d_expert": 16,
+    "model.moe.n_shared_experts": 1,
+    "model.first_dense_layers": 1,
+    "train.optimizer.name": "muonclip",
+    "model.dropout": 0.1,
+}
 CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
 
 
@@ -44,7 +73,20 @@ def stop_after(n):
     return on_step
 
 
-@pytest.mark.parametrize("changes", [{}, KIMI, {"train.micro_batch_size": 2, "model.ffn.kind": "moe", "model.moe.d_expert": 16, "train.optimizer.name": "muon"}], ids=["plain", "kimi", "accumulating"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        KIMI,
+        {
+            "train.micro_batch_size": 2,
+            "model.ffn.kind": "moe",
+            "model.moe.d_expert": 16,
+            "train.optimizer.name": "muon",
+        },
+    ],
+    ids=["plain", "kimi", "accumulating"],
+)
 def test_a_broken_off_run_ends_bitwise_as_an_unbroken_one(changes, tmp_path):
     run = tiny(changes, {"train.save_every": 3, "train.eval_every": 4})
     whole = fit(run, tmp_path / "whole", progress=False)
@@ -64,7 +106,7 @@ def test_a_broken_off_run_ends_bitwise_as_an_unbroken_one(changes, tmp_path):
 
 def test_checkpoints_written_beside_the_training_are_those_written_in_between(tmp_path, monkeypatch):
     """A slow disk: steps go on while a checkpoint is written, and every file is byte for byte that of a run which waited, but for its times."""
-    from kimi_nb import train
+    from kimi_nb.train import loop as train
 
     run, written, steps, save = tiny(KIMI, {"train.save_every": 2}), [], [], train.save_checkpoint
     waited = fit(run, tmp_path / "a", device="cpu", progress=False, threads=1, keep=99, beside=False)
@@ -77,8 +119,20 @@ def test_checkpoints_written_beside_the_training_are_those_written_in_between(tm
         return save(folder, *args, **how)
 
     monkeypatch.setattr(train, "save_checkpoint", slow)
-    went_on = fit(run, tmp_path / "b", device="cpu", progress=False, threads=1, keep=99, beside=True, on_step=lambda step, line: steps.append(step))
-    assert numbers(waited) == numbers(went_on) and written[0] == ("step_00000002", 4)  # two steps further, where the next one waits
+    went_on = fit(
+        run,
+        tmp_path / "b",
+        device="cpu",
+        progress=False,
+        threads=1,
+        keep=99,
+        beside=True,
+        on_step=lambda step, line: steps.append(step),
+    )
+    assert numbers(waited) == numbers(went_on) and written[0] == (
+        "step_00000002",
+        4,
+    )  # two steps further, where the next one waits
     names = [p.name for p in checkpoints(tmp_path / "b" / "checkpoints")]
     assert names == ["step_00000002", "step_00000004", "step_00000006"]
     for name in (*names, "final"):
@@ -88,7 +142,14 @@ def test_checkpoints_written_beside_the_training_are_those_written_in_between(tm
         for file in files:
             if file.name != "state.json":
                 assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (name, file)
-        a, b = ({k: v for k, v in json.loads((x / "state.json").read_text()).items() if k not in ("seconds", "started", "digest")} for x in (ours, theirs))
+        a, b = (
+            {
+                k: v
+                for k, v in json.loads((x / "state.json").read_text()).items()
+                if k not in ("seconds", "started", "digest")
+            }
+            for x in (ours, theirs)
+        )
         assert a == b
 
 
@@ -97,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_it(at, tmp
     """The same line as without the thread; what was written before is intact, and the same command goes on."""
     import signal
 
-    from kimi_nb import checkpoint
+    from kimi_nb.train import checkpoint
 
     run = tiny({"train.save_every": 7 if at == "the end" else 2 if at == "a step" else 0, "train.steps": 8})
     folder, save = tmp_path / "x", checkpoint.save_file
@@ -117,22 +178,47 @@ def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_it(at, tmp
 
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "save_file", full)
-        with pytest.raises(CheckpointError, match="cannot be written: No space left on device; what was there is untouched"):
+        with pytest.raises(
+            CheckpointError, match="cannot be written: No space left on device; what was there is untouched"
+        ):
             fit(run, folder, device="cpu", progress=False, threads=1, on_step=on_step, beside=True)
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == (["step_00000002"] if at == "a step" else []) and not (folder / "result.json").exists()
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == (
+        ["step_00000002"] if at == "a step" else []
+    ) and not (folder / "result.json").exists()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) < (8 if at == "a step" else 9)
-    assert numbers(fit(run, folder, device="cpu", progress=False, threads=1)) == numbers(fit(run, device="cpu", progress=False, threads=1))
+    assert numbers(fit(run, folder, device="cpu", progress=False, threads=1)) == numbers(
+        fit(run, device="cpu", progress=False, threads=1)
+    )
 
 
 def test_the_record_and_the_folder(tmp_path):
     run = tiny({"train.eval_every": 4})
     record = fit(run, tmp_path, progress=False)
     assert record.run_id == run.run_id and record.status == "done" and record.run == run
-    assert {"config.json", "result.json", "metrics.jsonl", "training_log.txt", "checkpoints"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"config.json", "result.json", "metrics.jsonl", "training_log.txt", "checkpoints"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     assert record.curves["val_loss"]["step"] == [4, 8] and len(record.curves["train_loss"]["step"]) == 8
     m = record.metrics
-    assert math.isclose(m["val_ppl"], math.exp(m["val_loss"])) and m["tokens"] == 8 * 4 * 16 and m["total_parameters"] > m["non_embedding_parameters"] > 0
-    for k in ("code_hash", "git", "device", "device_name", "kernel", "threads", "micro_batch_size", "precision", "versions", "data", "platform", "started"):
+    assert (
+        math.isclose(m["val_ppl"], math.exp(m["val_loss"]))
+        and m["tokens"] == 8 * 4 * 16
+        and m["total_parameters"] > m["non_embedding_parameters"] > 0
+    )
+    for k in (
+        "code_hash",
+        "git",
+        "device",
+        "device_name",
+        "kernel",
+        "threads",
+        "micro_batch_size",
+        "precision",
+        "versions",
+        "data",
+        "platform",
+        "started",
+    ):
         assert k in record.provenance
     assert fit(run, tmp_path, progress=False) == record  # it is there already
     with pytest.raises(TrainError, match="another run"):
@@ -141,7 +227,9 @@ def test_the_record_and_the_folder(tmp_path):
 
 def test_bits_per_byte_of_bytes_is_loss_in_bits(tmp_path):
     m = fit(tiny({"train.eval_tokens": None}), progress=False).metrics
-    assert m["test_bpb"] == pytest.approx(m["test_loss"] / math.log(2), rel=0.02)  # only the ends of documents are no bytes
+    assert m["test_bpb"] == pytest.approx(
+        m["test_loss"] / math.log(2), rel=0.02
+    )  # only the ends of documents are no bytes
 
 
 def test_the_final_model_scores_as_recorded(tmp_path):
@@ -149,7 +237,9 @@ def test_the_final_model_scores_as_recorded(tmp_path):
     record = fit(run, tmp_path, progress=False)
     model, tokenizer, kept = load_model(tmp_path)
     data = prepare(run.data)
-    scores = [held_out_scores(model, data.val, 16, data.token_bytes, max_tokens=300, batch_size=b)["loss"] for b in (1, 7, 64)]
+    scores = [
+        held_out_scores(model, data.val, 16, data.token_bytes, max_tokens=300, batch_size=b)["loss"] for b in (1, 7, 64)
+    ]
     assert scores == pytest.approx([record.metrics["val_loss"]] * 3, rel=1e-6)
     assert kept.model.vocab_size == tokenizer.vocab_size == 257 and not model.training
 
@@ -175,7 +265,9 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path,
         if self.training:
             asked.append(len(input_ids))
             if len(input_ids) > 2:
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+                )
         return forward(self, input_ids, *args, **kw)
 
     monkeypatch.setattr(trainer.KimiModel, "forward", narrow)
@@ -198,10 +290,26 @@ def test_out_of_memory_with_one_sequence_is_one_line(monkeypatch):
 
 
 def test_a_run_that_diverges_is_a_record(tmp_path):
-    record = fit(tiny({"train.lr": 1e9, "train.grad_clip": 0.0, "train.steps": 60, "train.optimizer.name": "adam", "model.norm.eps": 1e-6}), tmp_path, progress=False)
+    record = fit(
+        tiny(
+            {
+                "train.lr": 1e9,
+                "train.grad_clip": 0.0,
+                "train.steps": 60,
+                "train.optimizer.name": "adam",
+                "model.norm.eps": 1e-6,
+            }
+        ),
+        tmp_path,
+        progress=False,
+    )
     if record.status == "done":
         pytest.skip("the learning rate was not large enough on this platform")
-    assert record.status == "diverged" and record.metrics["diverged_at_step"] < 60 and record.metrics.get("test_loss") is None
+    assert (
+        record.status == "diverged"
+        and record.metrics["diverged_at_step"] < 60
+        and record.metrics.get("test_loss") is None
+    )
     assert not (tmp_path / "checkpoints" / "final").exists()
 
 
@@ -222,7 +330,11 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch):
 
 def test_seeds_differ_and_repeats_agree():
     runs = [fit(tiny(c), progress=False) for c in ({}, {"seed": 1}, {"repeat": 1})]
-    assert numbers(runs[0]) != numbers(runs[1]) and numbers(runs[0]) == numbers(runs[2]) and runs[0].curves == runs[2].curves
+    assert (
+        numbers(runs[0]) != numbers(runs[1])
+        and numbers(runs[0]) == numbers(runs[2])
+        and runs[0].curves == runs[2].curves
+    )
 
 
 def test_half_precision_trains_as_full_precision_does():
@@ -235,7 +347,11 @@ def test_half_precision_trains_as_full_precision_does():
 
 def test_no_steps_scores_the_model_as_drawn():
     record = fit(tiny({"train.steps": 0, "train.warmup_steps": 0}), progress=False)
-    assert record.status == "done" and abs(record.metrics["val_loss"] - math.log(257)) < 0.1 and record.metrics["tokens"] == 0
+    assert (
+        record.status == "done"
+        and abs(record.metrics["val_loss"] - math.log(257)) < 0.1
+        and record.metrics["tokens"] == 0
+    )
 
 
 def test_qk_clip_is_logged(tmp_path):
@@ -246,7 +362,9 @@ def test_qk_clip_is_logged(tmp_path):
 
 def test_the_bias_of_the_router_is_in_the_checkpoint(tmp_path):
     fit(tiny(KIMI), tmp_path, progress=False)
-    bias = load_file(tmp_path / "checkpoints" / "final" / "model.safetensors")["layers.1.mlp.gate.e_score_correction_bias"]
+    bias = load_file(tmp_path / "checkpoints" / "final" / "model.safetensors")[
+        "layers.1.mlp.gate.e_score_correction_bias"
+    ]
     assert bias.abs().max() > 0
 
 
@@ -299,4 +417,7 @@ def test_evaluation_clips_nothing():
     t.step(0)
     before = [layer.self_attn.logit_max.clone() for layer in t.model.layers]
     t.evaluate("val")
-    assert all(torch.equal(b, layer.self_attn.logit_max) and layer.self_attn.track_logits for b, layer in zip(before, t.model.layers, strict=True))
+    assert all(
+        torch.equal(b, layer.self_attn.logit_max) and layer.self_attn.track_logits
+        for b, layer in zip(before, t.model.layers, strict=True)
+    )

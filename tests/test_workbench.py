@@ -15,11 +15,17 @@ from pathlib import Path
 import pytest
 from tiny import settings_text, tiny_run, wait_until
 
-from kimi_nb.apart import ACTIVE, LiveRun, live_runs, start_run
-from kimi_nb.store import Store
+from kimi_nb.runner import ACTIVE, LiveRun, live_runs, start_run
+from kimi_nb.study import Store
 
 REPO = Path(__file__).resolve().parents[1]
-TEXT = "".join(f"The {a} {b} looks at the {c} and says that {n} is more than {n - 1}.\n" for n in range(1, 30) for a in ("old", "small", "grey") for b in ("cat", "dog") for c in ("moon", "sea"))
+TEXT = "".join(
+    f"The {a} {b} looks at the {c} and says that {n} is more than {n - 1}.\n"
+    for n in range(1, 30)
+    for a in ("old", "small", "grey")
+    for b in ("cat", "dog")
+    for c in ("moon", "sea")
+)
 
 
 def chromium():
@@ -47,11 +53,32 @@ def jupyterlab(folder, **environment):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces", IPYTHONDIR="ipython")
+    places = dict(
+        JUPYTER_CONFIG_DIR="config",
+        JUPYTER_DATA_DIR="data",
+        JUPYTER_RUNTIME_DIR="runtime",
+        JUPYTERLAB_SETTINGS_DIR="settings",
+        JUPYTERLAB_WORKSPACES_DIR="workspaces",
+        IPYTHONDIR="ipython",
+    )
     clean = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "KIMI_NB_WIDGETS")}
-    options = ("--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'nbs'}")
+    options = (
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={folder / 'nbs'}",
+    )
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=clean | {k: str(folder / v) for k, v in places.items()} | environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            env=clean | {k: str(folder / v) for k, v in places.items()} | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     address = f"http://127.0.0.1:{port}"
 
     def answers():
@@ -87,11 +114,21 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     settings = tmp_path / "settings.ini"
-    wanted = {"data__corpus": str(text), "data__tokenizer": "char", "model__ffn__kind": "moe", "train__steps": 1000, "train__eval_every": 200, "train__save_every": 0}
+    wanted = {
+        "data__corpus": str(text),
+        "data__tokenizer": "char",
+        "model__ffn__kind": "moe",
+        "train__steps": 1000,
+        "train__eval_every": 200,
+        "train__save_every": 0,
+    }
     settings.write_text(settings_text(**wanted).replace("[tiny]", "[quick]").replace("data.num_documents = 60\n", ""))
     results = tmp_path / "results"
     store = Store(results)
-    with jupyterlab(tmp_path, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address, sync.sync_playwright() as p:
+    with (
+        jupyterlab(tmp_path, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address,
+        sync.sync_playwright() as p,
+    ):
         browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page, problems = browser.new_page(viewport=dict(width=1280, height=1000)), []
         page.set_default_timeout(60_000)
@@ -99,7 +136,9 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         page.on("pageerror", lambda e: problems.append(str(e)))
         request.addfinalizer(lambda: print("browser's console:", problems))
         page.goto(f"{address}/lab/tree/workbench.ipynb")
-        page.wait_for_function("document.body.innerText.includes('| Idle')")  # asked to run before it has its kernel, JupyterLab shows a dialog
+        page.wait_for_function(
+            "document.body.innerText.includes('| Idle')"
+        )  # asked to run before it has its kernel, JupyterLab shows a dialog
         page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
 
@@ -117,26 +156,36 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         count.wait_for()
         before = count.inner_text()
         page.click('.knb-model-attention-kind button:text-is("mla")')
-        page.wait_for_function("before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=before)
+        page.wait_for_function(
+            "before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=before
+        )
         between = count.inner_text()
         page.click('.knb-model-moe-router button:text-is("noaux_tc")')
         page.wait_for_selector(".knb-diagram :text('noaux_tc')")
         page.locator(".knb-model-moe-n-shared-experts input").fill("1")
         page.keyboard.press("Tab")
-        page.wait_for_function("before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=between)
+        page.wait_for_function(
+            "before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=between
+        )
         assert "needs rope" in page.locator(".knb-model-position-kind .knb-note").inner_text()
         assert page.locator('.knb-model-position-kind button:text-is("learned")').is_disabled()
 
         page.click(".knb-train")
-        chosen = base.override({"model.attention.kind": "mla", "model.moe.router": "noaux_tc", "model.moe.n_shared_experts": 1})
+        chosen = base.override(
+            {"model.attention.kind": "mla", "model.moe.router": "noaux_tc", "model.moe.n_shared_experts": 1}
+        )
         live, steps, shown = LiveRun(store, chosen.run_id), 0, 0
         for _ in range(2):  # the run is held twice: however slow the page, it has to follow
-            wait_until(lambda: live.apart.alive and live.status() == "training" and steps_of(live) > steps, 60, "a step")  # noqa: B023
+            wait_until(
+                lambda: live.apart.alive and live.status() == "training" and steps_of(live) > steps, 60, "a step"
+            )  # noqa: B023
             live.pause()
             wait_until(lambda: live.status() == "paused", 60, "the pause")
             steps = steps_of(live)
             assert steps < 1000
-            shown = page.wait_for_function(f"() => {{ const n = {POINTS}; return n > {shown} && n < 2000 && n }}").json_value()
+            shown = page.wait_for_function(
+                f"() => {{ const n = {POINTS}; return n > {shown} && n < 2000 && n }}"
+            ).json_value()
             live.start()
         page.wait_for_selector('.knb-progress [data-state="done"]', timeout=90_000)
         page.wait_for_function(f"() => {POINTS} > {shown}")
@@ -162,7 +211,7 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
 def test_a_run_outlives_the_kernel_that_started_it(tmp_path):
     run, store = tiny_run(train__steps=1500, train__save_every=0), Store(tmp_path / "results")
     code = f"""
-from kimi_nb.apart import start_run; from kimi_nb.config import RunConfig; from kimi_nb.store import Store; import time
+from kimi_nb.runner import start_run; from kimi_nb.config import RunConfig; from kimi_nb.study import Store; import time
 start_run(Store({str(store.path)!r}), RunConfig.load({str(tmp_path / "run.json")!r}), threads=1); print("started", flush=True); time.sleep(60)"""
     run.save(tmp_path / "run.json")
     kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
@@ -190,14 +239,16 @@ start_run(Store({str(store.path)!r}), RunConfig.load({str(tmp_path / "run.json")
 def test_a_plan_is_started_from_the_notebook_and_followed(tmp_path, monkeypatch):
     from tiny import Workplace
 
-    from kimi_nb.planview import PlanState, plan_html
+    from kimi_nb.lab import PlanState, plan_html
 
     place = Workplace(tmp_path)
     for name, value in place.environment().items():
         monkeypatch.setenv(name, value)
     state = PlanState("tiny", Store(place.results))
     before = state.rows()
-    assert sum(r["done"] for r in before) == 0 and all(r["left"] == r["runs"] and r["seconds"] > 0 for r in before if r["runs"])
+    assert sum(r["done"] for r in before) == 0 and all(
+        r["left"] == r["runs"] and r["seconds"] > 0 for r in before if r["runs"]
+    )
     state.start()
     wait_until(lambda: sum(r["done"] for r in state.rows()) > 0, 90, "the first run")
     again = PlanState("tiny", Store(place.results))  # another kernel
@@ -214,7 +265,7 @@ def test_a_plan_is_started_from_the_notebook_and_followed(tmp_path, monkeypatch)
 def test_toggling_answers_at_once():
     """Every choice of every kind, at a size with many layers and experts: the counts are there within a fifth of a second."""
     from kimi_nb.config import RunConfig
-    from kimi_nb.widgets import Picker
+    from kimi_nb.lab import Picker
 
     picker, taken = Picker(RunConfig.preset("small"), wait=True), {}
     for path, row in picker._rows.items():
@@ -228,13 +279,17 @@ def test_toggling_answers_at_once():
 
 
 def test_without_a_front_end_there_is_a_page_and_no_control(tmp_path, monkeypatch):
-    from kimi_nb.workbench import workbench
+    from kimi_nb.lab.workbench import workbench
 
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
     for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KIMI_NB_WIDGETS"):
         monkeypatch.delenv(name, raising=False)
     shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
-    assert set(shown) == {"text/html", "text/plain"} and "<svg" in shown["text/html"] and "no record" not in shown["text/plain"]
+    assert (
+        set(shown) == {"text/html", "text/plain"}
+        and "<svg" in shown["text/html"]
+        and "no record" not in shown["text/plain"]
+    )
     monkeypatch.setenv("JPY_SESSION_NAME", "workbench.ipynb")
     shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown
@@ -245,12 +300,24 @@ def test_the_command_shown_trains_exactly_the_chosen_run(tmp_path, monkeypatch):
 
     from kimi_nb.cli import build_parser, chosen_run
     from kimi_nb.config import RunConfig, load_profile
-    from kimi_nb.settings import command_line
+    from kimi_nb.lab import command_line
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
     quick = load_profile("quick").base
-    runs = [RunConfig(), RunConfig.preset("kimi").override({"train.lr": 3e-7, "train.optimizer.betas": (0.9, 0.99), "data.corpus": "it's a file.txt", "model.tie_embeddings": False}), quick, quick.override({"model.attention.kind": "mla", "seed": 3})]
+    runs = [
+        RunConfig(),
+        RunConfig.preset("kimi").override(
+            {
+                "train.lr": 3e-7,
+                "train.optimizer.betas": (0.9, 0.99),
+                "data.corpus": "it's a file.txt",
+                "model.tie_embeddings": False,
+            }
+        ),
+        quick,
+        quick.override({"model.attention.kind": "mla", "seed": 3}),
+    ]
     for run in runs:
         text = command_line(run)
         if "<<" in text:  # what the shell would write

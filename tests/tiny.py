@@ -34,9 +34,17 @@ def settings_text(**changes):
 
 def write_notebook(path, cells, tags=("parameters",)):
     """A notebook of code cells, the first of them tagged."""
-    made = [nbformat.v4.new_code_cell(text, metadata=dict(tags=list(tags)) if i == 0 else {}) for i, text in enumerate(cells)]
+    made = [
+        nbformat.v4.new_code_cell(text, metadata=dict(tags=list(tags)) if i == 0 else {})
+        for i, text in enumerate(cells)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=made, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+        ),
+        path,
+    )
     return path
 
 
@@ -45,7 +53,7 @@ def phase_cells(phase, then=""):
     verdict = "dict(id='RQ0', claim='It runs.', word='supported', sentence='It ran.')"
     return [
         "profile = 'tiny'\nresults = ''\nseeds = 0",
-        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.plan import record_outcome\nfrom kimi_nb.store import Store\nrecord_outcome(Store(results), '{phase}', load_profile(profile), [{verdict}])",
+        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.plan import record_outcome\nfrom kimi_nb.study import Store\nrecord_outcome(Store(results), '{phase}', load_profile(profile), [{verdict}])",
     ]
 
 
@@ -61,7 +69,9 @@ class Workplace:
 
     def phase(self, name, then="", cells=None, tags=("parameters",)):
         """(Re)write a phase's notebook."""
-        return write_notebook(self.path / "nbs" / "phases" / f"{PHASES[name]}.ipynb", cells or phase_cells(name, then), tags)
+        return write_notebook(
+            self.path / "nbs" / "phases" / f"{PHASES[name]}.ipynb", cells or phase_cells(name, then), tags
+        )
 
     def environment(self):
         return {"KIMI_NB_SETTINGS": str(self.path / "settings.ini"), "KIMI_NB_RESULTS": str(self.results)}
@@ -87,7 +97,9 @@ def in_process(notebook, target, parameters, cwd):
 def forks():
     """Processes that are forked from one that has imported torch: each starts in milliseconds."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["kimi_nb.train", "kimi_nb.runner", "kimi_nb.store", "kimi_nb.plan"])
+    server.set_forkserver_preload(
+        ["kimi_nb.train.loop", "kimi_nb.runner.pool", "kimi_nb.study.store", "kimi_nb.plan.run"]
+    )
     return server
 
 

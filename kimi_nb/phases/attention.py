@@ -8,121 +8,220 @@ __all__ = ['KERNELS', 'KINDS', 'METRICS', 'kernel_arm', 'kind_arm', 'study', 'st
            'judge', 'memory_verdict', 'cache_verdict']
 
 # %% ../../nbs/phases/02_attention.ipynb #686cfd90
-from ..analysis import claim, comparisons, with_targets
 from ..config import Profile
-from ..factors import factor_delta
-from ..plots import panels, styled
-from ..study import Arm, Study
+from ..stats import claim, comparisons, panels, styled, with_targets
+from ..study import Arm, Study, factor_delta
 
 # %% ../../nbs/phases/02_attention.ipynb #e1530de7
 KERNELS, KINDS = ("eager", "sdpa", "flash"), {"mla": "MLA", "latent": "latent tokens"}
 
+
 def kernel_arm(
-    profile:Profile,
-    kernel:str,  # of KERNELS
+    profile: Profile,
+    kernel: str,  # of KERNELS
 ) -> Arm:
     "Multi-head attention by that kernel."
-    return Arm(kernel, {} if kernel == profile.base.model.attention.implementation else {"model.attention.implementation": kernel}, f"MHA, {kernel}")
+    return Arm(
+        kernel,
+        {} if kernel == profile.base.model.attention.implementation else {"model.attention.implementation": kernel},
+        f"MHA, {kernel}",
+    )
+
 
 def kind_arm(
-    profile:Profile,
-    kind:str,    # of KINDS
+    profile: Profile,
+    kind: str,  # of KINDS
 ) -> Arm:
     "Another kind of attention by the base run's kernel."
-    if kind == "mla": return Arm(kind, factor_delta(profile, "attention"), KINDS[kind])
-    sizes = {k: v for name in ("n_latents", "chunk_size") if (v := profile.grid("attention", k := f"model.attention.{name}")[0]) != profile.base.flat()[k]}
+    if kind == "mla":
+        return Arm(kind, factor_delta(profile, "attention"), KINDS[kind])
+    sizes = {
+        k: v
+        for name in ("n_latents", "chunk_size")
+        if (v := profile.grid("attention", k := f"model.attention.{name}")[0]) != profile.base.flat()[k]
+    }
     return Arm(kind, {"model.attention.kind": kind} | sizes, KINDS[kind])
 
+
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "Kernels and kinds of attention, in a block for each context and batch size."
     base = profile.base
-    contexts, batches, steps = (profile.grid("attention", name) for name in ("model.max_seq_len", "train.batch_size", "train.steps"))
+    contexts, batches, steps = (
+        profile.grid("attention", name) for name in ("model.max_seq_len", "train.batch_size", "train.steps")
+    )
     base = base.override({"train.steps": steps[0]})
     mine = base.model.attention.implementation
-    kernels = [kernel_arm(profile, k) for k in dict.fromkeys((mine, *profile.grid("attention", "model.attention.implementation")))]
-    kinds = [kind_arm(profile, k) for k in profile.grid("attention", "model.attention.kind", ()) if k != base.model.attention.kind]
+    kernels = [
+        kernel_arm(profile, k)
+        for k in dict.fromkeys((mine, *profile.grid("attention", "model.attention.implementation")))
+    ]
+    kinds = [
+        kind_arm(profile, k)
+        for k in profile.grid("attention", "model.attention.kind", ())
+        if k != base.model.attention.kind
+    ]
     if len(contexts) * len(batches) == 1:
         base, blocks = base.override({"model.max_seq_len": contexts[0], "train.batch_size": batches[0]}), {}
         arms = [*kernels, *kinds]
     else:
-        blocks = {f"context {c}, batch {b}": {"model.max_seq_len": c, "train.batch_size": b} for c in contexts for b in batches}
-        arms = [arm.within(name) for name, b in blocks.items() for arm in (*kernels, *(kinds if b["train.batch_size"] == batches[0] else ()))]
-    return Study(name="attention", phase="attention", question="How do attention mechanisms affect a small model's performance, and at what cost?", hypothesis="Flash attention trains more efficiently without a loss of performance.",
-                 base=base, arms=arms, blocks=blocks, baseline=mine, seeds=range(profile.n_seeds("attention")), margin=0.02, question_ids=("RQ1",), hypothesis_ids=("H1",))
+        blocks = {
+            f"context {c}, batch {b}": {"model.max_seq_len": c, "train.batch_size": b}
+            for c in contexts
+            for b in batches
+        }
+        arms = [
+            arm.within(name)
+            for name, b in blocks.items()
+            for arm in (*kernels, *(kinds if b["train.batch_size"] == batches[0] else ()))
+        ]
+    return Study(
+        name="attention",
+        phase="attention",
+        question="How do attention mechanisms affect a small model's performance, and at what cost?",
+        hypothesis="Flash attention trains more efficiently without a loss of performance.",
+        base=base,
+        arms=arms,
+        blocks=blocks,
+        baseline=mine,
+        seeds=range(profile.n_seeds("attention")),
+        margin=0.02,
+        question_ids=("RQ1",),
+        hypothesis_ids=("H1",),
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile)]
 
+
 def speed_runs(
-    profile:Profile,
-) -> dict: # (arm, context) -> RunConfig
+    profile: Profile,
+) -> dict:  # (arm, context) -> RunConfig
     "What is measured alone: every kernel and kind at every context of `attention.train.seq_len`, with the base run's tokens per step."
-    arms = [*(kernel_arm(profile, k) for k in KERNELS), *(kind_arm(profile, k) for k in profile.grid("attention", "model.attention.kind", ()) if k != profile.base.model.attention.kind)]
+    arms = [
+        *(kernel_arm(profile, k) for k in KERNELS),
+        *(
+            kind_arm(profile, k)
+            for k in profile.grid("attention", "model.attention.kind", ())
+            if k != profile.base.model.attention.kind
+        ),
+    ]
     tokens = profile.base.tokens_per_step
-    return {(arm.name, c): profile.base.override({"model.max_seq_len": c, "train.batch_size": max(1, tokens // c)} | arm.delta) for c in profile.grid("attention", "train.seq_len", (profile.base.seq_len,)) for arm in arms}
+    return {
+        (arm.name, c): profile.base.override(
+            {"model.max_seq_len": c, "train.batch_size": max(1, tokens // c)} | arm.delta
+        )
+        for c in profile.grid("attention", "train.seq_len", (profile.base.seq_len,))
+        for arm in arms
+    }
 
 # %% ../../nbs/phases/02_attention.ipynb #4aa6958e
 def measured(
-    profile:Profile,
-    store,        # keeps the figures
+    profile: Profile,
+    store,  # keeps the figures
 ):
     "The speed table of this phase: a row per arm and context."
-    from kimi_nb.speed import measure
+    from kimi_nb.bench import measure
+
     runs, small = speed_runs(profile), profile.name == "smoke"
-    frame = measure({f"{arm}, {c} tokens": run for (arm, c), run in runs.items()}, store, steps=6 if small else 12, warmup=1 if small else 2)
-    return frame.assign(arm=[arm for arm, _ in runs], block=[f"context {c}" for _, c in runs], share_of_first=frame["seconds_per_token"] / frame.groupby("context")["seconds_per_token"].transform("first"))
+    frame = measure(
+        {f"{arm}, {c} tokens": run for (arm, c), run in runs.items()},
+        store,
+        steps=6 if small else 12,
+        warmup=1 if small else 2,
+    )
+    return frame.assign(
+        arm=[arm for arm, _ in runs],
+        block=[f"context {c}" for _, c in runs],
+        share_of_first=frame["seconds_per_token"] / frame.groupby("context")["seconds_per_token"].transform("first"),
+    )
 
 # %% ../../nbs/phases/02_attention.ipynb #8bd98fbf
-METRICS = {"test_bpb": "performance", "val_loss": "performance", "loss_residual_sd": "stability", "steps_to_target": "convergence"}
+METRICS = {
+    "test_bpb": "performance",
+    "val_loss": "performance",
+    "loss_residual_sd": "stability",
+    "steps_to_target": "convergence",
+}
+
 
 def with_measured_speed(
-    frame, # of the store
-    costs, # of `measured`
-):         # with step_seconds and tokens_per_second as measured alone, missing where the arm or context was not
+    frame,  # of the store
+    costs,  # of `measured`
+):  # with step_seconds and tokens_per_second as measured alone, missing where the arm or context was not
     "Replace the speed of the training runs."
     alone = costs.set_index(["arm", "context"])["seconds_per_token"].to_dict()
-    per_token = [alone.get((arm, c), float("nan")) for arm, c in zip(frame["arm"], frame["train.seq_len"].where(frame["train.seq_len"].notna(), frame["model.max_seq_len"]))]
-    return frame.assign(seconds_per_token=per_token, step_seconds=[t * n / s if s else float("nan") for t, n, s in zip(per_token, frame["tokens"], frame["steps"])], tokens_per_second=[1 / t for t in per_token])
+    per_token = [
+        alone.get((arm, c), float("nan"))
+        for arm, c in zip(
+            frame["arm"], frame["train.seq_len"].where(frame["train.seq_len"].notna(), frame["model.max_seq_len"])
+        )
+    ]
+    return frame.assign(
+        seconds_per_token=per_token,
+        step_seconds=[t * n / s if s else float("nan") for t, n, s in zip(per_token, frame["tokens"], frame["steps"])],
+        tokens_per_second=[1 / t for t in per_token],
+    )
+
 
 def analyse(
-    store, # holds the study's records
-    study, # as it was run
-    costs, # of `measured`
+    store,  # holds the study's records
+    study,  # as it was run
+    costs,  # of `measured`
 ) -> tuple:
     "The frame with targets, the training comparisons with the baseline and with eager, the speed comparisons with eager."
     import pandas as pd
-    from kimi_nb.speed import speed_comparison
+
+    from kimi_nb.bench import speed_comparison
     from kimi_nb.stats import compare
+
     frame = with_targets(with_measured_speed(store.frame(study.name), costs), store.curves(study.name), study.baseline)
     found = comparisons(frame, METRICS, study)
-    plain = frame[frame["block"].isin(frame.loc[frame["arm"] == "eager", "block"])] if "eager" in set(frame["arm"]) else frame.iloc[:0]
-    kernels = compare(plain[plain["arm"].isin(KERNELS)], study.metric, "eager", alpha=study.alpha, margin=study.margin).assign(about="performance") if plain["arm"].nunique() > 1 else pd.DataFrame(columns=["about", "metric", "arm", "block"])
-    pace = pd.concat([speed_comparison(costs, "eager"), speed_comparison(costs, "eager", "token_seconds", "inference")], ignore_index=True)
+    plain = (
+        frame[frame["block"].isin(frame.loc[frame["arm"] == "eager", "block"])]
+        if "eager" in set(frame["arm"])
+        else frame.iloc[:0]
+    )
+    kernels = (
+        compare(
+            plain[plain["arm"].isin(KERNELS)], study.metric, "eager", alpha=study.alpha, margin=study.margin
+        ).assign(about="performance")
+        if plain["arm"].nunique() > 1
+        else pd.DataFrame(columns=["about", "metric", "arm", "block"])
+    )
+    pace = pd.concat(
+        [speed_comparison(costs, "eager"), speed_comparison(costs, "eager", "token_seconds", "inference")],
+        ignore_index=True,
+    )
     return frame, found, kernels, pace
 
 # %% ../../nbs/phases/02_attention.ipynb #60bdb76e
 def attention_weights(
-    folder,        # of a run, with its final checkpoint
-    length:int=48, # tokens at most
-):                 # (layers, H, T, T) numpy array, rows sum to 1
+    folder,  # of a run, with its final checkpoint
+    length: int = 48,  # tokens at most
+):  # (layers, H, T, T) numpy array, rows sum to 1
     "Attention weights of a trained model over the beginning of its test text."
     import torch
-    from kimi_nb.checkpoint import load_model
+
     from kimi_nb.data import prepare
+    from kimi_nb.train import load_model
+
     model, _, run = load_model(folder)
-    tokens = prepare(run.data, run.seq_len).test[:min(length, run.seq_len)].astype("int64")
-    with torch.no_grad(): model(torch.as_tensor(tokens).unsqueeze(0), need_weights=True)
+    tokens = prepare(run.data, run.seq_len).test[: min(length, run.seq_len)].astype("int64")
+    with torch.no_grad():
+        model(torch.as_tensor(tokens).unsqueeze(0), need_weights=True)
     return torch.stack([layer.self_attn.last_weights[0] for layer in model.layers]).numpy()
+
 
 @styled
 def weights_figure(
-    weights, # of `attention_weights`
-):           # matplotlib Figure
+    weights,  # of `attention_weights`
+):  # matplotlib Figure
     "The heads of the first and the last layer; colours by the root of the weight, so that small ones show."
     layers = sorted({0, len(weights) - 1})
     fig, axes = panels(len(layers) * weights.shape[1], (3.1, 2.3), columns=weights.shape[1], sharex=True, sharey=True)
@@ -137,75 +236,174 @@ def weights_figure(
 
 # %% ../../nbs/phases/02_attention.ipynb #1efcaeee
 def kernel_names(
-    costs, # of `measured`
-    frame, # of the store
-) -> dict: # arm -> kernels recorded, in training runs and measurements
+    costs,  # of `measured`
+    frame,  # of the store
+) -> dict:  # arm -> kernels recorded, in training runs and measurements
     "What computed each arm's attention."
     pairs = [*zip(costs["arm"], costs["kernel"]), *(zip(frame["arm"], frame["kernel"]) if "kernel" in frame else ())]
-    return {arm: sorted({k for a, k in pairs if a == arm and isinstance(k, str)}) for arm in dict.fromkeys(a for a, _ in pairs)}
+    return {
+        arm: sorted({k for a, k in pairs if a == arm and isinstance(k, str)})
+        for arm in dict.fromkeys(a for a, _ in pairs)
+    }
+
 
 def is_gpu_flash(
-    kernel:str, # as a record names it
+    kernel: str,  # as a record names it
 ) -> bool:
     "Whether this is a flash kernel of a GPU."
     return kernel == "torch-flash" or kernel.startswith("flash-attn")
 
+
 def _both(id, text, faster, equal):
     "One verdict that needs two."
     words = {faster["word"], equal["word"]}
-    word = "supported" if words == {"supported"} else "contradicted" if "contradicted" in words else "not testable here" if words == {"not testable here"} else "undecided"
-    return dict(id=id, claim=text, word=word, sentence=f"Speed: {faster['word']}, {faster['sentence']} Performance: {equal['word']}, {equal['sentence']}", caveats=sorted({*faster["caveats"], *equal["caveats"]}))
+    word = (
+        "supported"
+        if words == {"supported"}
+        else "contradicted"
+        if "contradicted" in words
+        else "not testable here"
+        if words == {"not testable here"}
+        else "undecided"
+    )
+    return dict(
+        id=id,
+        claim=text,
+        word=word,
+        sentence=f"Speed: {faster['word']}, {faster['sentence']} Performance: {equal['word']}, {equal['sentence']}",
+        caveats=sorted({*faster["caveats"], *equal["caveats"]}),
+    )
+
 
 def _efficient(id, text, arm, trained, costs, kernels, pace, margin):
     "Faster than eager at the longest context, and equal to it."
     longest = f"context {costs['context'].max()}"
-    faster = claim(id, text, pace[(pace["metric"] == "step_seconds") & (pace["arm"] == arm) & (pace["block"] == longest)] if len(pace) else pace)
+    faster = claim(
+        id,
+        text,
+        pace[(pace["metric"] == "step_seconds") & (pace["arm"] == arm) & (pace["block"] == longest)]
+        if len(pace)
+        else pace,
+    )
     faster["sentence"] = f"at {longest}: " + faster["sentence"]
     return _both(id, text, faster, claim(id, text, kernels[kernels["arm"] == trained], "same", margin=margin))
 
+
 def judge(
-    comparison, # arms against the baseline, from `analyse`
-    kernels,    # kernels against eager: test bits per byte
-    pace,       # kernels and kinds against eager: time
-    costs,      # of `measured`
-    frame,      # of the store
-    margin:float=0.02, # of equivalence, bits per byte
-) -> list[dict]: # verdicts
+    comparison,  # arms against the baseline, from `analyse`
+    kernels,  # kernels against eager: test bits per byte
+    pace,  # kernels and kinds against eager: time
+    costs,  # of `measured`
+    frame,  # of the store
+    margin: float = 0.02,  # of equivalence, bits per byte
+) -> list[dict]:  # verdicts
     "H1, and RQ1 by kernel and by kind."
-    from kimi_nb.speed import speed_caveats
+    from kimi_nb.bench import speed_caveats
+
     ran, busy = kernel_names(costs, frame), speed_caveats(costs)
     flash, fused = ran.get("flash", []), ran.get("sdpa", [])
     text = "Flash attention trains faster than attention written out, and the model is as good."
-    if flash and all(map(is_gpu_flash, flash)): h1 = _efficient("H1", text, "flash", "flash" if "flash" in set(kernels["arm"]) or flash != fused else "sdpa", costs, kernels, pace, margin)
+    if flash and all(map(is_gpu_flash, flash)):
+        h1 = _efficient(
+            "H1",
+            text,
+            "flash",
+            "flash" if "flash" in set(kernels["arm"]) or flash != fused else "sdpa",
+            costs,
+            kernels,
+            pace,
+            margin,
+        )
     else:
         failed = costs[(costs["arm"] == "flash") & (costs["status"] != "done")]
-        why = f"flash ran {' and '.join(flash)}" + (", the very kernel that sdpa ran" if flash == fused else "") + ": no flash kernel of a GPU" if flash else "flash did not run" + (f" ({failed['note'].iloc[0]})" if len(failed) else "")
-        h1 = dict(id="H1", claim=text, word="not testable here", sentence=f"On {costs['device_name'].iloc[0]} {why}. No contrast is claimed.", caveats=[])
-    verdicts = [h1, _efficient("RQ1-kernel", "PyTorch's fused kernel trains faster than attention written out, and the model is as good.", "sdpa", "sdpa", costs, kernels, pace, margin)]
+        why = (
+            f"flash ran {' and '.join(flash)}"
+            + (", the very kernel that sdpa ran" if flash == fused else "")
+            + ": no flash kernel of a GPU"
+            if flash
+            else "flash did not run" + (f" ({failed['note'].iloc[0]})" if len(failed) else "")
+        )
+        h1 = dict(
+            id="H1",
+            claim=text,
+            word="not testable here",
+            sentence=f"On {costs['device_name'].iloc[0]} {why}. No contrast is claimed.",
+            caveats=[],
+        )
+    verdicts = [
+        h1,
+        _efficient(
+            "RQ1-kernel",
+            "PyTorch's fused kernel trains faster than attention written out, and the model is as good.",
+            "sdpa",
+            "sdpa",
+            costs,
+            kernels,
+            pace,
+            margin,
+        ),
+    ]
     rows = comparison[comparison["metric"] == "test_bpb"]
-    verdicts += [claim("RQ1" if kind == "mla" else f"RQ1-{kind}", f"A model with {name} predicts as well as one with multi-head attention (±{margin:g} bits per byte).", rows[rows["arm"] == kind], "same", margin=margin) for kind, name in KINDS.items()]
+    verdicts += [
+        claim(
+            "RQ1" if kind == "mla" else f"RQ1-{kind}",
+            f"A model with {name} predicts as well as one with multi-head attention (±{margin:g} bits per byte).",
+            rows[rows["arm"] == kind],
+            "same",
+            margin=margin,
+        )
+        for kind, name in KINDS.items()
+    ]
     verdicts += [memory_verdict(costs), cache_verdict(costs)]
-    return [v | dict(caveats=[*v["caveats"], *busy]) if v["id"] in ("H1", "RQ1-kernel", "RQ1-cache") and v["word"] != "not testable here" else v for v in verdicts]
+    return [
+        v | dict(caveats=[*v["caveats"], *busy])
+        if v["id"] in ("H1", "RQ1-kernel", "RQ1-cache") and v["word"] != "not testable here"
+        else v
+        for v in verdicts
+    ]
+
 
 def memory_verdict(
-    costs, # of `measured`
+    costs,  # of `measured`
 ) -> dict:
     "The success criterion of 15% less memory, for the fused kernel at the longest context."
     text = "A fused kernel needs at least 15% less memory for a training step than attention written out."
-    at = costs[(costs["context"] == costs["context"].max()) & (costs["status"] == "done")].drop_duplicates("arm").set_index("arm")
-    if not {"eager", "sdpa"} <= set(at.index) or not at.loc[["eager", "sdpa"], "added_memory_mb"].notna().all(): return dict(id="RQ1-memory", claim=text, word="not testable here", sentence="It was not measured.", caveats=[])
+    at = (
+        costs[(costs["context"] == costs["context"].max()) & (costs["status"] == "done")]
+        .drop_duplicates("arm")
+        .set_index("arm")
+    )
+    if not {"eager", "sdpa"} <= set(at.index) or not at.loc[["eager", "sdpa"], "added_memory_mb"].notna().all():
+        return dict(id="RQ1-memory", claim=text, word="not testable here", sentence="It was not measured.", caveats=[])
     eager, fused = at.loc["eager"], at.loc["sdpa"]
     less = 1 - fused["added_memory_mb"] / eager["added_memory_mb"]
-    return dict(id="RQ1-memory", claim=text, word="supported" if less >= 0.15 else "contradicted", sentence=f"At {int(eager['context'])} tokens the step with eager adds {eager['added_memory_mb']:.0f} MiB, with {fused['kernel']} {fused['added_memory_mb']:.0f} MiB, {100 * less:.0f}% less; the peaks of the whole process are {eager['peak_memory_mb']:.0f} and {fused['peak_memory_mb']:.0f} MiB.",
-                caveats=["One measurement on one machine; memory does not vary between seeds."])
+    return dict(
+        id="RQ1-memory",
+        claim=text,
+        word="supported" if less >= 0.15 else "contradicted",
+        sentence=f"At {int(eager['context'])} tokens the step with eager adds {eager['added_memory_mb']:.0f} MiB, with {fused['kernel']} {fused['added_memory_mb']:.0f} MiB, {100 * less:.0f}% less; the peaks of the whole process are {eager['peak_memory_mb']:.0f} and {fused['peak_memory_mb']:.0f} MiB.",
+        caveats=["One measurement on one machine; memory does not vary between seeds."],
+    )
+
 
 def cache_verdict(
-    costs, # of `measured`
+    costs,  # of `measured`
 ) -> dict:
     "Whether MLA's cache is smaller than multi-head attention's, by what the caches really held."
     text = "MLA writes text with a smaller cache than multi-head attention."
-    at = costs[(costs["context"] == costs["context"].max()) & costs["cache_bytes"].notna()].drop_duplicates("arm").set_index("arm")
-    if not {"sdpa", "mla"} <= set(at.index): return dict(id="RQ1-cache", claim=text, word="not testable here", sentence="It was not measured.", caveats=[])
+    at = (
+        costs[(costs["context"] == costs["context"].max()) & costs["cache_bytes"].notna()]
+        .drop_duplicates("arm")
+        .set_index("arm")
+    )
+    if not {"sdpa", "mla"} <= set(at.index):
+        return dict(id="RQ1-cache", claim=text, word="not testable here", sentence="It was not measured.", caveats=[])
     mha, mla = at.loc["sdpa", "cache_bytes"], at.loc["mla", "cache_bytes"]
     rates = at.loc["mla", "inference_tokens_per_second"], at.loc["sdpa", "inference_tokens_per_second"]
-    return dict(id="RQ1-cache", claim=text, word="supported" if mla < mha else "contradicted", sentence=f"At {int(at.loc['mla', 'context'])} tokens the cache of one sequence holds {mla:,.0f} bytes against {mha:,.0f}, a factor of {mha / mla:.2f}; it writes {rates[0]:.0f} tokens/s against {rates[1]:.0f}.", caveats=[])
+    return dict(
+        id="RQ1-cache",
+        claim=text,
+        word="supported" if mla < mha else "contradicted",
+        sentence=f"At {int(at.loc['mla', 'context'])} tokens the cache of one sequence holds {mla:,.0f} bytes against {mha:,.0f}, a factor of {mha / mla:.2f}; it writes {rates[0]:.0f} tokens/s against {rates[1]:.0f}.",
+        caveats=[],
+    )

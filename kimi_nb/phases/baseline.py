@@ -12,29 +12,52 @@ from ..study import Arm, Study
 # %% ../../nbs/phases/01_baseline.ipynb #a1d3c5a2
 TIERS = ("untrained", "brief", "trained")
 
+
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "The three tiers."
     steps = profile.grid("baseline", "train.steps")
-    if len(steps) != len(TIERS): raise ConfigError("baseline.train.steps", f"has {len(steps)} values: one for each of {', '.join(TIERS)}")
+    if len(steps) != len(TIERS):
+        raise ConfigError("baseline.train.steps", f"has {len(steps)} values: one for each of {', '.join(TIERS)}")
     warmup = profile.base.train.warmup_steps
-    arms = [Arm(name, {"train.steps": n} | ({"train.warmup_steps": min(warmup, n)} if 0 < n < warmup else {}), f"{n} steps") for name, n in zip(TIERS, steps)]
+    arms = [
+        Arm(name, {"train.steps": n} | ({"train.warmup_steps": min(warmup, n)} if 0 < n < warmup else {}), f"{n} steps")
+        for name, n in zip(TIERS, steps)
+    ]
     arms[-1] = Arm("trained", {} if steps[-1] == profile.base.train.steps else arms[-1].delta, arms[-1].label)
-    return Study(name="baseline", phase="baseline", question="What do chance, little training and the plan's training give?",
-                 hypothesis="Each tier is better than the one before.", base=profile.base, arms=arms, baseline="untrained", seeds=range(profile.n_seeds("baseline")))
+    return Study(
+        name="baseline",
+        phase="baseline",
+        question="What do chance, little training and the plan's training give?",
+        hypothesis="Each tier is better than the one before.",
+        base=profile.base,
+        arms=arms,
+        baseline="untrained",
+        seeds=range(profile.n_seeds("baseline")),
+    )
+
 
 def repeats(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "One seed of the trained tier, three times."
     trained = study(profile).arms[-1]
     arms = [Arm(f"run {r + 1}", trained.delta | ({"repeat": r} if r else {})) for r in range(3)]
-    return Study(name="baseline-repeats", phase="baseline", question="Does the same run give the same number?", hypothesis="Bit for bit.",
-                 base=profile.base, arms=arms, baseline="run 1", seeds=(0,))
+    return Study(
+        name="baseline-repeats",
+        phase="baseline",
+        question="Does the same run give the same number?",
+        hypothesis="Bit for bit.",
+        base=profile.base,
+        arms=arms,
+        baseline="run 1",
+        seeds=(0,),
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile), repeats(profile)]
@@ -42,32 +65,61 @@ def studies(
 # %% ../../nbs/phases/01_baseline.ipynb #6dd726aa
 def chance_bpb(
     frame,  # of the store, with test_loss, test_bpb and vocab_size
-) -> float: # bits per byte of the held-out text
+) -> float:  # bits per byte of the held-out text
     "Bits per byte of a model that knows nothing: all tokens equally likely."
     import numpy as np
+
     row = frame.dropna(subset=["test_loss", "test_bpb"]).iloc[0]
     return float(np.log(row["vocab_size"]) * row["test_bpb"] / row["test_loss"])
 
+
 def judge(
-    frame,   # of the study `baseline`
-    again,   # of the study `baseline-repeats`
-) -> list[dict]: # verdicts
+    frame,  # of the study `baseline`
+    again,  # of the study `baseline-repeats`
+) -> list[dict]:  # verdicts
     "Order, consistency and reproducibility as verdicts."
     done = frame[frame["status"] == "done"]
     mean, worst, best = (done.groupby("arm")["test_bpb"].agg(f).reindex(list(TIERS)) for f in ("mean", "max", "min"))
     if mean.isna().any():
         lost = ", ".join(mean.index[mean.isna()])
-        return [dict(id=id, claim=claim, word="not testable here", sentence=f"No run of {lost} finished.") for id, claim in (("order", "Trained is better than brief, brief than untrained, untrained is chance."), ("consistency", "Runs that differ in the seed end within 2%."), ("reproducibility", "One seed gives the same numbers three times."))]
+        return [
+            dict(id=id, claim=claim, word="not testable here", sentence=f"No run of {lost} finished.")
+            for id, claim in (
+                ("order", "Trained is better than brief, brief than untrained, untrained is chance."),
+                ("consistency", "Runs that differ in the seed end within 2%."),
+                ("reproducibility", "One seed gives the same numbers three times."),
+            )
+        ]
     chance, n = chance_bpb(done), int(done.groupby("arm").size().min())
     ordered = all(worst[b] < best[a] for a, b in zip(TIERS, TIERS[1:])) and abs(mean["untrained"] / chance - 1) < 0.02
     spread = float((worst["trained"] - best["trained"]) / mean["trained"])
     same = again.dropna(subset=["test_loss"])
     values = [same[c].nunique() for c in ("test_loss", "val_loss", "grad_norm_mean")]
-    verdicts = [dict(id="order", claim="Trained is better than brief, brief than untrained, untrained is chance.", word="supported" if ordered else "contradicted",
-                     sentence=f"Test bits per byte: chance {chance:.3f}, " + ", ".join(f"{t} {mean[t]:.3f}" for t in TIERS) + f" (means of {n} seeds; supported where the worst run of a tier is better than the best of the one before).")]
-    verdicts.append(dict(id="consistency", claim="Runs that differ in the seed end within 2%.", word="not testable here" if n < 2 else "supported" if spread < 0.02 else "contradicted",
-                         sentence=f"Largest minus smallest over the mean of the trained tier is {100 * spread:.2f}% ({n} seeds)."))
+    verdicts = [
+        dict(
+            id="order",
+            claim="Trained is better than brief, brief than untrained, untrained is chance.",
+            word="supported" if ordered else "contradicted",
+            sentence=f"Test bits per byte: chance {chance:.3f}, "
+            + ", ".join(f"{t} {mean[t]:.3f}" for t in TIERS)
+            + f" (means of {n} seeds; supported where the worst run of a tier is better than the best of the one before).",
+        )
+    ]
+    verdicts.append(
+        dict(
+            id="consistency",
+            claim="Runs that differ in the seed end within 2%.",
+            word="not testable here" if n < 2 else "supported" if spread < 0.02 else "contradicted",
+            sentence=f"Largest minus smallest over the mean of the trained tier is {100 * spread:.2f}% ({n} seeds).",
+        )
+    )
     enough = len(same) == 3
-    verdicts.append(dict(id="reproducibility", claim="One seed gives the same numbers three times.", word="not testable here" if not enough else "supported" if max(values) == 1 else "contradicted",
-                         sentence=f"{len(same)} runs of seed {int(again['seed'].iloc[0])} ended with {values[0]} different test losses, {values[1]} validation losses and {values[2]} mean gradient norms."))
+    verdicts.append(
+        dict(
+            id="reproducibility",
+            claim="One seed gives the same numbers three times.",
+            word="not testable here" if not enough else "supported" if max(values) == 1 else "contradicted",
+            sentence=f"{len(same)} runs of seed {int(again['seed'].iloc[0])} ended with {values[0]} different test losses, {values[1]} validation losses and {values[2]} mean gradient norms.",
+        )
+    )
     return verdicts

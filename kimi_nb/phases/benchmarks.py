@@ -16,35 +16,66 @@ from ..study import Arm, Study
 # %% ../../nbs/phases/09_benchmarks.ipynb #355c4f67
 TIERS = ("untrained", "brief", "trained")
 
+
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "The same model untrained, briefly trained and trained on a text that holds answers."
     steps = profile.grid("benchmarks", "train.steps", (0, 3, 12))
-    base = profile.base.override({"data.corpus": "pydocs:0.5,tinyworld:0.5", "train.optimizer.name": "muon", "train.lr": profile.grid("benchmarks", "train.lr", (profile.lr("muon"),))[0],
-                                  "train.batch_size": profile.grid("benchmarks", "train.batch_size")[0], "train.steps": steps[-1], "train.eval_every": max(1, steps[-1] // 6), "train.save_every": max(1, steps[-1] // 6)})
+    base = profile.base.override(
+        {
+            "data.corpus": "pydocs:0.5,tinyworld:0.5",
+            "train.optimizer.name": "muon",
+            "train.lr": profile.grid("benchmarks", "train.lr", (profile.lr("muon"),))[0],
+            "train.batch_size": profile.grid("benchmarks", "train.batch_size")[0],
+            "train.steps": steps[-1],
+            "train.eval_every": max(1, steps[-1] // 6),
+            "train.save_every": max(1, steps[-1] // 6),
+        }
+    )
     warmup = base.train.warmup_steps
-    arms = [Arm(n, ({} if k == steps[-1] else {"train.steps": k}) | ({"train.warmup_steps": min(warmup, k)} if 0 < k < warmup else {}), f"{k} steps") for n, k in zip(TIERS, steps, strict=True)]
-    return Study(name="benchmarks", phase="benchmarks", question="What can a trained model do that an untrained one cannot?", hypothesis="Each tier scores higher than the one before.",
-                 base=base, arms=arms, baseline="untrained", seeds=range(profile.n_seeds("benchmarks")), keep=6)
+    arms = [
+        Arm(
+            n,
+            ({} if k == steps[-1] else {"train.steps": k})
+            | ({"train.warmup_steps": min(warmup, k)} if 0 < k < warmup else {}),
+            f"{k} steps",
+        )
+        for n, k in zip(TIERS, steps, strict=True)
+    ]
+    return Study(
+        name="benchmarks",
+        phase="benchmarks",
+        question="What can a trained model do that an untrained one cannot?",
+        hypothesis="Each tier scores higher than the one before.",
+        base=base,
+        arms=arms,
+        baseline="untrained",
+        seeds=range(profile.n_seeds("benchmarks")),
+        keep=6,
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile)]
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #1f2b5f39
 def score_runs(
-    store:"Store",
-    frame,           # of the study, with run_id and status
-    tasks="tiny",    # as `pick_tasks`
-    data_dir=None,   # folder of local rows
-    limit=None,      # items of each task
+    store: "Store",
+    frame,  # of the study, with run_id and status
+    tasks="tiny",  # as `pick_tasks`
+    data_dir=None,  # folder of local rows
+    limit=None,  # items of each task
 ) -> tuple[dict, dict]:
     "Run -> results, and run -> samples; each run's scores are kept under `benchmarks/` of the results folder."
-    from kimi_nb.benchmarks import evaluate, load_any
+    from kimi_nb.evals.harness import evaluate
+
+    from kimi_nb.evals import load_any
     from kimi_nb.plan import write_json
+
     results, samples = {}, {}
     for run_id in frame[frame["status"] == "done"]["run_id"]:
         r = evaluate(*load_any(store.folder(run_id)), tasks, data_dir, limit)
@@ -52,52 +83,107 @@ def score_runs(
         write_json(store.path / "benchmarks" / f"{run_id}.json", dict(r))
     return results, samples
 
+
 def score_table(
-    frame,   # of the study
-    results, # of `score_runs`
+    frame,  # of the study
+    results,  # of `score_runs`
 ):
     "One row a run: the score of each task that was scored, of the tinyworld halves together, and the overall score per million parameters and per hour."
     import pandas as pd
-    from kimi_nb.benchmarks import overall_score
+
+    from kimi_nb.evals import overall_score
+
     rows = []
     for r in frame[frame["run_id"].isin(results)].to_dict("records"):
         found = results[r["run_id"]]
-        halves = [(v["halves"]["tinyworld"]["score"], v["halves"]["tinyworld"]["n"]) for v in found.values() if "halves" in v and "tinyworld" in v["halves"]]
+        halves = [
+            (v["halves"]["tinyworld"]["score"], v["halves"]["tinyworld"]["n"])
+            for v in found.values()
+            if "halves" in v and "tinyworld" in v["halves"]
+        ]
         overall = overall_score(found)
-        row = {k: r.get(k) for k in ("run_id", "arm", "seed", "status", "steps", "test_bpb", "total_parameters", "training_seconds")} | {k: v["score"] for k, v in found.items() if v["status"] == "done"}
-        row |= dict(tinyworld=sum(s * n for s, n in halves) / sum(n for _, n in halves) if halves else None, overall=overall)
-        if overall is not None: row |= dict(overall_per_million_parameters=overall / (r["total_parameters"] / 1e6), overall_per_hour=overall / (r["training_seconds"] / 3600) if r["training_seconds"] else None)
+        row = {
+            k: r.get(k)
+            for k in ("run_id", "arm", "seed", "status", "steps", "test_bpb", "total_parameters", "training_seconds")
+        } | {k: v["score"] for k, v in found.items() if v["status"] == "done"}
+        row |= dict(
+            tinyworld=sum(s * n for s, n in halves) / sum(n for _, n in halves) if halves else None, overall=overall
+        )
+        if overall is not None:
+            row |= dict(
+                overall_per_million_parameters=overall / (r["total_parameters"] / 1e6),
+                overall_per_hour=overall / (r["training_seconds"] / 3600) if r["training_seconds"] else None,
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #ddd9973d
 def above_chance(
-    frame,    # run_id and arm
+    frame,  # run_id and arm
     samples,  # of `score_runs`
     half="tinyworld",
-):            # arm, task, score, low, high, chance, n
+):  # arm, task, score, low, high, chance, n
     "Share right with a 95% interval over items, per arm and task of ours and for all of them together."
     import pandas as pd
-    from kimi_nb.items import TASK_NAMES
+
+    from kimi_nb.evals import TASK_NAMES
+
     arms = dict(zip(frame["run_id"], frame["arm"]))
-    rows = [dict(arm=arms[run], task=t, item=s["doc"]["id"], right=float(s["acc"]), chance=1 / len(s["doc"]["choices"]), held_out=bool(s["doc"].get("held_out"))) for run, tasks in samples.items() for t in TASK_NAMES for s in tasks.get(t, ()) if s["doc"]["half"] == half]
-    if not rows: return pd.DataFrame(columns=["arm", "task", "score", "low", "high", "chance", "n"])
+    rows = [
+        dict(
+            arm=arms[run],
+            task=t,
+            item=s["doc"]["id"],
+            right=float(s["acc"]),
+            chance=1 / len(s["doc"]["choices"]),
+            held_out=bool(s["doc"].get("held_out")),
+        )
+        for run, tasks in samples.items()
+        for t in TASK_NAMES
+        for s in tasks.get(t, ())
+        if s["doc"]["half"] == half
+    ]
+    if not rows:
+        return pd.DataFrame(columns=["arm", "task", "score", "low", "high", "chance", "n"])
     items = pd.DataFrame(rows).groupby(["arm", "task", "item"], sort=False).mean().reset_index()
     out = []
-    groups = [(arm, task, g) for arm, a in items.groupby("arm", sort=False) for task, g in [*a.groupby("task", sort=False), ("all four", a), ("all four, shown", a[a["held_out"] == 0]), ("all four, held out", a[a["held_out"] == 1])]]
+    groups = [
+        (arm, task, g)
+        for arm, a in items.groupby("arm", sort=False)
+        for task, g in [
+            *a.groupby("task", sort=False),
+            ("all four", a),
+            ("all four, shown", a[a["held_out"] == 0]),
+            ("all four, held out", a[a["held_out"] == 1]),
+        ]
+    ]
     for arm, task, g in groups:
-        if len(g) < 2: continue
+        if len(g) < 2:
+            continue
         from scipy.stats import t as student
+
         sem = math.sqrt(max(g["right"].var(ddof=1), 1e-12) / len(g))
         w = float(student.ppf(0.975, len(g) - 1)) * sem
-        out.append(dict(arm=arm, task=task, score=g["right"].mean(), low=g["right"].mean() - w, high=g["right"].mean() + w, chance=g["chance"].mean(), n=len(g)))
+        out.append(
+            dict(
+                arm=arm,
+                task=task,
+                score=g["right"].mean(),
+                low=g["right"].mean() - w,
+                high=g["right"].mean() + w,
+                chance=g["chance"].mean(),
+                n=len(g),
+            )
+        )
     return pd.DataFrame(out)
 
+
 def tier_figure(
-    levels, # of `above_chance`
+    levels,  # of `above_chance`
 ):
     "Each task's share right with its interval, by tier, and chance as a line."
-    from kimi_nb import plots
+    from kimi_nb.stats import plots
+
     @plots.styled
     def draw():
         fig, (ax,) = plots.panels(1, size=(8.4, 4.2))
@@ -105,49 +191,89 @@ def tier_figure(
         for k, arm in enumerate(arms):
             g = levels[levels["arm"] == arm].set_index("task").reindex(tasks)
             x = [i + 0.2 * (k - (len(arms) - 1) / 2) for i in range(len(tasks))]
-            ax.errorbar(x, g["score"], yerr=[g["score"] - g["low"], g["high"] - g["score"]], fmt=plots.MARKERS[k], color=plots.COLORS[k], label=arm, capsize=2)
+            ax.errorbar(
+                x,
+                g["score"],
+                yerr=[g["score"] - g["low"], g["high"] - g["score"]],
+                fmt=plots.MARKERS[k],
+                color=plots.COLORS[k],
+                label=arm,
+                capsize=2,
+            )
         ax.axhline(levels["chance"].mean(), color="#444444", linestyle="--", linewidth=1)
-        ax.annotate("chance", (len(tasks) - 0.55, levels["chance"].mean()), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#444444")
+        ax.annotate(
+            "chance",
+            (len(tasks) - 0.55, levels["chance"].mean()),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color="#444444",
+        )
         ax.set_xticks(range(len(tasks)), [t.replace("_", "\n").replace(", ", ",\n") for t in tasks])
         ax.set_ylabel("share right")
         ax.set_title("The tinyworld half, 95% intervals over items")
         ax.legend()
         return fig
+
     return draw()
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #06bf900f
 def score_along(
-    store:"Store",
-    frame,           # of the study: untrained and trained runs
-    results,         # of `score_runs`: the ends
-    tasks,           # names
-    limit=None,      # items of each task
-    data_dir=None,   # folder of local rows
-):                   # run_id, seed, step, task, score, chance; one row a task and checkpoint
+    store: "Store",
+    frame,  # of the study: untrained and trained runs
+    results,  # of `score_runs`: the ends
+    tasks,  # names
+    limit=None,  # items of each task
+    data_dir=None,  # folder of local rows
+):  # run_id, seed, step, task, score, chance; one row a task and checkpoint
     "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0 and its final model the end."
     import pandas as pd
-    from kimi_nb.benchmarks import evaluate, load_any
-    from kimi_nb.checkpoint import checkpoints
-    from kimi_nb.speed import remembered
+    from kimi_nb.evals.harness import evaluate
+
+    from kimi_nb.bench import remembered
+    from kimi_nb.evals import load_any
+    from kimi_nb.train import checkpoints
+
     rows, done = [], frame[frame["run_id"].isin(results)]
     for r in done[done["arm"] == "trained"].to_dict("records"):
         start = done[(done["arm"] == "untrained") & (done["seed"] == r["seed"])]["run_id"]
         found = {0: results[i] for i in start} | {int(r["steps"]): results[r["run_id"]]}
         for place in checkpoints(store.folder(r["run_id"]) / "checkpoints"):
-            whose = dict(run=r["run_id"], digest=store.get(r["run_id"]).digest, step=int(place.name[5:]), tasks=str(tasks), limit=limit, data_dir=str(data_dir))
-            found[whose["step"]] = remembered(store, "benchmarks-along", whose, lambda: dict(evaluate(*load_any(place), tasks, data_dir, limit)))
+            whose = dict(
+                run=r["run_id"],
+                digest=store.get(r["run_id"]).digest,
+                step=int(place.name[5:]),
+                tasks=str(tasks),
+                limit=limit,
+                data_dir=str(data_dir),
+            )
+            found[whose["step"]] = remembered(
+                store, "benchmarks-along", whose, lambda: dict(evaluate(*load_any(place), tasks, data_dir, limit))
+            )
         for step, scored in sorted(found.items()):
             for task in tasks:
-                if (v := scored.get(task, {})).get("status") != "done": continue
+                if (v := scored.get(task, {})).get("status") != "done":
+                    continue
                 half = (v.get("halves") or {}).get("tinyworld") or v
-                rows.append(dict(run_id=r["run_id"], seed=r["seed"], step=step, task=task, score=half["score"], chance=half.get("chance", v["chance"])))
+                rows.append(
+                    dict(
+                        run_id=r["run_id"],
+                        seed=r["seed"],
+                        step=step,
+                        task=task,
+                        score=half["score"],
+                        chance=half.get("chance", v["chance"]),
+                    )
+                )
     return pd.DataFrame(rows, columns=["run_id", "seed", "step", "task", "score", "chance"])
 
+
 def along_figure(
-    along, # of `score_along`
-):         # matplotlib Figure
+    along,  # of `score_along`
+):  # matplotlib Figure
     "A panel a task: the mean over seeds, a band from lowest to highest, chance as a line."
-    from kimi_nb import plots
+    from kimi_nb.stats import plots
+
     @plots.styled
     def draw():
         tasks = list(dict.fromkeys(along["task"]))
@@ -159,44 +285,87 @@ def along_figure(
             ax.axhline(along.loc[along["task"] == task, "chance"].mean(), color="#444444", ls="--", lw=1)
             ax.set_title(task.replace("_", " "), fontsize=9)
             ax.set_ylim(0, 1)
-        for ax in axes: ax.set_xlabel("training step")
+        for ax in axes:
+            ax.set_xlabel("training step")
         axes[0].set_ylabel("share right, tinyworld half")
         return fig
+
     return draw()
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #f627bab8
 def judge(
-    scores, # of `score_table`
-    levels, # of `above_chance`
+    scores,  # of `score_table`
+    levels,  # of `above_chance`
     pairs,  # of `correlations`, with overall and test_bpb
-) -> list[dict]: # verdicts
+) -> list[dict]:  # verdicts
     "Above chance, monotony, consistency and the relation to the loss."
+
     def level(arm, task="all four"):
         g = levels[(levels["arm"] == arm) & (levels["task"] == task)]
         return g.iloc[0] if len(g) else None
+
     trained, untrained, verdicts = level("trained"), level("untrained"), []
-    if trained is None or untrained is None: word, sentence = "not testable here", "The items were not scored."
+    if trained is None or untrained is None:
+        word, sentence = "not testable here", "The items were not scored."
     else:
         learnt, none = trained["low"] > trained["chance"], untrained["low"] <= untrained["chance"] <= untrained["high"]
-        word = "supported" if learnt and none else "contradicted" if trained["high"] < trained["chance"] else "undecided"
-        each = ", ".join(f"{r['task']} {r['score']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for _, r in levels[(levels["arm"] == "trained") & ~levels["task"].str.startswith("all")].iterrows())
-        sentence = (f"Share right on the tinyworld half of all four tasks, chance {trained['chance']:.3f}: trained {trained['score']:.3f} [{trained['low']:.3f}, {trained['high']:.3f}], "
-                    f"untrained {untrained['score']:.3f} [{untrained['low']:.3f}, {untrained['high']:.3f}]. Trained, by task: {each}.")
-    verdicts.append(dict(id="above-chance", claim="A trained model is above chance on the tinyworld half of our tasks; an untrained one is not.", word=word, sentence=sentence))
+        word = (
+            "supported" if learnt and none else "contradicted" if trained["high"] < trained["chance"] else "undecided"
+        )
+        each = ", ".join(
+            f"{r['task']} {r['score']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+            for _, r in levels[(levels["arm"] == "trained") & ~levels["task"].str.startswith("all")].iterrows()
+        )
+        sentence = (
+            f"Share right on the tinyworld half of all four tasks, chance {trained['chance']:.3f}: trained {trained['score']:.3f} [{trained['low']:.3f}, {trained['high']:.3f}], "
+            f"untrained {untrained['score']:.3f} [{untrained['low']:.3f}, {untrained['high']:.3f}]. Trained, by task: {each}."
+        )
+    verdicts.append(
+        dict(
+            id="above-chance",
+            claim="A trained model is above chance on the tinyworld half of our tasks; an untrained one is not.",
+            word=word,
+            sentence=sentence,
+        )
+    )
     mean = scores.groupby("arm")["tinyworld"].mean().reindex(list(TIERS))
     n = int(scores.groupby("arm").size().min()) if len(scores) else 0
     rising = mean["untrained"] <= mean["brief"] <= mean["trained"] and mean["untrained"] < mean["trained"]
-    verdicts.append(dict(id="monotony", claim="More training gives a higher score.", word="not testable here" if mean.isna().any() else "supported" if rising else "contradicted",
-                         sentence="Mean share right on the tinyworld half: " + ", ".join(f"{t} {mean[t]:.3f}" for t in TIERS) + f" ({n} seeds)."))
+    verdicts.append(
+        dict(
+            id="monotony",
+            claim="More training gives a higher score.",
+            word="not testable here" if mean.isna().any() else "supported" if rising else "contradicted",
+            sentence="Mean share right on the tinyworld half: "
+            + ", ".join(f"{t} {mean[t]:.3f}" for t in TIERS)
+            + f" ({n} seeds).",
+        )
+    )
     last = scores[scores["arm"] == "trained"]["tinyworld"].dropna()
     spread = float((last.max() - last.min()) / last.mean()) if len(last) else math.nan
-    verdicts.append(dict(id="score-consistency", claim="Seeds agree within 2% on the score.", word="not testable here" if len(last) < 2 else "supported" if spread < 0.02 else "contradicted",
-                         sentence=f"Largest minus smallest over the mean of the trained tier is {100 * spread:.1f}% ({len(last)} seeds)."))
-    p = pairs[((pairs["a"] == "overall") & (pairs["b"] == "test_bpb")) | ((pairs["b"] == "overall") & (pairs["a"] == "test_bpb"))] if len(pairs) else pairs
-    if not len(p) or not p.iloc[0]["r"] == p.iloc[0]["r"]: word, sentence = "not testable here", "Fewer than four runs have both."
+    verdicts.append(
+        dict(
+            id="score-consistency",
+            claim="Seeds agree within 2% on the score.",
+            word="not testable here" if len(last) < 2 else "supported" if spread < 0.02 else "contradicted",
+            sentence=f"Largest minus smallest over the mean of the trained tier is {100 * spread:.1f}% ({len(last)} seeds).",
+        )
+    )
+    p = (
+        pairs[
+            ((pairs["a"] == "overall") & (pairs["b"] == "test_bpb"))
+            | ((pairs["b"] == "overall") & (pairs["a"] == "test_bpb"))
+        ]
+        if len(pairs)
+        else pairs
+    )
+    if not len(p) or not p.iloc[0]["r"] == p.iloc[0]["r"]:
+        word, sentence = "not testable here", "Fewer than four runs have both."
     else:
         r = p.iloc[0]
         word = "supported" if r["ci_high"] < 0 else "contradicted" if r["ci_low"] > 0 else "undecided"
         sentence = f"Correlation of the overall score with test bits per byte over {int(r['n'])} runs: {r['r']:.2f} [{r['ci_low']:.2f}, {r['ci_high']:.2f}]."
-    verdicts.append(dict(id="score-and-loss", claim="A lower loss goes with a higher score.", word=word, sentence=sentence))
+    verdicts.append(
+        dict(id="score-and-loss", claim="A lower loss goes with a higher score.", word=word, sentence=sentence)
+    )
     return verdicts

@@ -9,142 +9,257 @@ __all__ = ['PATHS', 'LABELS', 'MEASURED', 'varied', 'study', 'studies', 'analyse
 # %% ../../nbs/phases/07_combined.ipynb #a17f7b7f
 import math
 
-from ..analysis import claim, with_targets
 from ..config import Profile
-from ..design import component_contrasts, factorial
-from ..factors import FACTORS, cell_delta, cell_factors, cell_name, cells, with_factors
-from ..stats import compare
-from ..study import Arm, Study
+from ..stats import claim, compare, component_contrasts, factorial, with_targets
+from ..study import FACTORS, Arm, Study, cell_delta, cell_factors, cell_name, cells, with_factors
 
 # %% ../../nbs/phases/07_combined.ipynb #779774a2
-PATHS = {"attention": "model.attention.kind", "norm": "model.norm.kind", "routing": "model.moe.router", "optimizer": "train.optimizer.name"}
+PATHS = {
+    "attention": "model.attention.kind",
+    "norm": "model.norm.kind",
+    "routing": "model.moe.router",
+    "optimizer": "train.optimizer.name",
+}
 LABELS = {"attention": "MLA", "norm": "RMSNorm", "routing": "noaux_tc", "optimizer": "Muon"}
 
+
 def varied(
-    profile:Profile,
-) -> dict:      # factor -> (level off, level on)
+    profile: Profile,
+) -> dict:  # factor -> (level off, level on)
     "The factors that this profile crosses."
-    return {f: levels for f, levels in FACTORS.items() if set(levels) <= set(profile.grid("combined", PATHS[f], levels))}
+    return {
+        f: levels for f, levels in FACTORS.items() if set(levels) <= set(profile.grid("combined", PATHS[f], levels))
+    }
+
 
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "Every combination of the factors that vary."
     factors, steps = varied(profile), profile.grid("combined", "train.steps")[0]
     base = profile.base.override({"train.steps": steps})
     mine = [on for on in cells() if set(on) <= set(factors)]
     arms = [Arm(cell_name(on), cell_delta(profile, on), " + ".join(LABELS[f] for f in on) or "baseline") for on in mine]
-    return Study(name="combined", phase="combined", question="What do the parts give alone, together, and beyond their sum?", hypothesis="Combined improvements provide synergistic benefits.",
-                 base=base, arms=arms, baseline=cell_name(()), seeds=range(profile.n_seeds("combined")), margin=0.02, question_ids=("RQ1", "RQ2", "RQ3", "RQ4", "RQ5"), hypothesis_ids=("H5",),
-                 notes="Routed experts are narrower where there is a shared one, so that both routers cost the same per token.")
+    return Study(
+        name="combined",
+        phase="combined",
+        question="What do the parts give alone, together, and beyond their sum?",
+        hypothesis="Combined improvements provide synergistic benefits.",
+        base=base,
+        arms=arms,
+        baseline=cell_name(()),
+        seeds=range(profile.n_seeds("combined")),
+        margin=0.02,
+        question_ids=("RQ1", "RQ2", "RQ3", "RQ4", "RQ5"),
+        hypothesis_ids=("H5",),
+        notes="Routed experts are narrower where there is a shared one, so that both routers cost the same per token.",
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile)]
 
 # %% ../../nbs/phases/07_combined.ipynb #55095f17
 def analyse(
-    store, # holds the study's records
-    study, # as it was run
-) -> tuple: # the frame with factors and targets, the factorial's effects, the contrasts of the parts (test bits per byte)
+    store,  # holds the study's records
+    study,  # as it was run
+) -> (
+    tuple
+):  # the frame with factors and targets, the factorial's effects, the contrasts of the parts (test bits per byte)
     "What ran, the main effects and interactions, and what the parts give alone, on top of the others and together."
     frame = with_factors(with_targets(store.frame(study.name), store.curves(study.name), study.baseline))
     factors = factors_of(study)
-    return frame, factorial(frame, study.metric, factors, margin=study.margin), component_contrasts(frame, study.metric, factors, margin=study.margin)
+    return (
+        frame,
+        factorial(frame, study.metric, factors, margin=study.margin),
+        component_contrasts(frame, study.metric, factors, margin=study.margin),
+    )
+
 
 def factors_of(
-    study, # `combined`
-) -> dict: # factor -> (level off, level on)
+    study,  # `combined`
+) -> dict:  # factor -> (level off, level on)
     "The factors that the arms of a study cross."
     on = {f for arm in study.arms for f in cell_factors(arm.name) or ()}
     return {f: levels for f, levels in FACTORS.items() if f in on}
 
 # %% ../../nbs/phases/07_combined.ipynb #4a1e3be4
 def ranking(
-    effects,   # of `factorial`
-    contrasts, # of `component_contrasts`
-):             # DataFrame, one row per factor, the most useful first
+    effects,  # of `factorial`
+    contrasts,  # of `component_contrasts`
+):  # DataFrame, one row per factor, the most useful first
     "Factors in the order of their main effects, with what each gives alone and on top of the others."
     import pandas as pd
-    from kimi_nb.inference import t_pvalue
-    from kimi_nb.stats import metric_info
+
+    from kimi_nb.stats import metric_info, t_pvalue
+
     by = contrasts.set_index("term")["diff"]
     good = -1 if metric_info(effects["metric"].iloc[0]).direction == "higher" else 1
     main = effects[effects["order"] == 1].assign(_by=lambda t: good * t["diff"]).sort_values("_by").to_dict("records")
-    rows = [dict(rank=i + 1, part=r["term"], metric=r["metric"], diff=r["diff"], ci_low=r["ci_low"], ci_high=r["ci_high"], p_adj=r["p_adj"], alone=by.get(f"{r['term']} alone", math.nan), on_top=by.get(f"{r['term']} on top", math.nan),
-                 p_next=t_pvalue(r["diff"] - n["diff"], math.hypot(r["se"], n["se"]), r["df"]) if n else math.nan) for i, (r, n) in enumerate(zip(main, [*main[1:], None]))]
+    rows = [
+        dict(
+            rank=i + 1,
+            part=r["term"],
+            metric=r["metric"],
+            diff=r["diff"],
+            ci_low=r["ci_low"],
+            ci_high=r["ci_high"],
+            p_adj=r["p_adj"],
+            alone=by.get(f"{r['term']} alone", math.nan),
+            on_top=by.get(f"{r['term']} on top", math.nan),
+            p_next=t_pvalue(r["diff"] - n["diff"], math.hypot(r["se"], n["se"]), r["df"]) if n else math.nan,
+        )
+        for i, (r, n) in enumerate(zip(main, [*main[1:], None]))
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/07_combined.ipynb #0baf0cd5
 MEASURED = ("step_seconds", "tokens_per_second", "inference_tokens_per_second", "added_memory_mb", "peak_memory_mb")
 
+
 def with_costs(
-    frame, # of `analyse`
+    frame,  # of `analyse`
     cost,  # of `measure`, indexed by arm
-):         # the frame, with what was measured alone in place of the training runs' own figures
+):  # the frame, with what was measured alone in place of the training runs' own figures
     "Every run with the step time and the memory of its cell."
     return frame.assign(**{c: frame["arm"].map(cost[c]).astype(float) for c in MEASURED if c in cost})
 
 # %% ../../nbs/phases/07_combined.ipynb #1ff66381
 def time_to_target(
-    frame,        # of `with_costs`: steps, steps_to_target, step_seconds
-    baseline:str, # arm that sets the target
-):                # the frame with seconds_to_target of every run, and late: True where it never got there
+    frame,  # of `with_costs`: steps, steps_to_target, step_seconds
+    baseline: str,  # arm that sets the target
+):  # the frame with seconds_to_target of every run, and late: True where it never got there
     "Seconds to the baseline's final loss; all of the training where that was not reached, and for the baseline."
     own = frame["arm"] == baseline
     late = frame["steps_to_target"].isna() & ~own
     steps = frame["steps"].where(own | late, frame["steps_to_target"])
     return frame.assign(seconds_to_target=steps * frame["step_seconds"], late=late)
 
+
 def criteria(
-    frame, # of `with_costs`
-    study, # as it was run
-) -> list[dict]: # verdicts
+    frame,  # of `with_costs`
+    study,  # as it was run
+) -> list[dict]:  # verdicts
     "The success criteria, one by one, for the cell that has everything."
     factors = factors_of(study)
     best = cell_name(tuple(factors))
-    together = lambda metric: component_contrasts(frame, metric, factors, correction="none").query("term == 'all'").assign(block="")   # noqa: E731
-    measured = lambda metric: metric in frame and frame[metric].notna().any()   # noqa: E731
-    none = lambda id, text: claim(id, text, compare(frame, study.metric, study.baseline).iloc[:0])   # noqa: E731
-    texts = {"perplexity": "All parts together lower perplexity by more than 5%.", "speed": "All parts together reach the baseline's loss in more than 10% less time.",
-             "memory": "All parts together need more than 15% less memory.", "stability": "All parts together make training steadier (smaller loss variance)."}
-    out = [claim("criterion perplexity", texts["perplexity"], together("test_loss"), min_effect=-math.log(0.95)) if measured("test_loss") else none("criterion perplexity", texts["perplexity"])]
+    together = lambda metric: (
+        component_contrasts(frame, metric, factors, correction="none").query("term == 'all'").assign(block="")
+    )  # noqa: E731
+    measured = lambda metric: metric in frame and frame[metric].notna().any()  # noqa: E731
+    none = lambda id, text: claim(id, text, compare(frame, study.metric, study.baseline).iloc[:0])  # noqa: E731
+    texts = {
+        "perplexity": "All parts together lower perplexity by more than 5%.",
+        "speed": "All parts together reach the baseline's loss in more than 10% less time.",
+        "memory": "All parts together need more than 15% less memory.",
+        "stability": "All parts together make training steadier (smaller loss variance).",
+    }
+    out = [
+        claim("criterion perplexity", texts["perplexity"], together("test_loss"), min_effect=-math.log(0.95))
+        if measured("test_loss")
+        else none("criterion perplexity", texts["perplexity"])
+    ]
     if measured("step_seconds") and measured("target_loss"):
         timed = time_to_target(frame, study.baseline)
         rows = compare(timed, "seconds_to_target", study.baseline, tests=())
-        v = claim("criterion speed", texts["speed"], rows[rows["arm"] == best], min_effect=0.1 * float(timed.loc[timed["arm"] == study.baseline, "seconds_to_target"].mean()))
-        own, base = timed[timed["arm"] == best], float(timed.loc[timed["arm"] == study.baseline, "seconds_to_target"].mean())
-        if len(own) and own["late"].all() and own["seconds_to_target"].min() >= 0.9 * base:  # no spread to test by, and no doubt either
-            v = dict(id="criterion speed", claim=texts["speed"], word="contradicted", sentence=f"None of the {len(own)} runs with all parts reached the baseline's final loss; they trained for {own['seconds_to_target'].mean():.1f} s, the baseline for {base:.1f} s.", caveats=[])
-        elif len(own) > 1 and own["seconds_to_target"].nunique() == 1 and not own["late"].any():  # all reached it at the same scoring: no spread to test by, and no doubt either
+        v = claim(
+            "criterion speed",
+            texts["speed"],
+            rows[rows["arm"] == best],
+            min_effect=0.1 * float(timed.loc[timed["arm"] == study.baseline, "seconds_to_target"].mean()),
+        )
+        own, base = (
+            timed[timed["arm"] == best],
+            float(timed.loc[timed["arm"] == study.baseline, "seconds_to_target"].mean()),
+        )
+        if (
+            len(own) and own["late"].all() and own["seconds_to_target"].min() >= 0.9 * base
+        ):  # no spread to test by, and no doubt either
+            v = dict(
+                id="criterion speed",
+                claim=texts["speed"],
+                word="contradicted",
+                sentence=f"None of the {len(own)} runs with all parts reached the baseline's final loss; they trained for {own['seconds_to_target'].mean():.1f} s, the baseline for {base:.1f} s.",
+                caveats=[],
+            )
+        elif (
+            len(own) > 1 and own["seconds_to_target"].nunique() == 1 and not own["late"].any()
+        ):  # all reached it at the same scoring: no spread to test by, and no doubt either
             took = float(own["seconds_to_target"].iloc[0])
-            v = dict(id="criterion speed", claim=texts["speed"], word="supported" if took < 0.9 * base else "contradicted", caveats=["All runs reached it at the same scoring, so there is no spread to test by."],
-                     sentence=f"All {len(own)} runs with all parts were below the baseline's final loss after {took:.1f} s, the baseline after {base:.1f} s.")
+            v = dict(
+                id="criterion speed",
+                claim=texts["speed"],
+                word="supported" if took < 0.9 * base else "contradicted",
+                caveats=["All runs reached it at the same scoring, so there is no spread to test by."],
+                sentence=f"All {len(own)} runs with all parts were below the baseline's final loss after {took:.1f} s, the baseline after {base:.1f} s.",
+            )
         elif late := int(timed.loc[timed["arm"] == best, "late"].sum()):
-            v |= dict(word="undecided" if v["word"] == "supported" else v["word"], caveats=[*v["caveats"], f"{late} of the runs with all parts never reached the baseline's loss and count as having needed all of their training."])
+            v |= dict(
+                word="undecided" if v["word"] == "supported" else v["word"],
+                caveats=[
+                    *v["caveats"],
+                    f"{late} of the runs with all parts never reached the baseline's loss and count as having needed all of their training.",
+                ],
+            )
         out.append(v)
-    else: out.append(none("criterion speed", texts["speed"]))
+    else:
+        out.append(none("criterion speed", texts["speed"]))
     memory = frame.groupby("arm")["added_memory_mb"].mean() if measured("added_memory_mb") else {}
     if memory.get(best, 0) > 0 and memory.get(study.baseline, 0) > 0:
         change = memory[best] / memory[study.baseline] - 1
         peak = frame.groupby("arm")["peak_memory_mb"].mean() if measured("peak_memory_mb") else {}
-        whole = f" The whole process peaked at {peak[best]:.0f} against {peak[study.baseline]:.0f} MiB." if len(peak) else ""
-        out.append(dict(id="criterion memory", claim=texts["memory"], word="supported" if change < -0.15 else "contradicted", caveats=["A comparison of two measurements, not a test."],
-                        sentence=f"Training adds {memory[best]:.1f} MiB against {memory[study.baseline]:.1f} MiB, {100 * change:+.1f}%.{whole}"))
-    else: out.append(none("criterion memory", texts["memory"]))
-    out.append(claim("criterion stability", texts["stability"], together("loss_residual_sd")) if measured("loss_residual_sd") else none("criterion stability", texts["stability"]))
+        whole = (
+            f" The whole process peaked at {peak[best]:.0f} against {peak[study.baseline]:.0f} MiB."
+            if len(peak)
+            else ""
+        )
+        out.append(
+            dict(
+                id="criterion memory",
+                claim=texts["memory"],
+                word="supported" if change < -0.15 else "contradicted",
+                caveats=["A comparison of two measurements, not a test."],
+                sentence=f"Training adds {memory[best]:.1f} MiB against {memory[study.baseline]:.1f} MiB, {100 * change:+.1f}%.{whole}",
+            )
+        )
+    else:
+        out.append(none("criterion memory", texts["memory"]))
+    out.append(
+        claim("criterion stability", texts["stability"], together("loss_residual_sd"))
+        if measured("loss_residual_sd")
+        else none("criterion stability", texts["stability"])
+    )
     return out
 
+
 def judge(
-    effects,   # of `factorial`
-    contrasts, # of `component_contrasts`
-) -> list[dict]: # verdicts
+    effects,  # of `factorial`
+    contrasts,  # of `component_contrasts`
+) -> list[dict]:  # verdicts
     "RQ1 to RQ4 by the main effects, RQ5 by all parts together, H5 by the synergy."
     ids = {"attention": "RQ1", "norm": "RQ2", "routing": "RQ3", "optimizer": "RQ4"}
     main = effects[effects["order"] == 1].assign(block="")
     parts = contrasts.assign(block="")
-    return [*(claim(ids[r.term], f"{LABELS[r.term]} makes the model better (fewer bits per byte), averaged over the other parts.", main[main["term"] == r.term]) for r in main.itertuples()),
-            claim("RQ5", "All parts together make a better model (fewer bits per byte) than the baseline.", parts[parts["term"] == "all"]),
-            claim("H5", "The parts together give more than the sum of each alone (synergy).", parts[parts["term"] == "synergy"])]
+    return [
+        *(
+            claim(
+                ids[r.term],
+                f"{LABELS[r.term]} makes the model better (fewer bits per byte), averaged over the other parts.",
+                main[main["term"] == r.term],
+            )
+            for r in main.itertuples()
+        ),
+        claim(
+            "RQ5",
+            "All parts together make a better model (fewer bits per byte) than the baseline.",
+            parts[parts["term"] == "all"],
+        ),
+        claim(
+            "H5",
+            "The parts together give more than the sum of each alone (synergy).",
+            parts[parts["term"] == "synergy"],
+        ),
+    ]

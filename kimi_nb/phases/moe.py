@@ -7,27 +7,28 @@ __all__ = ['ROUTERS', 'LABELS', 'METRICS', 'LOAD', 'router_delta', 'dense_delta'
            'contrasts', 'analyse', 'by_router', 'load_curve', 'recounted', 'bias_reach', 'judge']
 
 # %% ../../nbs/phases/04_moe.ipynb #bfaeed81
-from ..analysis import claim, comparisons, with_targets
 from ..config import Profile
-from ..factors import factor_settings
-from ..study import Arm, Study
+from ..stats import claim, comparisons, with_targets
+from ..study import Arm, Study, factor_settings
 
 # %% ../../nbs/phases/04_moe.ipynb #f47f3541
 ROUTERS = ("standard", "aux_tc", "noaux_tc")
+
 
 def _changes(base, settings):
     "Those of the settings that differ from the base run."
     flat = base.flat()
     return {k: v for k, v in settings.items() if v != flat[k]}
 
+
 def router_delta(
-    profile:Profile,
-    router:str,                 # one of `ROUTERS`
-    n_experts:int|None=None,    # none is the base run's
-    top_k:int|None=None,        # none is the base run's
-    scaling:float|None=None,    # routed_scaling_factor; none is the base run's
-    shared:bool|None=None,      # with a shared expert at equal cost; none: all but `standard`
-) -> dict:                      # dotted name -> value
+    profile: Profile,
+    router: str,  # one of `ROUTERS`
+    n_experts: int | None = None,  # none is the base run's
+    top_k: int | None = None,  # none is the base run's
+    scaling: float | None = None,  # routed_scaling_factor; none is the base run's
+    shared: bool | None = None,  # with a shared expert at equal cost; none: all but `standard`
+) -> dict:  # dotted name -> value
     "What a router of this size changes in the base run; routed and shared experts together cost what the routed ones of `standard` do."
     sizes = {"model.moe.n_experts": n_experts, "model.moe.top_k": top_k, "model.moe.routed_scaling_factor": scaling}
     sizes = {k: v for k, v in sizes.items() if v is not None}
@@ -35,10 +36,11 @@ def router_delta(
     settings = factor_settings(resized, "routing", router != "standard" if shared is None else shared)
     return _changes(profile.base, sizes | settings | {"model.moe.router": router})
 
+
 def dense_delta(
-    profile:Profile,
-    equal:str, # 'flops' per token, or 'parameters'
-) -> dict:     # dotted name -> value
+    profile: Profile,
+    equal: str,  # 'flops' per token, or 'parameters'
+) -> dict:  # dotted name -> value
     "A dense network as costly, or as large, as the base run's experts and router."
     m = profile.base.model
     matrices = 3 if m.ffn.activation == "swiglu" else 2
@@ -46,144 +48,271 @@ def dense_delta(
     return _changes(profile.base, {"model.ffn.kind": "dense", "model.d_ff": width})
 
 # %% ../../nbs/phases/04_moe.ipynb #0519fa52
-LABELS = {"standard": "softmax, auxiliary loss", "aux_tc": "sigmoid, auxiliary loss, shared expert", "noaux_tc": "sigmoid, bias, shared expert (K2)"}
+LABELS = {
+    "standard": "softmax, auxiliary loss",
+    "aux_tc": "sigmoid, auxiliary loss, shared expert",
+    "noaux_tc": "sigmoid, bias, shared expert (K2)",
+}
+
 
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "The routers, and what they are measured against."
     base, grid = profile.base, lambda path, default: profile.grid("moe", path, default)
     routers = grid("model.moe.router", ROUTERS)
     arms = [Arm(r, router_delta(profile, r), LABELS[r]) for r in routers]
-    if 1 in grid("model.moe.n_shared_experts", (0,)): arms.append(Arm("shared", router_delta(profile, "standard", shared=True), "softmax, auxiliary loss, shared expert"))
+    if 1 in grid("model.moe.n_shared_experts", (0,)):
+        arms.append(
+            Arm("shared", router_delta(profile, "standard", shared=True), "softmax, auxiliary loss, shared expert")
+        )
     scales = [s for s in grid("model.moe.routed_scaling_factor", None) if s != base.model.moe.routed_scaling_factor]
     arms += [Arm(f"{r}, scaling {s:g}", router_delta(profile, r, scaling=s)) for r in routers for s in scales]
     if "dense" in grid("model.ffn.kind", ("moe", "dense")):
-        arms += [Arm("dense-flops", dense_delta(profile, "flops"), "dense, equal active FLOPs"), Arm("dense-params", dense_delta(profile, "parameters"), "dense, equal parameters")]
-    return Study(name="moe", phase="moe", question="How do routing strategies affect expert use and quality?", hypothesis="Advanced routing improves expert utilisation.",
-                 base=base, arms=arms, baseline="standard", seeds=range(profile.n_seeds("moe")), question_ids=("RQ3",), hypothesis_ids=("H3",))
+        arms += [
+            Arm("dense-flops", dense_delta(profile, "flops"), "dense, equal active FLOPs"),
+            Arm("dense-params", dense_delta(profile, "parameters"), "dense, equal parameters"),
+        ]
+    return Study(
+        name="moe",
+        phase="moe",
+        question="How do routing strategies affect expert use and quality?",
+        hypothesis="Advanced routing improves expert utilisation.",
+        base=base,
+        arms=arms,
+        baseline="standard",
+        seeds=range(profile.n_seeds("moe")),
+        question_ids=("RQ3",),
+        hypothesis_ids=("H3",),
+    )
+
 
 def size_name(
-    n_experts:int,
-    top_k:int,
-) -> str: # '8 experts, top-2'
+    n_experts: int,
+    top_k: int,
+) -> str:  # '8 experts, top-2'
     "How an arm of the second study is called."
     return f"{n_experts} experts, top-{top_k}"
 
+
 def size_study(
-    profile:Profile,
-) -> Study|None:
+    profile: Profile,
+) -> Study | None:
     "Numbers of experts and of experts per token, in a block for each router; None where neither varies."
     m = profile.base.model.moe
-    grid = {path: sorted({*profile.grid("moe", f"model.moe.{path}"), getattr(m, path)}) for path in ("n_experts", "top_k")}
+    grid = {
+        path: sorted({*profile.grid("moe", f"model.moe.{path}"), getattr(m, path)}) for path in ("n_experts", "top_k")
+    }
     sizes = [(e, k) for e in grid["n_experts"] for k in grid["top_k"] if k <= e]
-    if len(sizes) < 2: return None
+    if len(sizes) < 2:
+        return None
     routers = profile.grid("moe", "model.moe.router", ROUTERS) if len(grid["top_k"]) > 1 else (m.router,)
     arms = [Arm(size_name(e, k), router_delta(profile, r, e, k), block=r) for r in routers for e, k in sizes]
-    return Study(name="moe-size", phase="moe", question="How many experts, and how many for a token?", hypothesis="More experts make the model better at the same cost per token.",
-                 base=profile.base, arms=arms, baseline=size_name(m.n_experts, m.top_k), seeds=range(profile.n_seeds("moe")), question_ids=("RQ3",))
+    return Study(
+        name="moe-size",
+        phase="moe",
+        question="How many experts, and how many for a token?",
+        hypothesis="More experts make the model better at the same cost per token.",
+        base=profile.base,
+        arms=arms,
+        baseline=size_name(m.n_experts, m.top_k),
+        seeds=range(profile.n_seeds("moe")),
+        question_ids=("RQ3",),
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [s for s in (study(profile), size_study(profile)) if s]
 
 # %% ../../nbs/phases/04_moe.ipynb #2b1c3137
 METRICS = {"test_bpb": "performance", "test_ppl": "performance", "steps_to_target": "convergence"}
-LOAD = {"val_max_violation": "balance", "val_load_cv": "balance", "val_experts_used": "utilisation", "max_violation": "balance per batch"}
+LOAD = {
+    "val_max_violation": "balance",
+    "val_load_cv": "balance",
+    "val_experts_used": "utilisation",
+    "max_violation": "balance per batch",
+}
+
 
 def contrasts(
-    frame, # of a study
-    study, # as it was run
+    frame,  # of a study
+    study,  # as it was run
 ):
     "One comparison a metric; of load among arms that have experts, so that the controls do not count in its correction."
     import pandas as pd
-    return pd.concat([comparisons(frame, METRICS, study), comparisons(frame[~frame["arm"].str.startswith("dense-")], LOAD, study)], ignore_index=True)
+
+    return pd.concat(
+        [comparisons(frame, METRICS, study), comparisons(frame[~frame["arm"].str.startswith("dense-")], LOAD, study)],
+        ignore_index=True,
+    )
+
 
 def analyse(
-    store,      # holds the study's records
-    study,      # as it was run
-    speed=None, # from `measure`: step times to take instead of those seen while training
+    store,  # holds the study's records
+    study,  # as it was run
+    speed=None,  # from `measure`: step times to take instead of those seen while training
 ) -> tuple:
     "The frame with targets, and one comparison a metric."
     frame = store.frame(study.name)
-    if speed is not None: frame = frame.assign(step_seconds=frame["arm"].map(speed.set_index("arm")["step_seconds"]))
+    if speed is not None:
+        frame = frame.assign(step_seconds=frame["arm"].map(speed.set_index("arm")["step_seconds"]))
     frame = with_targets(frame, store.curves(study.name, ["val_loss"]), study.baseline)
     return frame, contrasts(frame, study)
 
+
 def by_router(
-    frame, # of `size_study`
-):         # the same rows with the router as the arm and the size as the block
+    frame,  # of `size_study`
+):  # the same rows with the router as the arm and the size as the block
     "The routers against each other at every size."
     return frame.assign(arm=frame["block"], block=frame["arm"])
 
+
 def load_curve(
-    curves,                  # of the store, with the curve
-    arm:str,
-    seed:int|None=None,      # none is the first
-    name:str="expert_load",  # or val_expert_load
-) -> tuple:                  # (steps,), (steps, L, E) assignments; empty lists where nothing was recorded
+    curves,  # of the store, with the curve
+    arm: str,
+    seed: int | None = None,  # none is the first
+    name: str = "expert_load",  # or val_expert_load
+) -> tuple:  # (steps,), (steps, L, E) assignments; empty lists where nothing was recorded
     "The load of every expert over the training of one run."
     import numpy as np
+
     rows = curves[(curves["arm"] == arm)] if name in curves else curves.iloc[:0]
-    if seed is None and len(rows): seed = rows["seed"].iloc[0]
+    if seed is None and len(rows):
+        seed = rows["seed"].iloc[0]
     rows = rows[(rows["seed"] == seed) & rows[name].map(lambda v: isinstance(v, list))] if len(rows) else rows
     return rows["step"].to_numpy(), np.array(rows[name].tolist(), float)
 
+
 def recounted(
-    folder, # of a finished run
-    split:str="val",
-):          # (L, E) int64 assignments
+    folder,  # of a finished run
+    split: str = "val",
+):  # (L, E) int64 assignments
     """The load of every expert on held-out text, from the model that the run saved.
 
     Raises: CheckpointError when the folder holds no model.
     """
     import torch
-    from kimi_nb.checkpoint import load_model
+
     from kimi_nb.data import prepare
-    from kimi_nb.evaluate import held_out_scores
-    from kimi_nb.trainer import counted_load
+    from kimi_nb.train import counted_load, held_out_scores, load_model
+
     model, _, run = load_model(folder)
     data = prepare(run.data, run.seq_len)
-    with counted_load(model.moe_layers().values()) as load: held_out_scores(model, getattr(data, split), run.seq_len, 1.0, max_tokens=run.train.eval_tokens)
+    with counted_load(model.moe_layers().values()) as load:
+        held_out_scores(model, getattr(data, split), run.seq_len, 1.0, max_tokens=run.train.eval_tokens)
     return torch.stack(load)
 
 # %% ../../nbs/phases/04_moe.ipynb #23dc2b05
 def bias_reach(
-    run,          # RunConfig with a noaux_tc router
-) -> list[str]:   # sentences
+    run,  # RunConfig with a noaux_tc router
+) -> list[str]:  # sentences
     "A warning where training is too short for the bias to cross the range of the scores."
     speed, steps = run.model.moe.bias_update_speed, run.train.steps
-    return [f"The bias moves by {speed:g} a step, so in {steps} steps by {speed * steps:.2g} at most, while scores lie between 0 and 1: balance may still have been under way."] if speed * steps < 1 else []
+    return (
+        [
+            f"The bias moves by {speed:g} a step, so in {steps} steps by {speed * steps:.2g} at most, while scores lie between 0 and 1: balance may still have been under way."
+        ]
+        if speed * steps < 1
+        else []
+    )
+
 
 def judge(
-    comparison,     # from `analyse`, of the study `moe`
-    sizes=None,     # the same of the study `moe-size`
-    caveats=(),     # sentences for the verdicts about the bias
-) -> list[dict]:    # verdicts
+    comparison,  # from `analyse`, of the study `moe`
+    sizes=None,  # the same of the study `moe-size`
+    caveats=(),  # sentences for the verdicts about the bias
+) -> list[dict]:  # verdicts
     "H3 on balance, RQ3 on quality, and what experts, scaling and size are good for."
-    def of(metric, *arms, table=comparison): return table[(table["metric"] == metric) & table["arm"].isin(arms)]
-    verdicts = [claim("H3", "Kimi K2's router (noaux_tc) uses the experts more evenly (lower MaxVio on held-out text) than the standard one.", of("val_max_violation", "noaux_tc")),
-                claim("RQ3", "Kimi K2's router makes the model better (fewer bits per byte) than the standard one at equal active FLOPs.", of("test_bpb", "noaux_tc"))]
-    for v in verdicts: v["caveats"] = [*v["caveats"], *caveats]
+
+    def of(metric, *arms, table=comparison):
+        return table[(table["metric"] == metric) & table["arm"].isin(arms)]
+
+    verdicts = [
+        claim(
+            "H3",
+            "Kimi K2's router (noaux_tc) uses the experts more evenly (lower MaxVio on held-out text) than the standard one.",
+            of("val_max_violation", "noaux_tc"),
+        ),
+        claim(
+            "RQ3",
+            "Kimi K2's router makes the model better (fewer bits per byte) than the standard one at equal active FLOPs.",
+            of("test_bpb", "noaux_tc"),
+        ),
+    ]
+    for v in verdicts:
+        v["caveats"] = [*v["caveats"], *caveats]
     there = set(comparison["arm"])
-    more = [("RQ3-aux", "aux_tc", "val_max_violation", "better", "The sigmoid router with an auxiliary loss (aux_tc) uses the experts more evenly than the standard one."),
-            ("RQ3-shared", "shared", "test_bpb", "better", "A shared expert at equal active FLOPs makes the model of the standard router better."),
-            ("RQ3-experts", "dense-flops", "test_bpb", "worse", "Experts make the model better than a dense one of equal active FLOPs (which is worse)."),
-            ("RQ3-parameters", "dense-params", "test_bpb", "better", "A dense model of equal parameters, at more FLOPs a token, is better than the experts.")]
-    verdicts += [claim(id, text, of(metric, arm), direction) for id, arm, metric, direction, text in more if arm in there]
+    more = [
+        (
+            "RQ3-aux",
+            "aux_tc",
+            "val_max_violation",
+            "better",
+            "The sigmoid router with an auxiliary loss (aux_tc) uses the experts more evenly than the standard one.",
+        ),
+        (
+            "RQ3-shared",
+            "shared",
+            "test_bpb",
+            "better",
+            "A shared expert at equal active FLOPs makes the model of the standard router better.",
+        ),
+        (
+            "RQ3-experts",
+            "dense-flops",
+            "test_bpb",
+            "worse",
+            "Experts make the model better than a dense one of equal active FLOPs (which is worse).",
+        ),
+        (
+            "RQ3-parameters",
+            "dense-params",
+            "test_bpb",
+            "better",
+            "A dense model of equal parameters, at more FLOPs a token, is better than the experts.",
+        ),
+    ]
+    verdicts += [
+        claim(id, text, of(metric, arm), direction) for id, arm, metric, direction, text in more if arm in there
+    ]
     scaled = [a for a in comparison["arm"].unique() if a.startswith("noaux_tc, scaling")]
-    if scaled: verdicts.append(claim("RQ3-scaling", "Scaling down the routed experts' output makes the model worse.", of("test_bpb", *scaled), "worse"))
+    if scaled:
+        verdicts.append(
+            claim(
+                "RQ3-scaling",
+                "Scaling down the routed experts' output makes the model worse.",
+                of("test_bpb", *scaled),
+                "worse",
+            )
+        )
     if sizes is not None and len(sizes):
         few, many = _around(sizes)
-        if many: verdicts.append(claim("RQ3-more", "More experts make the model better at the same active FLOPs.", of("test_bpb", *many, table=sizes)))
-        if few: verdicts.append(claim("RQ3-fewer", "Fewer experts make the model worse at the same active FLOPs.", of("test_bpb", *few, table=sizes), "worse"))
+        if many:
+            verdicts.append(
+                claim(
+                    "RQ3-more",
+                    "More experts make the model better at the same active FLOPs.",
+                    of("test_bpb", *many, table=sizes),
+                )
+            )
+        if few:
+            verdicts.append(
+                claim(
+                    "RQ3-fewer",
+                    "Fewer experts make the model worse at the same active FLOPs.",
+                    of("test_bpb", *few, table=sizes),
+                    "worse",
+                )
+            )
     return verdicts
+
 
 def _around(sizes):
     "Arms with fewer and with more experts than the baseline at its top-k."
-    read = lambda name: tuple(int(p.strip("top- experts")) for p in name.split(","))   # noqa: E731
+    read = lambda name: tuple(int(p.strip("top- experts")) for p in name.split(","))  # noqa: E731
     e, k = read(sizes["baseline"].iloc[0])
     names = [n for n in sizes["arm"].unique() if read(n)[1] == k]
     return [n for n in names if read(n)[0] < e], [n for n in names if read(n)[0] > e]

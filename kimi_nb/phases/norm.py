@@ -6,44 +6,76 @@
 __all__ = ['METRICS', 'study', 'studies', 'analyse', 'judge']
 
 # %% ../../nbs/phases/03_norm.ipynb #19b099a0
-from ..analysis import claim, comparisons, with_targets
 from ..config import Profile
+from ..stats import claim, comparisons, with_targets
 from ..study import Arm, Study
 
 # %% ../../nbs/phases/03_norm.ipynb #10bb1690
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "LayerNorm against RMSNorm, in a block for each learning rate."
-    rates, epsilons, steps = profile.grid("norm", "train.lr"), profile.grid("norm", "model.norm.eps"), profile.grid("norm", "train.steps")[0]
+    rates, epsilons, steps = (
+        profile.grid("norm", "train.lr"),
+        profile.grid("norm", "model.norm.eps"),
+        profile.grid("norm", "train.steps")[0],
+    )
     base = profile.base.override({"train.steps": steps})
-    rms = [Arm("rmsnorm" if len(epsilons) == 1 else f"rmsnorm-{eps:g}", {"model.norm.kind": "rmsnorm"} | ({"model.norm.eps": eps} if eps != base.model.norm.eps else {}), "RMSNorm" if len(epsilons) == 1 else f"RMSNorm, eps {eps:g}") for eps in epsilons]
+    rms = [
+        Arm(
+            "rmsnorm" if len(epsilons) == 1 else f"rmsnorm-{eps:g}",
+            {"model.norm.kind": "rmsnorm"} | ({"model.norm.eps": eps} if eps != base.model.norm.eps else {}),
+            "RMSNorm" if len(epsilons) == 1 else f"RMSNorm, eps {eps:g}",
+        )
+        for eps in epsilons
+    ]
     blocks = {f"lr {rate:g}": {"train.lr": rate} for rate in rates}
-    return Study(name="norm", phase="norm", question="Is RMSNorm better or steadier than LayerNorm?", hypothesis="RMSNorm provides more stable training.",
-                 base=base, arms=[arm.within(block) for block in blocks for arm in (Arm("layernorm", {}, "LayerNorm"), *rms)], blocks=blocks, baseline="layernorm",
-                 seeds=range(profile.n_seeds("norm")), margin=0.02, question_ids=("RQ2",), hypothesis_ids=("H2",))
+    return Study(
+        name="norm",
+        phase="norm",
+        question="Is RMSNorm better or steadier than LayerNorm?",
+        hypothesis="RMSNorm provides more stable training.",
+        base=base,
+        arms=[arm.within(block) for block in blocks for arm in (Arm("layernorm", {}, "LayerNorm"), *rms)],
+        blocks=blocks,
+        baseline="layernorm",
+        seeds=range(profile.n_seeds("norm")),
+        margin=0.02,
+        question_ids=("RQ2",),
+        hypothesis_ids=("H2",),
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile)]
 
 # %% ../../nbs/phases/03_norm.ipynb #51b08f7e
-METRICS = {"test_bpb": "performance", "loss_residual_sd": "stability", "steps_to_target": "convergence", "grad_norm_sd": "gradient"}
+METRICS = {
+    "test_bpb": "performance",
+    "loss_residual_sd": "stability",
+    "steps_to_target": "convergence",
+    "grad_norm_sd": "gradient",
+}
+
 
 def analyse(
-    store, # holds the study's records
-    study, # as it was run
+    store,  # holds the study's records
+    study,  # as it was run
 ) -> tuple:
     "The frame with targets, and one comparison a metric, Holm-corrected over the blocks."
     frame = with_targets(store.frame(study.name), store.curves(study.name), study.baseline)
     return frame, comparisons(frame, METRICS, study)
 
+
 def judge(
-    comparison, # from `analyse`
-) -> list[dict]: # verdicts
+    comparison,  # from `analyse`
+) -> list[dict]:  # verdicts
     "H2 on stability, RQ2 on performance."
     of = lambda metric: comparison[comparison["metric"] == metric]
-    return [claim("H2", "RMSNorm makes training steadier (smaller loss variance) than LayerNorm.", of("loss_residual_sd")),
-            claim("RQ2", "RMSNorm makes the model better (fewer bits per byte) than LayerNorm.", of("test_bpb"))]
+    return [
+        claim("H2", "RMSNorm makes training steadier (smaller loss variance) than LayerNorm.", of("loss_residual_sd")),
+        claim("RQ2", "RMSNorm makes the model better (fewer bits per byte) than LayerNorm.", of("test_bpb")),
+    ]

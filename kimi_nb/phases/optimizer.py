@@ -8,186 +8,368 @@ __all__ = ['OPTIMIZERS', 'LABELS', 'ORIGINAL_RATES', 'METRICS', 'optimizer_delta
            'judge']
 
 # %% ../../nbs/phases/05_optimizer.ipynb #e71b4815
-from ..analysis import claim, comparisons, with_targets
 from ..config import Profile
+from ..runner import TUNING_SEED
+from ..stats import claim, comparisons, with_targets
 from ..study import Arm, Study
-from ..tuning import TUNING_SEED
 
 # %% ../../nbs/phases/05_optimizer.ipynb #a427102c
 OPTIMIZERS = ("adam", "adamw", "muon", "muonclip")
 LABELS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "muonclip": "MuonClip"}
 ORIGINAL_RATES = (0.005, 0.01, 0.02, 0.05)  # for Muon's `original` scaling, whose steps are shorter
 
-def _base(profile): return profile.base.override({"train.steps": profile.grid("optimizer", "train.steps")[0]})
+
+def _base(profile):
+    return profile.base.override({"train.steps": profile.grid("optimizer", "train.steps")[0]})
+
 
 def optimizer_delta(
-    profile:Profile,
-    name:str,          # one of `OPTIMIZERS`
-    rate:float|None=None, # learning rate; none is the tuned one
-    **settings,        # of train.optimizer
-) -> dict:             # dotted name -> value
+    profile: Profile,
+    name: str,  # one of `OPTIMIZERS`
+    rate: float | None = None,  # learning rate; none is the tuned one
+    **settings,  # of train.optimizer
+) -> dict:  # dotted name -> value
     "What training with this optimizer changes in the base run."
     flat = _base(profile).flat()
-    wanted = {"train.optimizer.name": name, "train.lr": profile.lr(name) if rate is None else rate} | {f"train.optimizer.{k}": v for k, v in settings.items()}
+    wanted = {"train.optimizer.name": name, "train.lr": profile.lr(name) if rate is None else rate} | {
+        f"train.optimizer.{k}": v for k, v in settings.items()
+    }
     return {k: v for k, v in wanted.items() if v != flat[k]}
 
+
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "Every optimizer at its tuned rate."
-    arms = [Arm(name, optimizer_delta(profile, name), f"{LABELS[name]}, lr {profile.lr(name):g}") for name in OPTIMIZERS]
-    return Study(name="optimizer", phase="optimizer", question="Which optimizer is most effective for training small language models?", hypothesis="Muon converges faster than Adam.",
-                 base=_base(profile), arms=arms, baseline="adam", seeds=range(profile.n_seeds("optimizer")), question_ids=("RQ4",), hypothesis_ids=("H4",))
+    arms = [
+        Arm(name, optimizer_delta(profile, name), f"{LABELS[name]}, lr {profile.lr(name):g}") for name in OPTIMIZERS
+    ]
+    return Study(
+        name="optimizer",
+        phase="optimizer",
+        question="Which optimizer is most effective for training small language models?",
+        hypothesis="Muon converges faster than Adam.",
+        base=_base(profile),
+        arms=arms,
+        baseline="adam",
+        seeds=range(profile.n_seeds("optimizer")),
+        question_ids=("RQ4",),
+        hypothesis_ids=("H4",),
+    )
+
 
 def rate_study(
-    profile:Profile,
-) -> Study|None:
+    profile: Profile,
+) -> Study | None:
     "Every optimizer at every rate of the grid, once; None where the profile has no grid."
     rates, scalings = profile.grid("optimizer", "train.lr", ()), profile.grid("optimizer", "train.optimizer.scaling")
-    if not rates: return None
+    if not rates:
+        return None
     tried = [(name, rate, None) for name in OPTIMIZERS for rate in rates]
-    if "original" in scalings: tried += [(name, rate, "original") for name in ("muon", "muonclip") for rate in ORIGINAL_RATES]
-    arms = [Arm(f"{name}{f' {scaling}' if scaling else ''}, lr {rate:g}", optimizer_delta(profile, name, rate, **(dict(scaling=scaling) if scaling else {}))) for name, rate, scaling in tried]
-    return Study(name="optimizer-rates", phase="optimizer", question="How sensitive is each optimizer to its learning rate?", base=_base(profile), arms=arms, baseline=arms[0].name, seeds=(TUNING_SEED,), metric="val_loss")
+    if "original" in scalings:
+        tried += [(name, rate, "original") for name in ("muon", "muonclip") for rate in ORIGINAL_RATES]
+    arms = [
+        Arm(
+            f"{name}{f' {scaling}' if scaling else ''}, lr {rate:g}",
+            optimizer_delta(profile, name, rate, **(dict(scaling=scaling) if scaling else {})),
+        )
+        for name, rate, scaling in tried
+    ]
+    return Study(
+        name="optimizer-rates",
+        phase="optimizer",
+        question="How sensitive is each optimizer to its learning rate?",
+        base=_base(profile),
+        arms=arms,
+        baseline=arms[0].name,
+        seeds=(TUNING_SEED,),
+        metric="val_loss",
+    )
+
 
 def variants(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "Muon's `original` scaling and other momenta against the tuned Muon, where the profile asks for them."
     muon, found = Arm("muon", optimizer_delta(profile, "muon"), f"Muon, lr {profile.lr('muon'):g}"), []
-    common = dict(phase="optimizer", base=_base(profile), baseline="muon", seeds=range(profile.n_seeds("optimizer")), question_ids=("RQ4",))
+    common = dict(
+        phase="optimizer",
+        base=_base(profile),
+        baseline="muon",
+        seeds=range(profile.n_seeds("optimizer")),
+        question_ids=("RQ4",),
+    )
     if "original" in profile.grid("optimizer", "train.optimizer.scaling"):
-        arms = [Arm(f"original, lr {rate:g}", optimizer_delta(profile, "muon", rate, scaling="original")) for rate in ORIGINAL_RATES]
-        found.append(Study(name="optimizer-scaling", question="Does Muon's step length matter?", arms=[muon, *arms], **common))
-    momenta = [m for m in profile.grid("optimizer", "train.optimizer.momentum") if m != profile.base.train.optimizer.momentum]
-    if momenta: found.append(Study(name="optimizer-momentum", question="Which momentum does Muon want?", arms=[muon, *(Arm(f"momentum {m:g}", optimizer_delta(profile, "muon", momentum=m)) for m in momenta)], **common))
+        arms = [
+            Arm(f"original, lr {rate:g}", optimizer_delta(profile, "muon", rate, scaling="original"))
+            for rate in ORIGINAL_RATES
+        ]
+        found.append(
+            Study(name="optimizer-scaling", question="Does Muon's step length matter?", arms=[muon, *arms], **common)
+        )
+    momenta = [
+        m for m in profile.grid("optimizer", "train.optimizer.momentum") if m != profile.base.train.optimizer.momentum
+    ]
+    if momenta:
+        found.append(
+            Study(
+                name="optimizer-momentum",
+                question="Which momentum does Muon want?",
+                arms=[muon, *(Arm(f"momentum {m:g}", optimizer_delta(profile, "muon", momentum=m)) for m in momenta)],
+                **common,
+            )
+        )
     return found
 
+
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs, besides the tuning that every phase shares."
     return [s for s in (study(profile), rate_study(profile), *variants(profile)) if s]
 
 # %% ../../nbs/phases/05_optimizer.ipynb #1f677ecd
 def at_edge(
-    frame,          # of the tuning study
-) -> dict[str, str]: # optimizer -> sentence
+    frame,  # of the tuning study
+) -> dict[str, str]:  # optimizer -> sentence
     "Which optimizers were best at the end of their grid, so that the comparison may do them wrong."
     done, found = frame[(frame["status"] == "done") & frame["val_loss"].notna()], {}
     for name, part in frame.groupby("train.optimizer.name", sort=False):
-        mean, tried = done[done["train.optimizer.name"] == name].groupby("train.lr")["val_loss"].mean(), part["train.lr"]
-        if not len(mean) or tried.nunique() < 2: continue
+        mean, tried = (
+            done[done["train.optimizer.name"] == name].groupby("train.lr")["val_loss"].mean(),
+            part["train.lr"],
+        )
+        if not len(mean) or tried.nunique() < 2:
+            continue
         best = float(mean.idxmin())
-        if best in (tried.min(), tried.max()): found[name] = (f"{LABELS.get(name, name)} was best at {best:g}, the {'lowest' if best == tried.min() else 'highest'} rate it was tried at.")
+        if best in (tried.min(), tried.max()):
+            found[name] = (
+                f"{LABELS.get(name, name)} was best at {best:g}, the {'lowest' if best == tried.min() else 'highest'} rate it was tried at."
+            )
     return found
 
 # %% ../../nbs/phases/05_optimizer.ipynb #961cdc55
 def update_spectra(
-    run,          # RunConfig: network, data, optimizer
-    steps:int=8,  # training steps; the last one's update is looked at
-):                # (matrices, d_model) singular values in falling order, over the largest
+    run,  # RunConfig: network, data, optimizer
+    steps: int = 8,  # training steps; the last one's update is looked at
+):  # (matrices, d_model) singular values in falling order, over the largest
     "Singular values of the last update of every square hidden matrix that Muon would train."
     import torch
+
     from kimi_nb.data import prepare
-    from kimi_nb.optim import is_hidden_matrix
-    from kimi_nb.hardware import pick_device
-    from kimi_nb.trainer import Trainer
-    run = run.override({"train.steps": steps, "train.warmup_steps": 1, "train.schedule": "constant", "train.optimizer.weight_decay": 0.0})
+    from kimi_nb.train import Trainer, is_hidden_matrix, pick_device
+
+    run = run.override(
+        {
+            "train.steps": steps,
+            "train.warmup_steps": 1,
+            "train.schedule": "constant",
+            "train.optimizer.weight_decay": 0.0,
+        }
+    )
     trainer = Trainer(run, prepare(run.data, run.seq_len), pick_device())
     for step in range(steps):
-        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if is_hidden_matrix(n, p) and p.ndim == 2 and p.shape[0] == p.shape[1]} if step == steps - 1 else {}
+        before = (
+            {
+                n: p.detach().clone()
+                for n, p in trainer.model.named_parameters()
+                if is_hidden_matrix(n, p) and p.ndim == 2 and p.shape[0] == p.shape[1]
+            }
+            if step == steps - 1
+            else {}
+        )
         trainer.step(step)
     now = dict(trainer.model.named_parameters())
     values = torch.stack([torch.linalg.svdvals((now[n].detach() - p).float()) for n, p in before.items()])
     return (values / values[:, :1]).cpu().numpy()
 
+
 def optimizer_state_bytes(
-    run,                  # RunConfig
-    vocab_size:int=1024,  # where the run leaves it to the tokenizer
+    run,  # RunConfig
+    vocab_size: int = 1024,  # where the run leaves it to the tokenizer
 ) -> int:
     "Bytes of float32 state that the optimizer keeps: two numbers a parameter for Adam and AdamW, one for Muon's matrices."
     import torch
+
     from kimi_nb.model import KimiModel
-    from kimi_nb.optim import param_groups
+    from kimi_nb.train import param_groups
+
     config = run.model if run.model.vocab_size else run.model.override({"vocab_size": vocab_size})
-    with torch.device("meta"): model = KimiModel(config, seed=None)
-    return sum(4 * p.numel() * (1 if g["kind"] == "muon" else 2) for g in param_groups(model, run.train) for _, p in g["params"])
+    with torch.device("meta"):
+        model = KimiModel(config, seed=None)
+    return sum(
+        4 * p.numel() * (1 if g["kind"] == "muon" else 2)
+        for g in param_groups(model, run.train)
+        for _, p in g["params"]
+    )
 
 # %% ../../nbs/phases/05_optimizer.ipynb #ae935faa
-METRICS = {"steps_to_target": "convergence", "tokens_to_target": "convergence", "seconds_to_target": "convergence", "test_bpb": "performance", "test_loss": "performance",
-           "loss_residual_sd": "stability", "loss_spikes": "stability", "grad_norm_sd": "gradient"}
+METRICS = {
+    "steps_to_target": "convergence",
+    "tokens_to_target": "convergence",
+    "seconds_to_target": "convergence",
+    "test_bpb": "performance",
+    "test_loss": "performance",
+    "loss_residual_sd": "stability",
+    "loss_spikes": "stability",
+    "grad_norm_sd": "gradient",
+}
+
 
 def censored(
-    frame, # with_targets
-):         # with `reached`, and steps, tokens and seconds to the target counted at least
+    frame,  # with_targets
+):  # with `reached`, and steps, tokens and seconds to the target counted at least
     "Runs that did not reach the target are given all their steps."
     missed = (frame["status"] == "done") & frame["steps_to_target"].isna() & frame["target_loss"].notna()
     steps = frame["steps_to_target"].where(~missed, frame["steps"])
     tokens = frame["tokens_to_target"].where(~missed, frame["tokens"])
-    return frame.assign(reached=frame["steps_to_target"].notna(), steps_to_target=steps, tokens_to_target=tokens, seconds_to_target=steps * frame["step_seconds"])
+    return frame.assign(
+        reached=frame["steps_to_target"].notna(),
+        steps_to_target=steps,
+        tokens_to_target=tokens,
+        seconds_to_target=steps * frame["step_seconds"],
+    )
+
 
 def analyse(
-    store,              # holds the study's records
-    study,              # as it was run
-    baseline:str="",    # whose loss is the target, with whom the others are compared; '' is the study's
-    speed=None,         # from `measure`: step times to take instead of those seen while training
+    store,  # holds the study's records
+    study,  # as it was run
+    baseline: str = "",  # whose loss is the target, with whom the others are compared; '' is the study's
+    speed=None,  # from `measure`: step times to take instead of those seen while training
 ) -> tuple:
     "The frame with targets and memory, and one comparison a metric."
-    study = study if not baseline else type(study)(**{**{n: getattr(study, n) for n in type(study).model_fields}, "baseline": baseline})
+    study = (
+        study
+        if not baseline
+        else type(study)(**{**{n: getattr(study, n) for n in type(study).model_fields}, "baseline": baseline})
+    )
     frame = store.frame(study.name)
-    if speed is not None: frame = frame.assign(step_seconds=frame["arm"].map(speed.set_index("arm")["step_seconds"]))
+    if speed is not None:
+        frame = frame.assign(step_seconds=frame["arm"].map(speed.set_index("arm")["step_seconds"]))
     frame = censored(with_targets(frame, store.curves(study.name, ["val_loss"]), study.baseline))
     memory = {a.name: optimizer_state_bytes(study.arm_run(a)) / 2**20 for a in study.arms}
     return frame.assign(optimizer_state_mb=frame["arm"].map(memory)), comparisons(frame, METRICS, study)
 
+
 def speedups(
-    frame,         # from `analyse`
-    baseline:str,  # the arm whose loss is the target
-):                 # one row per arm: the share of the baseline's whole training that it needed, in steps and in seconds
+    frame,  # from `analyse`
+    baseline: str,  # the arm whose loss is the target
+):  # one row per arm: the share of the baseline's whole training that it needed, in steps and in seconds
     "Steps and seconds to the target over the baseline's own."
     import pandas as pd
+
     done = frame[frame["status"] == "done"]
     mean = done[done["arm"] == baseline]
     steps, seconds = mean["steps"].mean(), (mean["steps"] * mean["step_seconds"]).mean()
     rows = []
     for arm, g in done.groupby("arm", sort=False):
         share = g["steps_to_target"] / steps
-        rows.append(dict(arm=arm, n=len(g), reached=int(g["reached"].sum()), share_of_steps=float(share.mean()), lowest=float(share.min()), highest=float(share.max()), speedup=float(1 / share.mean()),
-                         share_of_seconds=float((g["seconds_to_target"] / seconds).mean())))
+        rows.append(
+            dict(
+                arm=arm,
+                n=len(g),
+                reached=int(g["reached"].sum()),
+                share_of_steps=float(share.mean()),
+                lowest=float(share.min()),
+                highest=float(share.max()),
+                speedup=float(1 / share.mean()),
+                share_of_seconds=float((g["seconds_to_target"] / seconds).mean()),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/05_optimizer.ipynb #df7aa042
 def clip_report(
-    frame, # of the study, with qk_clips and qk_max_logit
-) -> dict: # runs, steps, clips, largest logit, threshold
+    frame,  # of the study, with qk_clips and qk_max_logit
+) -> dict:  # runs, steps, clips, largest logit, threshold
     "How often QK-clip fired."
-    mine = frame[(frame["arm"] == "muonclip") & frame["status"].isin(("done", "diverged"))] if "qk_clips" in frame else frame.iloc[:0]
-    if not len(mine): return dict(runs=0, steps=0, clips=0, max_logit=float("nan"), threshold=float("nan"))
-    return dict(runs=len(mine), steps=int(mine["steps"].sum()), clips=int(mine["qk_clips"].fillna(0).sum()), max_logit=float(mine["qk_max_logit"].max()), threshold=float(mine["train.optimizer.qk_clip_threshold"].iloc[0]))
+    mine = (
+        frame[(frame["arm"] == "muonclip") & frame["status"].isin(("done", "diverged"))]
+        if "qk_clips" in frame
+        else frame.iloc[:0]
+    )
+    if not len(mine):
+        return dict(runs=0, steps=0, clips=0, max_logit=float("nan"), threshold=float("nan"))
+    return dict(
+        runs=len(mine),
+        steps=int(mine["steps"].sum()),
+        clips=int(mine["qk_clips"].fillna(0).sum()),
+        max_logit=float(mine["qk_max_logit"].max()),
+        threshold=float(mine["train.optimizer.qk_clip_threshold"].iloc[0]),
+    )
 
 # %% ../../nbs/phases/05_optimizer.ipynb #102150cc
 def judge(
-    comparison,        # from `analyse`, against Adam
-    against_adamw,     # the same against AdamW
-    clips,             # from `clip_report`
-    edges=None,        # from `at_edge`
-    timing=(),         # sentences of `speed_caveats`
-) -> list[dict]:       # verdicts
+    comparison,  # from `analyse`, against Adam
+    against_adamw,  # the same against AdamW
+    clips,  # from `clip_report`
+    edges=None,  # from `at_edge`
+    timing=(),  # sentences of `speed_caveats`
+) -> list[dict]:  # verdicts
     "H4 on steps, RQ4 on quality, stability and time, and what MuonClip was."
-    of = lambda table, metric, arm="muon": table[(table["metric"] == metric) & (table["arm"] == arm)]   # noqa: E731
-    found = [claim("H4", "Muon needs fewer steps than Adam to reach the loss at which Adam ends.", of(comparison, "steps_to_target")),
-             claim("RQ4", "Muon makes the model better (fewer bits per byte) than AdamW, each at its tuned rate.", of(against_adamw, "test_bpb")),
-             claim("H4-adamw", "Muon needs fewer steps than AdamW to reach the loss at which AdamW ends.", of(against_adamw, "steps_to_target")),
-             claim("H4-seconds", "Muon needs less time than Adam to reach the loss at which Adam ends.", of(comparison, "seconds_to_target")),
-             claim("RQ4-adam", "AdamW makes the model better than Adam, each at its tuned rate.", of(comparison, "test_bpb", "adamw")),
-             claim("RQ4-stability", "Muon trains more steadily (smaller loss scatter) than AdamW.", of(against_adamw, "loss_residual_sd"))]
-    pairs = [("adam", "muon"), ("adamw", "muon"), ("adamw", "muon"), ("adam", "muon"), ("adam", "adamw"), ("adamw", "muon")]
-    for v, pair in zip(found, pairs, strict=True): v["caveats"] = [*v["caveats"], *((edges or {})[n] for n in pair if n in (edges or {})), *(timing if v["id"] == "H4-seconds" else ())]
+    of = lambda table, metric, arm="muon": table[(table["metric"] == metric) & (table["arm"] == arm)]  # noqa: E731
+    found = [
+        claim(
+            "H4",
+            "Muon needs fewer steps than Adam to reach the loss at which Adam ends.",
+            of(comparison, "steps_to_target"),
+        ),
+        claim(
+            "RQ4",
+            "Muon makes the model better (fewer bits per byte) than AdamW, each at its tuned rate.",
+            of(against_adamw, "test_bpb"),
+        ),
+        claim(
+            "H4-adamw",
+            "Muon needs fewer steps than AdamW to reach the loss at which AdamW ends.",
+            of(against_adamw, "steps_to_target"),
+        ),
+        claim(
+            "H4-seconds",
+            "Muon needs less time than Adam to reach the loss at which Adam ends.",
+            of(comparison, "seconds_to_target"),
+        ),
+        claim(
+            "RQ4-adam",
+            "AdamW makes the model better than Adam, each at its tuned rate.",
+            of(comparison, "test_bpb", "adamw"),
+        ),
+        claim(
+            "RQ4-stability",
+            "Muon trains more steadily (smaller loss scatter) than AdamW.",
+            of(against_adamw, "loss_residual_sd"),
+        ),
+    ]
+    pairs = [
+        ("adam", "muon"),
+        ("adamw", "muon"),
+        ("adamw", "muon"),
+        ("adam", "muon"),
+        ("adam", "adamw"),
+        ("adamw", "muon"),
+    ]
+    for v, pair in zip(found, pairs, strict=True):
+        v["caveats"] = [
+            *v["caveats"],
+            *((edges or {})[n] for n in pair if n in (edges or {})),
+            *(timing if v["id"] == "H4-seconds" else ()),
+        ]
     if clips["runs"] and not clips["clips"]:
-        found.append(dict(id="RQ4-clip", claim="QK-clip changes the training of Muon.", word="not testable here", caveats=[],
-                          sentence=f"It fired 0 times in {clips['steps']:,} steps of {clips['runs']} runs (largest logit {clips['max_logit']:.1f}, threshold {clips['threshold']:g}): here MuonClip is just Muon."))
+        found.append(
+            dict(
+                id="RQ4-clip",
+                claim="QK-clip changes the training of Muon.",
+                word="not testable here",
+                caveats=[],
+                sentence=f"It fired 0 times in {clips['steps']:,} steps of {clips['runs']} runs (largest logit {clips['max_logit']:.1f}, threshold {clips['threshold']:g}): here MuonClip is just Muon.",
+            )
+        )
     elif clips["runs"]:
-        found.append(claim("RQ4-clip", "MuonClip makes the model better than Adam.", of(comparison, "test_bpb", "muonclip")))
-        found[-1]["caveats"] = [*found[-1]["caveats"], f"It fired {clips['clips']} times in {clips['steps']:,} steps of {clips['runs']} runs (largest logit {clips['max_logit']:.1f}, threshold {clips['threshold']:g})."]
+        found.append(
+            claim("RQ4-clip", "MuonClip makes the model better than Adam.", of(comparison, "test_bpb", "muonclip"))
+        )
+        found[-1]["caveats"] = [
+            *found[-1]["caveats"],
+            f"It fired {clips['clips']} times in {clips['steps']:,} steps of {clips['runs']} runs (largest logit {clips['max_logit']:.1f}, threshold {clips['threshold']:g}).",
+        ]
     return found

@@ -8,35 +8,55 @@ __all__ = ['FACTORS_OF_LENGTH', 'BINS', 'METRICS', 'theta_name', 'study', 'studi
            'judge']
 
 # %% ../../nbs/phases/06_rope.ipynb #0ad853dd
-from ..analysis import claim, comparisons, with_targets
 from ..config import ModelConfig, Profile
-from ..plots import COLORS, LINES, panels, styled
+from ..stats import COLORS, LINES, claim, comparisons, panels, styled, with_targets
 from ..study import Arm, Study
 
 # %% ../../nbs/phases/06_rope.ipynb #d4442b2c
 def theta_name(
-    theta:float,
-) -> str: # theta 50k
+    theta: float,
+) -> str:  # theta 50k
     "How an arm is called."
     return f"theta {theta / 1000:g}k" if theta >= 1000 else f"theta {theta:g}"
 
+
 def study(
-    profile:Profile,
+    profile: Profile,
 ) -> Study:
     "Values of theta, in a block for each context."
-    contexts, thetas, steps = (profile.grid("rope", name) for name in ("model.max_seq_len", "model.position.theta", "train.steps"))
+    contexts, thetas, steps = (
+        profile.grid("rope", name) for name in ("model.max_seq_len", "model.position.theta", "train.steps")
+    )
     base = profile.base.override({"train.steps": steps[0]})
     mine = base.model.position.theta
-    arms = [Arm(theta_name(t), {} if t == mine else {"model.position.theta": float(t)}) for t in dict.fromkeys((mine, *map(float, thetas)))]
-    if len(contexts) == 1: base, blocks = base.override({"model.max_seq_len": contexts[0]}), {}
+    arms = [
+        Arm(theta_name(t), {} if t == mine else {"model.position.theta": float(t)})
+        for t in dict.fromkeys((mine, *map(float, thetas)))
+    ]
+    if len(contexts) == 1:
+        base, blocks = base.override({"model.max_seq_len": contexts[0]}), {}
     else:
-        blocks = {f"context {c}": {"model.max_seq_len": c, "train.batch_size": max(1, base.tokens_per_step // c)} for c in contexts}
+        blocks = {
+            f"context {c}": {"model.max_seq_len": c, "train.batch_size": max(1, base.tokens_per_step // c)}
+            for c in contexts
+        }
         arms = [arm.within(name) for name in blocks for arm in arms]
-    return Study(name="rope", phase="rope", question="Which theta, and what happens past the trained context?", hypothesis="A larger theta helps with longer sequences.", base=base, arms=arms, blocks=blocks, baseline=theta_name(mine),
-                 seeds=range(profile.n_seeds("rope")), margin=0.02)
+    return Study(
+        name="rope",
+        phase="rope",
+        question="Which theta, and what happens past the trained context?",
+        hypothesis="A larger theta helps with longer sequences.",
+        base=base,
+        arms=arms,
+        blocks=blocks,
+        baseline=theta_name(mine),
+        seeds=range(profile.n_seeds("rope")),
+        margin=0.02,
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     return [study(profile)]
@@ -44,90 +64,161 @@ def studies(
 # %% ../../nbs/phases/06_rope.ipynb #43476286
 FACTORS_OF_LENGTH, BINS = (1, 2, 4), 16  # windows over the trained context; parts that it is reported in
 
+
 def stretched(
-    config:ModelConfig, # as it was trained
-    factor:int,         # over the trained context
+    config: ModelConfig,  # as it was trained
+    factor: int,  # over the trained context
 ) -> ModelConfig:
     "The same network with YaRN for a context `factor` times as long."
-    return config if factor == 1 else config.override({"max_seq_len": config.max_seq_len * factor, "position.yarn_factor": config.position.yarn_factor * factor})
+    return (
+        config
+        if factor == 1
+        else config.override(
+            {"max_seq_len": config.max_seq_len * factor, "position.yarn_factor": config.position.yarn_factor * factor}
+        )
+    )
+
 
 def loss_by_position(
-    model,          # a KimiModel
-    tokens,         # (N,) ids of a split
-    length:int,     # of the windows, in tokens
-    span:int,       # of the stretches of text that windows are cut from; a multiple of `length`
-    n_spans:int,    # how many, spread over the split
-    precision:str="fp32",
-):                  # (span,) float64, nats per token at each position of a span
+    model,  # a KimiModel
+    tokens,  # (N,) ids of a split
+    length: int,  # of the windows, in tokens
+    span: int,  # of the stretches of text that windows are cut from; a multiple of `length`
+    n_spans: int,  # how many, spread over the split
+    precision: str = "fp32",
+):  # (span,) float64, nats per token at each position of a span
     "Mean loss at each position over spans of text, each cut into windows of `length`."
     import numpy as np
+
     from kimi_nb.data import EvalWindows
-    from kimi_nb.evaluate import score_windows
+    from kimi_nb.train import score_windows
+
     whole = (len(tokens) - 1) // span
     first = (np.arange(n := min(n_spans, whole)) * whole // n) * span
     starts = (first[:, None] + np.arange(0, span, length)).ravel()
     windows = EvalWindows(tokens, length, starts, np.zeros(len(starts), dtype=np.int64))
-    losses = np.concatenate([nll.double().cpu().numpy() for nll, _ in score_windows(model, windows.batches(max(1, 4096 // length)), precision)])  # (windows, length)
+    losses = np.concatenate(
+        [
+            nll.double().cpu().numpy()
+            for nll, _ in score_windows(model, windows.batches(max(1, 4096 // length)), precision)
+        ]
+    )  # (windows, length)
     return losses.reshape(-1, span).mean(axis=0)
 
+
 def past_context(
-    folder,              # of a run, with its final checkpoint
-    max_tokens:int,      # of test text to score
-    precision:str="fp32",
-) -> list[dict]:         # factor, yarn, context, losses: nats per token along a span of four contexts, in parts of a sixteenth of one
+    folder,  # of a run, with its final checkpoint
+    max_tokens: int,  # of test text to score
+    precision: str = "fp32",
+) -> list[
+    dict
+]:  # factor, yarn, context, losses: nats per token along a span of four contexts, in parts of a sixteenth of one
     "How a trained model fares in longer windows, plain and with YaRN; empty where the test text is shorter than four contexts."
-    from kimi_nb.checkpoint import load_model
     from kimi_nb.data import prepare
     from kimi_nb.model import KimiModel
-    from kimi_nb.train import pick_device
+    from kimi_nb.train import load_model, pick_device
+
     model, _, run = load_model(folder, pick_device())
     tokens, L, longest = prepare(run.data, run.seq_len).test, run.seq_len, max(FACTORS_OF_LENGTH)
-    if len(tokens) <= longest * L: return []
+    if len(tokens) <= longest * L:
+        return []
     rows, part = [], math.gcd(L, max(1, L // BINS))
     for factor in FACTORS_OF_LENGTH:
-        for yarn in (False, True)[:1 if factor == 1 else 2]:
+        for yarn in (False, True)[: 1 if factor == 1 else 2]:
             subject = model
             if yarn:
                 subject = KimiModel(stretched(model.config.override({"max_seq_len": L}), factor), seed=None)
                 subject.load_state_dict(model.state_dict())
                 subject = subject.to(next(model.parameters()).device).eval()
-            losses = loss_by_position(subject, tokens, L * factor, L * longest, max(1, max_tokens // (L * longest)), precision)
-            rows.append(dict(factor=factor, yarn=yarn, context=L * factor, losses=losses.reshape(-1, part).mean(axis=1).tolist()))
+            losses = loss_by_position(
+                subject, tokens, L * factor, L * longest, max(1, max_tokens // (L * longest)), precision
+            )
+            rows.append(
+                dict(
+                    factor=factor, yarn=yarn, context=L * factor, losses=losses.reshape(-1, part).mean(axis=1).tolist()
+                )
+            )
     return rows
 
 # %% ../../nbs/phases/06_rope.ipynb #a481308c
 import math
 
+
 def past_contexts(
-    store,             # with the study's records and checkpoints
-    study,             # as it was run
-    max_tokens:int,    # of test text that each model scores
-):                     # a row per run, factor and YaRN: loss, ppl; `test_loss` past the trained context (all of it at factor 1); losses by part
+    store,  # with the study's records and checkpoints
+    study,  # as it was run
+    max_tokens: int,  # of test text that each model scores
+):  # a row per run, factor and YaRN: loss, ppl; `test_loss` past the trained context (all of it at factor 1); losses by part
     "`past_context` of every finished run whose weights are still there; what was scored once is kept."
     import numpy as np
     import pandas as pd
-    from kimi_nb.speed import remembered
+
+    from kimi_nb.bench import remembered
     from kimi_nb.study import code_hash
+
     rows = []
     for r in store.frame(study.name).query("status == 'done'").to_dict("records"):
         folder = store.folder(r["run_id"])
-        if not (folder / "checkpoints" / "final" / "state.json").is_file(): continue
-        identity = dict(format=2, run=r["run_id"], digest=store.get(r["run_id"]).digest, code=code_hash(), tokens=max_tokens, factors=FACTORS_OF_LENGTH, bins=BINS)
-        for found in remembered(store, "past_context", identity, lambda: past_context(folder, max_tokens, r["precision"])):
+        if not (folder / "checkpoints" / "final" / "state.json").is_file():
+            continue
+        identity = dict(
+            format=2,
+            run=r["run_id"],
+            digest=store.get(r["run_id"]).digest,
+            code=code_hash(),
+            tokens=max_tokens,
+            factors=FACTORS_OF_LENGTH,
+            bins=BINS,
+        )
+        for found in remembered(
+            store, "past_context", identity, lambda: past_context(folder, max_tokens, r["precision"])
+        ):
             losses = np.array(found["losses"])
             windows = losses.reshape(-1, len(losses) * found["factor"] // max(FACTORS_OF_LENGTH))  # (windows, parts)
-            rows.append(dict(run_id=r["run_id"], arm=r["arm"], block=r["block"], seed=r["seed"], status="done", trained=found["context"] // found["factor"], **found,
-                             loss=losses.mean(), test_ppl=math.exp(min(losses.mean(), 700)), test_loss=windows[:, windows.shape[1] // found["factor"]:].mean() if found["factor"] > 1 else losses.mean()))
-    return pd.DataFrame(rows, columns=["run_id", "arm", "block", "seed", "status", "trained", "factor", "yarn", "context", "losses", "loss", "test_ppl", "test_loss"])
+            rows.append(
+                dict(
+                    run_id=r["run_id"],
+                    arm=r["arm"],
+                    block=r["block"],
+                    seed=r["seed"],
+                    status="done",
+                    trained=found["context"] // found["factor"],
+                    **found,
+                    loss=losses.mean(),
+                    test_ppl=math.exp(min(losses.mean(), 700)),
+                    test_loss=windows[:, windows.shape[1] // found["factor"] :].mean()
+                    if found["factor"] > 1
+                    else losses.mean(),
+                )
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "run_id",
+            "arm",
+            "block",
+            "seed",
+            "status",
+            "trained",
+            "factor",
+            "yarn",
+            "context",
+            "losses",
+            "loss",
+            "test_ppl",
+            "test_loss",
+        ],
+    )
 
 # %% ../../nbs/phases/06_rope.ipynb #d1fecf0b
 @styled
 def position_figure(
-    past,     # of `past_contexts`
-    block="", # which block
-):            # matplotlib Figure
+    past,  # of `past_contexts`
+    block="",  # which block
+):  # matplotlib Figure
     "What the longest windows change, by position: loss minus that of the same tokens in windows of the trained context; mean over seeds, band from lowest to highest."
     import numpy as np
+
     data = past[past["block"] == block]
     short = data[data["factor"] == 1].set_index("run_id")["losses"]
     data = data[data["factor"] == data["factor"].max()]
@@ -137,18 +228,38 @@ def position_figure(
         for i, (arm, mine) in enumerate(data[data["yarn"] == yarn].groupby("arm", sort=False)):
             change = np.stack([np.subtract(long, short[run]) for run, long in zip(mine["run_id"], mine["losses"])])
             at = (np.arange(change.shape[1]) + 0.5) * mine["context"].iloc[0] / change.shape[1]
-            ax.plot(at, change.mean(0), color=COLORS[i % len(COLORS)], ls=LINES[i % len(LINES)], label=f"{arm} (n = {len(change)})")
-            if len(change) > 1: ax.fill_between(at, change.min(0), change.max(0), color=COLORS[i % len(COLORS)], alpha=0.15, lw=0)
+            ax.plot(
+                at,
+                change.mean(0),
+                color=COLORS[i % len(COLORS)],
+                ls=LINES[i % len(LINES)],
+                label=f"{arm} (n = {len(change)})",
+            )
+            if len(change) > 1:
+                ax.fill_between(at, change.min(0), change.max(0), color=COLORS[i % len(COLORS)], alpha=0.15, lw=0)
         ax.axvline(data["trained"].iloc[0], color="#444444", lw=1, ls=(0, (2, 2)))
-        ax.annotate(" trained to here", (data["trained"].iloc[0], 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=8)
-        ax.set(xlabel="position in the window (tokens)", ylabel="" if yarn else "change of test loss (nats/token)", title=("with YaRN" if yarn else "as trained") + (f", {block}" if block else ""))
-    axes[1].legend(title="below 0: the longer context helps\nline: mean\nband: lowest to highest seed", title_fontsize=8, alignment="left", loc="upper left", bbox_to_anchor=(1, 1))
+        ax.annotate(
+            " trained to here", (data["trained"].iloc[0], 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=8
+        )
+        ax.set(
+            xlabel="position in the window (tokens)",
+            ylabel="" if yarn else "change of test loss (nats/token)",
+            title=("with YaRN" if yarn else "as trained") + (f", {block}" if block else ""),
+        )
+    axes[1].legend(
+        title="below 0: the longer context helps\nline: mean\nband: lowest to highest seed",
+        title_fontsize=8,
+        alignment="left",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     return fig
+
 
 @styled
 def context_figure(
-    past, # of `past_contexts`
-):        # matplotlib Figure
+    past,  # of `past_contexts`
+):  # matplotlib Figure
     "Perplexity of the same text over the length of the windows; dashed with YaRN."
     blocks = list(dict.fromkeys(past["block"]))
     fig, axes = panels(len(blocks), (6.2, 3.8))
@@ -156,21 +267,49 @@ def context_figure(
         data = past[past["block"] == block]
         for i, (arm, mine) in enumerate(data.groupby("arm", sort=False)):
             for yarn in (False, True):
-                some = mine[(mine["yarn"] == yarn) | (mine["factor"] == 1)].groupby("context")["test_ppl"].agg(["mean", "min", "max"])
-                ax.plot(some.index, some["mean"], color=COLORS[i % len(COLORS)], ls="--" if yarn else "-", marker="s" if yarn else "o", ms=5, mfc="white" if yarn else None, label=arm + (", YaRN" if yarn else ""))
-                if not yarn: ax.fill_between(some.index, some["min"], some["max"], color=COLORS[i % len(COLORS)], alpha=0.08, lw=0)
+                some = (
+                    mine[(mine["yarn"] == yarn) | (mine["factor"] == 1)]
+                    .groupby("context")["test_ppl"]
+                    .agg(["mean", "min", "max"])
+                )
+                ax.plot(
+                    some.index,
+                    some["mean"],
+                    color=COLORS[i % len(COLORS)],
+                    ls="--" if yarn else "-",
+                    marker="s" if yarn else "o",
+                    ms=5,
+                    mfc="white" if yarn else None,
+                    label=arm + (", YaRN" if yarn else ""),
+                )
+                if not yarn:
+                    ax.fill_between(
+                        some.index, some["min"], some["max"], color=COLORS[i % len(COLORS)], alpha=0.08, lw=0
+                    )
         ax.set_xscale("log")
-        ax.set_xticks(at := sorted(data["context"].unique()), [str(c) for c in at]); ax.minorticks_off()
-        ax.set(xlabel="window (tokens)", ylabel="test perplexity" if ax is axes[0] else "", title=block or f"trained at {data['trained'].iloc[0]}")
-    axes[-1].legend(title="line: mean\nband: lowest to highest seed, as trained", title_fontsize=8, alignment="left", loc="upper left", bbox_to_anchor=(1, 1))
+        ax.set_xticks(at := sorted(data["context"].unique()), [str(c) for c in at])
+        ax.minorticks_off()
+        ax.set(
+            xlabel="window (tokens)",
+            ylabel="test perplexity" if ax is axes[0] else "",
+            title=block or f"trained at {data['trained'].iloc[0]}",
+        )
+    axes[-1].legend(
+        title="line: mean\nband: lowest to highest seed, as trained",
+        title_fontsize=8,
+        alignment="left",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     return fig
 
 # %% ../../nbs/phases/06_rope.ipynb #5a3334ca
 METRICS = {"test_bpb": "performance", "loss_residual_sd": "stability", "steps_to_target": "convergence"}
 
+
 def analyse(
-    store, # holds the study's records
-    study, # as it was run
+    store,  # holds the study's records
+    study,  # as it was run
 ) -> tuple:
     "The frame with targets, and one comparison a metric, Holm-corrected over arms and contexts."
     frame = with_targets(store.frame(study.name), store.curves(study.name), study.baseline)
@@ -180,12 +319,15 @@ def analyse(
 def theta_effect_by_context(
     frame,  # of the study
     study,  # as it was run
-):          # a row of `compare`: the shortest context as baseline, the longest as arm, the effect of the largest theta as the metric; None with one context
+):  # a row of `compare`: the shortest context as baseline, the longest as arm, the effect of the largest theta as the metric; None with one context
     "Whether the effect of the largest theta differs between the longest and the shortest context, paired by seed."
     import pandas as pd
+
     from kimi_nb.stats import compare
+
     sizes = frame.groupby("block")["model.max_seq_len"].first()
-    if sizes.nunique() < 2: return None
+    if sizes.nunique() < 2:
+        return None
     short, long = sizes.idxmin(), sizes.idxmax()
     largest = frame.loc[frame["model.position.theta"].idxmax(), "arm"]
     value = frame[frame["status"] == "done"].set_index(["block", "arm", "seed"])["test_bpb"]
@@ -193,30 +335,68 @@ def theta_effect_by_context(
     for name, block in (("short", short), ("long", long)):
         for seed in sorted(frame["seed"].unique()):
             both = [value.get((block, arm, seed)) for arm in (largest, study.baseline)]
-            rows.append(dict(arm=name, block="", seed=seed, status="done", test_bpb=both[0] - both[1] if None not in both else math.nan))
-    return compare(pd.DataFrame(rows), "test_bpb", "short").assign(phrase=f"going from {short} to {long}, the effect of {largest} against {study.baseline}")
+            rows.append(
+                dict(
+                    arm=name,
+                    block="",
+                    seed=seed,
+                    status="done",
+                    test_bpb=both[0] - both[1] if None not in both else math.nan,
+                )
+            )
+    return compare(pd.DataFrame(rows), "test_bpb", "short").assign(
+        phrase=f"going from {short} to {long}, the effect of {largest} against {study.baseline}"
+    )
+
 
 def judge(
-    comparison, # from `analyse`
-    past,       # of `past_contexts`
-    frame,      # of the study
-    study,      # as it was run
-) -> list[dict]: # verdicts
+    comparison,  # from `analyse`
+    past,  # of `past_contexts`
+    frame,  # of the study
+    study,  # as it was run
+) -> list[dict]:  # verdicts
     "Theta at the trained context, past it, by context; YaRN; stability."
     import pandas as pd
+
     from kimi_nb.stats import compare
+
     of, none = lambda metric: comparison[comparison["metric"] == metric], pd.DataFrame(columns=["block", "arm"])
     far = past[past["factor"] == past["factor"].max()] if len(past) else past
-    plain, factor = far[~far["yarn"].astype(bool)] if len(far) else far, int(far["factor"].max()) if len(far) else max(FACTORS_OF_LENGTH)
+    plain, factor = (
+        far[~far["yarn"].astype(bool)] if len(far) else far,
+        int(far["factor"].max()) if len(far) else max(FACTORS_OF_LENGTH),
+    )
     beyond = compare(plain, "test_loss", study.baseline) if len(plain) and plain["arm"].nunique() > 1 else none
     own = far[far["arm"] == study.baseline]
-    yarn = compare(own.assign(arm=["YaRN" if y else "as trained" for y in own["yarn"]]), "test_loss", "as trained") if len(own) else none
+    yarn = (
+        compare(own.assign(arm=["YaRN" if y else "as trained" for y in own["yarn"]]), "test_loss", "as trained")
+        if len(own)
+        else none
+    )
     by_context = theta_effect_by_context(frame, study)
-    verdicts = [claim("rope-theta", "A larger theta makes the model better at the context it is trained at.", of("test_bpb")),
-                claim("rope-long", f"A larger theta makes the model better past the trained context (up to {factor} times, weights unchanged).", beyond),
-                claim("rope-context", "A larger theta gains more at a longer trained context.", none if by_context is None else by_context),
-                claim("rope-yarn", f"YaRN makes the model better past the trained context (up to {factor} times, weights unchanged).", yarn),
-                claim("rope-stability", "A larger theta makes training steadier.", of("loss_residual_sd"))]
-    if not len(past): verdicts[1]["sentence"] = verdicts[3]["sentence"] = "No trained weights are kept beside these records, or the test text is too short."
-    if by_context is None: verdicts[2]["sentence"] = "The profile trains at one context only."
+    verdicts = [
+        claim("rope-theta", "A larger theta makes the model better at the context it is trained at.", of("test_bpb")),
+        claim(
+            "rope-long",
+            f"A larger theta makes the model better past the trained context (up to {factor} times, weights unchanged).",
+            beyond,
+        ),
+        claim(
+            "rope-context",
+            "A larger theta gains more at a longer trained context.",
+            none if by_context is None else by_context,
+        ),
+        claim(
+            "rope-yarn",
+            f"YaRN makes the model better past the trained context (up to {factor} times, weights unchanged).",
+            yarn,
+        ),
+        claim("rope-stability", "A larger theta makes training steadier.", of("loss_residual_sd")),
+    ]
+    if not len(past):
+        verdicts[1]["sentence"] = verdicts[3]["sentence"] = (
+            "No trained weights are kept beside these records, or the test text is too short."
+        )
+    if by_context is None:
+        verdicts[2]["sentence"] = "The profile trains at one context only."
     return verdicts

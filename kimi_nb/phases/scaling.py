@@ -9,29 +9,32 @@ __all__ = ['SHAPE', 'LAWS', 'sizes', 'reference', 'base_run', 'studies', 'by_siz
 # %% ../../nbs/phases/08_scaling.ipynb #bd23ffe5
 import math
 
-from ..analysis import claim
 from ..config import Profile
-from ..design import fit_power_law
-from ..inference import StatsError
 from .baseline import chance_bpb
 from .combined import with_costs
-from ..stats import compare
+from ..stats import StatsError, claim, compare, fit_power_law
 from ..study import Arm, Study
 
 # %% ../../nbs/phases/08_scaling.ipynb #15008f89
 SHAPE = ("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff")
 
+
 def sizes(
-    profile:Profile,
-) -> dict[str, dict]: # name -> settings, smallest first as written
+    profile: Profile,
+) -> dict[str, dict]:  # name -> settings, smallest first as written
     """The sizes of a profile.
 
     Raises: ConfigError where the four lists of settings.ini are not equally long.
     """
     from kimi_nb.config import ConfigError
+
     flat = profile.base.flat()
     lists = {k: profile.grid("scaling", k) for k in SHAPE}
-    if len({len(v) for v in lists.values()}) > 1: raise ConfigError("scaling.model", f"gives {', '.join(f'{len(v)} values of {k}' for k, v in lists.items())}: a size needs one of each")
+    if len({len(v) for v in lists.values()}) > 1:
+        raise ConfigError(
+            "scaling.model",
+            f"gives {', '.join(f'{len(v)} values of {k}' for k, v in lists.items())}: a size needs one of each",
+        )
     share = flat["model.moe.d_expert"] / profile.base.model.dense_width if flat["model.moe.d_expert"] else None
     found = {}
     for values in zip(*lists.values(), strict=True):
@@ -42,181 +45,414 @@ def sizes(
         found["/".join(map(str, values))] = {k: v for k, v in shape.items() if v != flat[k]}
     return found
 
+
 def reference(
-    profile:Profile,
+    profile: Profile,
 ) -> str:
     "The size whose width is nearest to the base run's."
     return min(sizes(profile), key=lambda name: abs(int(name.split("/")[0]) - profile.base.model.d_model))
 
+
 def base_run(
-    profile:Profile,
-):              # RunConfig
+    profile: Profile,
+):  # RunConfig
     "The base run with Muon, at the first learning rate of the grid."
-    grid = lambda key, default=None: profile.grid("scaling", key, default)[0]   # noqa: E731
-    return profile.base.override({"train.optimizer.name": "muon", "train.optimizer.scaling": grid("train.optimizer.scaling"), "train.lr": grid("train.lr", (profile.lr("muon"),)),
-                                  "train.steps": grid("train.steps"), "train.eval_every": grid("train.eval_every")})
+    grid = lambda key, default=None: profile.grid("scaling", key, default)[0]  # noqa: E731
+    return profile.base.override(
+        {
+            "train.optimizer.name": "muon",
+            "train.optimizer.scaling": grid("train.optimizer.scaling"),
+            "train.lr": grid("train.lr", (profile.lr("muon"),)),
+            "train.steps": grid("train.steps"),
+            "train.eval_every": grid("train.eval_every"),
+        }
+    )
+
 
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "What this phase runs."
     base, by_size, ref, n = base_run(profile), sizes(profile), reference(profile), profile.n_seeds("scaling")
-    more = lambda key: profile.grid("scaling", key)   # noqa: E731
+    more = lambda key: profile.grid("scaling", key)  # noqa: E731
     common = dict(phase="scaling", base=base, question_ids=("scaling",))
     smallest, *larger = by_size
-    found = [Study(name="scaling", question="How does the loss fall with size?", hypothesis="Larger models perform better, but with diminishing returns.", arms=[Arm(name, delta) for name, delta in by_size.items()],
-                   baseline=smallest, seeds=range(n), **common)]
+    found = [
+        Study(
+            name="scaling",
+            question="How does the loss fall with size?",
+            hypothesis="Larger models perform better, but with diminishing returns.",
+            arms=[Arm(name, delta) for name, delta in by_size.items()],
+            baseline=smallest,
+            seeds=range(n),
+            **common,
+        )
+    ]
     if len(rates := profile.grid("scaling", "train.lr", (base.train.lr,))) > 1:
-        arms = [Arm(f"lr {rate:g}", {} if rate == base.train.lr else {"train.lr": rate}).within(size) for size in by_size for rate in sorted(rates)]
-        found.append(Study(name="scaling-lr", question="Which learning rate suits which size?", hypothesis="The optimal learning rate varies by model size.", arms=arms, blocks=by_size,
-                           baseline=f"lr {base.train.lr:g}", seeds=(0,), **common))
+        arms = [
+            Arm(f"lr {rate:g}", {} if rate == base.train.lr else {"train.lr": rate}).within(size)
+            for size in by_size
+            for rate in sorted(rates)
+        ]
+        found.append(
+            Study(
+                name="scaling-lr",
+                question="Which learning rate suits which size?",
+                hypothesis="The optimal learning rate varies by model size.",
+                arms=arms,
+                blocks=by_size,
+                baseline=f"lr {base.train.lr:g}",
+                seeds=(0,),
+                **common,
+            )
+        )
     at = by_size[ref]
     if len(contexts := more("model.max_seq_len")) > 1:
+
         def context(length):
-            if base.tokens_per_step % length: raise StatsError(f"a context of {length} does not divide the {base.tokens_per_step} tokens of a step")
-            return at | ({} if length == base.model.max_seq_len else {"model.max_seq_len": length, "train.batch_size": base.tokens_per_step // length})
-        found.append(Study(name="scaling-context", question="What does a longer context give, for what it costs?", hypothesis="Longer sequences improve performance but increase compute cost.",
-                           arms=[Arm("reference").within(f"context {length}") for length in contexts], blocks={f"context {length}": context(length) for length in contexts}, baseline="reference", seeds=(0,), **common))
-    data = {f"{key.rpartition('.')[2]} {value}": at | {key: value} for key in ("data.num_documents", "data.corpus") if key in profile.grids.get("scaling", {}) for value in more(key)}
-    if data: found.append(Study(name="scaling-data", question="What do other data, or more of it, give?", hypothesis="More data is better at equal training.", arms=[Arm("reference").within(block) for block in data], blocks=data, baseline="reference", seeds=(0,), **common))
+            if base.tokens_per_step % length:
+                raise StatsError(f"a context of {length} does not divide the {base.tokens_per_step} tokens of a step")
+            return at | (
+                {}
+                if length == base.model.max_seq_len
+                else {"model.max_seq_len": length, "train.batch_size": base.tokens_per_step // length}
+            )
+
+        found.append(
+            Study(
+                name="scaling-context",
+                question="What does a longer context give, for what it costs?",
+                hypothesis="Longer sequences improve performance but increase compute cost.",
+                arms=[Arm("reference").within(f"context {length}") for length in contexts],
+                blocks={f"context {length}": context(length) for length in contexts},
+                baseline="reference",
+                seeds=(0,),
+                **common,
+            )
+        )
+    data = {
+        f"{key.rpartition('.')[2]} {value}": at | {key: value}
+        for key in ("data.num_documents", "data.corpus")
+        if key in profile.grids.get("scaling", {})
+        for value in more(key)
+    }
+    if data:
+        found.append(
+            Study(
+                name="scaling-data",
+                question="What do other data, or more of it, give?",
+                hypothesis="More data is better at equal training.",
+                arms=[Arm("reference").within(block) for block in data],
+                blocks=data,
+                baseline="reference",
+                seeds=(0,),
+                **common,
+            )
+        )
     return found
 
 # %% ../../nbs/phases/08_scaling.ipynb #9f598987
 def by_size(
-    frame, # of the study `scaling`
-):         # DataFrame, one row per size
+    frame,  # of the study `scaling`
+):  # DataFrame, one row per size
     "What each size costs and gives: means over seeds."
     done = frame[frame["status"] == "done"]
     chance = chance_bpb(done)
     done = done.assign(saved=chance - done["test_bpb"], hours=done["steps"] * done["step_seconds"] / 3600)
-    done = done.assign(saved_per_million=done["saved"] / (done["active_parameters"] / 1e6), saved_per_hour=done["saved"] / done["hours"])
-    columns = ["total_parameters", "active_parameters", "active_non_embedding_parameters", "flops_per_token", "training_flops", "test_loss", "test_bpb", "saved", "saved_per_million", "hours", "saved_per_hour", "step_seconds", "added_memory_mb", "peak_memory_mb", "epochs"]
-    return done.groupby("arm", sort=False)[[c for c in columns if c in done]].mean().reset_index().sort_values("total_parameters", ignore_index=True).rename(columns={"arm": "size"})
+    done = done.assign(
+        saved_per_million=done["saved"] / (done["active_parameters"] / 1e6),
+        saved_per_hour=done["saved"] / done["hours"],
+    )
+    columns = [
+        "total_parameters",
+        "active_parameters",
+        "active_non_embedding_parameters",
+        "flops_per_token",
+        "training_flops",
+        "test_loss",
+        "test_bpb",
+        "saved",
+        "saved_per_million",
+        "hours",
+        "saved_per_hour",
+        "step_seconds",
+        "added_memory_mb",
+        "peak_memory_mb",
+        "epochs",
+    ]
+    return (
+        done.groupby("arm", sort=False)[[c for c in columns if c in done]]
+        .mean()
+        .reset_index()
+        .sort_values("total_parameters", ignore_index=True)
+        .rename(columns={"arm": "size"})
+    )
 
 # %% ../../nbs/phases/08_scaling.ipynb #66053f6b
-LAWS = {"active_non_embedding_parameters": "active parameters without embeddings", "training_flops": "training compute (FLOPs)"}
+LAWS = {
+    "active_non_embedding_parameters": "active parameters without embeddings",
+    "training_flops": "training compute (FLOPs)",
+}
+
 
 def laws(
-    frame,                   # of the study `scaling`
-    metric:str="test_loss",  # loss
-) -> dict:                   # size column -> (ScalingFit of all sizes, ScalingFit that holds the largest out or None)
+    frame,  # of the study `scaling`
+    metric: str = "test_loss",  # loss
+) -> dict:  # size column -> (ScalingFit of all sizes, ScalingFit that holds the largest out or None)
     "The power laws of loss against parameters and compute; a law that the sizes cannot carry is left out."
     found = {}
     for column in LAWS:
         n = frame.loc[frame["status"] == "done", column].nunique() if column in frame else 0
-        if n < 2: continue
-        found[column] = (fit_power_law(frame, metric, column, hold_out=False, offset=n > 2), fit_power_law(frame, metric, column, hold_out=True, offset=n > 3) if n > 2 else None)
+        if n < 2:
+            continue
+        found[column] = (
+            fit_power_law(frame, metric, column, hold_out=False, offset=n > 2),
+            fit_power_law(frame, metric, column, hold_out=True, offset=n > 3) if n > 2 else None,
+        )
     return found
 
 # %% ../../nbs/phases/08_scaling.ipynb #0fb2f3af
 def gains(
-    frame,                   # one row per run: arm, seed, status, the metric and the size
-    size:str="active_non_embedding_parameters",
-    metric:str="test_loss",  # lower is better
-):                           # DataFrame: seed, step (0 is from the smallest to the next), gain per doubling
+    frame,  # one row per run: arm, seed, status, the metric and the size
+    size: str = "active_non_embedding_parameters",
+    metric: str = "test_loss",  # lower is better
+):  # DataFrame: seed, step (0 is from the smallest to the next), gain per doubling
     "What each step up in size gave, for every seed."
     import numpy as np
     import pandas as pd
+
     done = frame[frame["status"] == "done"].sort_values(size)
     rows = []
     for seed, part in done.groupby("seed"):
         n, y = np.log2(part[size].to_numpy(float)), part[metric].to_numpy(float)
-        rows += [dict(seed=seed, step=i, gain=float((y[i] - y[i + 1]) / (n[i + 1] - n[i])), of=f"{part['arm'].iloc[i]} to {part['arm'].iloc[i + 1]}") for i in range(len(y) - 1) if n[i + 1] > n[i]]
+        rows += [
+            dict(
+                seed=seed,
+                step=i,
+                gain=float((y[i] - y[i + 1]) / (n[i + 1] - n[i])),
+                of=f"{part['arm'].iloc[i]} to {part['arm'].iloc[i + 1]}",
+            )
+            for i in range(len(y) - 1)
+            if n[i + 1] > n[i]
+        ]
     return pd.DataFrame(rows, columns=["seed", "step", "gain", "of"])
 
 # %% ../../nbs/phases/08_scaling.ipynb #117cd1af
 def dynamics(
-    curves,          # of the store, with val_loss
-    arm:str,         # the reference size
-    share:float=0.1, # returns have diminished where an interval gains less than this share of the first
-):                   # (DataFrame: seed, step, loss, gain per 1000 steps, share of the first gain; the step from which on returns have diminished, or None)
+    curves,  # of the store, with val_loss
+    arm: str,  # the reference size
+    share: float = 0.1,  # returns have diminished where an interval gains less than this share of the first
+):  # (DataFrame: seed, step, loss, gain per 1000 steps, share of the first gain; the step from which on returns have diminished, or None)
     "The returns of training, interval by interval."
     import pandas as pd
+
     mine = curves[(curves["arm"] == arm)].dropna(subset=["val_loss"]).sort_values(["seed", "step"])
     parts = []
     for seed, part in mine.groupby("seed"):
         gain = -part["val_loss"].diff() / part["step"].diff() * 1000
         first = gain.dropna().iloc[0] if gain.notna().any() else math.nan
-        parts.append(pd.DataFrame(dict(seed=seed, step=part["step"], loss=part["val_loss"].astype(float), gain=gain, of_first=gain / first)))
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["seed", "step", "loss", "gain", "of_first"])
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    seed=seed, step=part["step"], loss=part["val_loss"].astype(float), gain=gain, of_first=gain / first
+                )
+            )
+        )
+    table = (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=["seed", "step", "loss", "gain", "of_first"])
+    )
     mean = table.groupby("step")["of_first"].mean().dropna()
     late = [s for s in mean.index if (mean[mean.index >= s] < share).all()]
     return table, (int(late[0]) if late else None)
 
 # %% ../../nbs/phases/08_scaling.ipynb #8adb965c
 def transfer(
-    frame,                 # of the study `scaling-lr`
-    metric:str="val_loss", # tuning looks at validation
-):                         # DataFrame, one row per size: its best rate, its loss there, its loss at the smallest size's best rate, and the regret
+    frame,  # of the study `scaling-lr`
+    metric: str = "val_loss",  # tuning looks at validation
+):  # DataFrame, one row per size: its best rate, its loss there, its loss at the smallest size's best rate, and the regret
     "How well the best learning rate of the smallest size serves the others."
     import pandas as pd
+
     done = frame[frame["status"] == "done"]
     order = done.groupby("block")["total_parameters"].mean().sort_values().index
     grid = done.groupby(["block", "train.lr"])[metric].mean()
     best = {size: float(grid[size].idxmin()) for size in order}
-    if not best: return pd.DataFrame(columns=["size", "best_lr", "best", "carried_lr", "carried", "at_edge", "regret"])
+    if not best:
+        return pd.DataFrame(columns=["size", "best_lr", "best", "carried_lr", "carried", "at_edge", "regret"])
     small = best[order[0]]
-    rows = [dict(size=size, best_lr=best[size], best=float(grid[size].min()), carried_lr=small, carried=float(grid[size].get(small, math.nan)), at_edge=best[size] in (grid[size].index.min(), grid[size].index.max())) for size in order]
+    rows = [
+        dict(
+            size=size,
+            best_lr=best[size],
+            best=float(grid[size].min()),
+            carried_lr=small,
+            carried=float(grid[size].get(small, math.nan)),
+            at_edge=best[size] in (grid[size].index.min(), grid[size].index.max()),
+        )
+        for size in order
+    ]
     return pd.DataFrame(rows).assign(regret=lambda t: t["carried"] - t["best"])
 
 # %% ../../nbs/phases/08_scaling.ipynb #3513cdc3
 def judge(
-    frame,               # of the study `scaling`
-    smallest:str,        # its baseline
-    fits:dict,           # of `laws`
-    returns,             # of `dynamics`
-    diminished:int|None, # of `dynamics`
-    moved=None,          # of `transfer`; None: one learning rate
-    noise:float|None=None, # spread of a run's loss over seeds, nats: a regret below two of it is none
-    context=None,        # of the study `scaling-context`; None: one context
-) -> list[dict]:         # verdicts
+    frame,  # of the study `scaling`
+    smallest: str,  # its baseline
+    fits: dict,  # of `laws`
+    returns,  # of `dynamics`
+    diminished: int | None,  # of `dynamics`
+    moved=None,  # of `transfer`; None: one learning rate
+    noise: float | None = None,  # spread of a run's loss over seeds, nats: a regret below two of it is none
+    context=None,  # of the study `scaling-context`; None: one context
+) -> list[dict]:  # verdicts
     "The scaling questions, one verdict each."
     import numpy as np
     import pandas as pd
-    none = lambda id, text, why: dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])   # noqa: E731
-    rows = compare(frame, "test_bpb", smallest) if frame["arm"].nunique() > 1 else pd.DataFrame(columns=["block", "arm"])
-    out = [claim("scaling size", "A larger model is better (fewer bits per byte) than the smallest, at equal tokens.", rows)]
+
+    none = lambda id, text, why: dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])  # noqa: E731
+    rows = (
+        compare(frame, "test_bpb", smallest) if frame["arm"].nunique() > 1 else pd.DataFrame(columns=["block", "arm"])
+    )
+    out = [
+        claim(
+            "scaling size", "A larger model is better (fewer bits per byte) than the smallest, at equal tokens.", rows
+        )
+    ]
 
     def drop(id, text, table, column, metric):
         "Is the last of a series smaller than the first, pair by pair?"
         ends = table.dropna(subset=[column]).groupby("seed")[column].agg(["first", "last", "count"])
-        if table.dropna(subset=[column])["step"].nunique() < 2: return none(id, text, "It needs two steps of the series, and there is one or none.")
-        both = pd.concat([pd.DataFrame(dict(seed=ends.index, arm=a, status="done", block="", **{metric: ends[a].to_numpy()})) for a in ("first", "last")])
-        return claim(id, text, compare(both, metric, "first", tests=()).assign(phrase="The last step instead of the first", arm="last", baseline="first"), direction="lower")
-    out.append(drop("scaling returns", "Each doubling of the parameters gives less than the one before.", gains(frame), "gain", "gain_per_doubling"))
-    v = drop("scaling training", "Returns diminish during training: the last interval gains less than the first.", returns, "gain", "gain_per_1000_steps")
-    if v["word"] != "not testable here": v["sentence"] += f" From step {diminished} on an interval gains under a tenth of the first." if diminished is not None else " The last interval still gained more than a tenth of the first."
+        if table.dropna(subset=[column])["step"].nunique() < 2:
+            return none(id, text, "It needs two steps of the series, and there is one or none.")
+        both = pd.concat(
+            [
+                pd.DataFrame(dict(seed=ends.index, arm=a, status="done", block="", **{metric: ends[a].to_numpy()}))
+                for a in ("first", "last")
+            ]
+        )
+        return claim(
+            id,
+            text,
+            compare(both, metric, "first", tests=()).assign(
+                phrase="The last step instead of the first", arm="last", baseline="first"
+            ),
+            direction="lower",
+        )
+
+    out.append(
+        drop(
+            "scaling returns",
+            "Each doubling of the parameters gives less than the one before.",
+            gains(frame),
+            "gain",
+            "gain_per_doubling",
+        )
+    )
+    v = drop(
+        "scaling training",
+        "Returns diminish during training: the last interval gains less than the first.",
+        returns,
+        "gain",
+        "gain_per_1000_steps",
+    )
+    if v["word"] != "not testable here":
+        v["sentence"] += (
+            f" From step {diminished} on an interval gains under a tenth of the first."
+            if diminished is not None
+            else " The last interval still gained more than a tenth of the first."
+        )
     out.append(v)
     text = "A power law fitted to the smaller sizes predicts the loss of the largest."
     held = fits.get("training_flops", (None, None))[1]
-    if held is None or not math.isfinite(held.predicted): out.append(none("scaling law", text, "It needs at least three sizes with finished runs."))
+    if held is None or not math.isfinite(held.predicted):
+        out.append(none("scaling law", text, "It needs at least three sizes with finished runs."))
     else:
         known = math.isfinite(held.predicted_low)
         inside = known and held.predicted_low <= held.observed <= held.predicted_high
-        missed = "contradicted" if held.E > 0 else "undecided"   # without E the law must predict too little: a miss says nothing about laws with it
-        out.append(dict(id="scaling law", claim=text, word="not testable here" if not known else "supported" if inside else missed, caveats=[*([f"{held.note[0].upper()}{held.note[1:]}."] if held.note else []), *([] if held.E > 0 else ["Three sizes cannot carry the three constants of the law and still test it: the prediction leaves out the part that no size removes, and comes out low."])],
-                        sentence=f"Against compute, {held.predicted:.4f} nats were predicted ({f'95% interval {held.predicted_low:.4f} to {held.predicted_high:.4f}' if known else 'no interval, one run a size'}) and {held.observed:.4f} observed; the exponent is {held.alpha:.3f}."))
+        missed = (
+            "contradicted" if held.E > 0 else "undecided"
+        )  # without E the law must predict too little: a miss says nothing about laws with it
+        out.append(
+            dict(
+                id="scaling law",
+                claim=text,
+                word="not testable here" if not known else "supported" if inside else missed,
+                caveats=[
+                    *([f"{held.note[0].upper()}{held.note[1:]}."] if held.note else []),
+                    *(
+                        []
+                        if held.E > 0
+                        else [
+                            "Three sizes cannot carry the three constants of the law and still test it: the prediction leaves out the part that no size removes, and comes out low."
+                        ]
+                    ),
+                ],
+                sentence=f"Against compute, {held.predicted:.4f} nats were predicted ({f'95% interval {held.predicted_low:.4f} to {held.predicted_high:.4f}' if known else 'no interval, one run a size'}) and {held.observed:.4f} observed; the exponent is {held.alpha:.3f}.",
+            )
+        )
     text = "The best learning rate of the smallest size can be carried to the larger ones."
-    if moved is None or len(moved) < 2: out.append(none("scaling learning rate", text, "The learning rate was not varied over several sizes."))
+    if moved is None or len(moved) < 2:
+        out.append(none("scaling learning rate", text, "The learning rate was not varied over several sizes."))
     else:
         worst = float(moved["regret"].max()) if moved["regret"].notna().all() else math.inf
         limit, edge = 2 * noise if noise else math.nan, "at_edge" in moved and bool(moved["at_edge"].any())
         word = "undecided" if not math.isfinite(limit) else "supported" if worst <= limit else "contradicted"
-        out.append(dict(id="scaling learning rate", claim=text, word=word, caveats=["One seed a rate.", *(["A best rate lies at the end of the grid: a better one may lie beyond."] if edge else [])],
-                        sentence="Best rates: " + ", ".join(f"{r.best_lr:g} at {r.size}" for r in moved.itertuples()) + f". Carrying {moved['carried_lr'].iloc[0]:g} costs at most {worst:.4f} nats" + (f", against {limit:.4f} nats that two standard deviations over seeds allow." if math.isfinite(limit) else "; the spread over seeds to judge it by is not known.")))
+        out.append(
+            dict(
+                id="scaling learning rate",
+                claim=text,
+                word=word,
+                caveats=[
+                    "One seed a rate.",
+                    *(["A best rate lies at the end of the grid: a better one may lie beyond."] if edge else []),
+                ],
+                sentence="Best rates: "
+                + ", ".join(f"{r.best_lr:g} at {r.size}" for r in moved.itertuples())
+                + f". Carrying {moved['carried_lr'].iloc[0]:g} costs at most {worst:.4f} nats"
+                + (
+                    f", against {limit:.4f} nats that two standard deviations over seeds allow."
+                    if math.isfinite(limit)
+                    else "; the spread over seeds to judge it by is not known."
+                ),
+            )
+        )
     text = "A longer context lowers the loss and raises the cost of a token."
-    if context is None or context["block"].nunique() < 2: out.append(none("scaling context", text, "The context was not varied."))
+    if context is None or context["block"].nunique() < 2:
+        out.append(none("scaling context", text, "The context was not varied."))
     else:
-        mean = context[context["status"] == "done"].groupby("model.max_seq_len")[["test_loss", "flops_per_token"]].mean()
-        better, dearer = bool((np.diff(mean["test_loss"]) < 0).all()), bool((np.diff(mean["flops_per_token"]) > 0).all())
+        mean = (
+            context[context["status"] == "done"].groupby("model.max_seq_len")[["test_loss", "flops_per_token"]].mean()
+        )
+        better, dearer = (
+            bool((np.diff(mean["test_loss"]) < 0).all()),
+            bool((np.diff(mean["flops_per_token"]) > 0).all()),
+        )
         gain = float(mean["test_loss"].iloc[0] - mean["test_loss"].iloc[-1])
-        word = "undecided" if len(mean) < 2 or not noise or abs(gain) <= 2 * noise else "supported" if better and dearer else "contradicted" if gain < 0 else "undecided"
-        out.append(dict(id="scaling context", claim=text, word=word, caveats=["One seed a context."], sentence=f"From context {mean.index[0]:g} to {mean.index[-1]:g} the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.4f} nats and a token costs {mean['flops_per_token'].iloc[-1] / mean['flops_per_token'].iloc[0]:.2f} times the compute."))
+        word = (
+            "undecided"
+            if len(mean) < 2 or not noise or abs(gain) <= 2 * noise
+            else "supported"
+            if better and dearer
+            else "contradicted"
+            if gain < 0
+            else "undecided"
+        )
+        out.append(
+            dict(
+                id="scaling context",
+                claim=text,
+                word=word,
+                caveats=["One seed a context."],
+                sentence=f"From context {mean.index[0]:g} to {mean.index[-1]:g} the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.4f} nats and a token costs {mean['flops_per_token'].iloc[-1] / mean['flops_per_token'].iloc[0]:.2f} times the compute.",
+            )
+        )
     return out
 
+
 def run_noise(
-    frame, # of the study `scaling`
-) -> float|None: # nats per token
+    frame,  # of the study `scaling`
+) -> float | None:  # nats per token
     "Spread of the validation loss over seeds, pooled over the sizes; None with one seed."
     groups = frame[frame["status"] == "done"].groupby("arm")["val_loss"]
     free = int((groups.count() - 1).sum())

@@ -10,16 +10,27 @@ __all__ = ['CORRELATED', 'QUESTIONS', 'studies', 'gather', 'run_noise', 'frame_o
 import math
 
 from ..config import PHASES, Profile
-from ..design import aa_calibration, correlations, more_seeds, pairing_gain
-from ..inference import detectable_ncp, ppl_power, seeds_needed, t_power
 from ..plan import read_outcome
-from ..plots import COLORS, panels, styled
-from ..stats import compare, p_words
+from kimi_nb.stats import (
+    COLORS,
+    aa_calibration,
+    compare,
+    correlations,
+    detectable_ncp,
+    more_seeds,
+    p_words,
+    pairing_gain,
+    panels,
+    ppl_power,
+    seeds_needed,
+    styled,
+    t_power,
+)
 from ..study import Study
 
 # %% ../../nbs/phases/10_stats.ipynb #257361e1
 def studies(
-    profile:Profile,
+    profile: Profile,
 ) -> list[Study]:
     "None: this phase reads what the others ran."
     return []
@@ -27,44 +38,50 @@ def studies(
 # %% ../../nbs/phases/10_stats.ipynb #95fa9681
 def gather(
     store,
-    profile:str, # name of the profile
-) -> tuple:      # (outcomes of this profile by phase, phases that ran with another profile only)
+    profile: str,  # name of the profile
+) -> tuple:  # (outcomes of this profile by phase, phases that ran with another profile only)
     "What the phases left; this one and those of other profiles are left out."
     found = {p: o for p in PHASES if p != "stats" and (o := read_outcome(store, p))}
-    return {p: o for p, o in found.items() if o["profile"] == profile}, [p for p, o in found.items() if o["profile"] != profile]
+    return {p: o for p, o in found.items() if o["profile"] == profile}, [
+        p for p, o in found.items() if o["profile"] != profile
+    ]
 
 # %% ../../nbs/phases/10_stats.ipynb #2d4cb4ca
 def run_noise(
-    frame,                  # one row per run: arm, seed, status, metric
-    metric:str="test_loss",
-) -> dict:                  # noise_sd, seed_sd, df, runs; NaN where the runs cannot tell
+    frame,  # one row per run: arm, seed, status, metric
+    metric: str = "test_loss",
+) -> dict:  # noise_sd, seed_sd, df, runs; NaN where the runs cannot tell
     "Standard deviations of a run and of what a seed's runs share, from the arms that finished with every seed."
     import numpy as np
+
     nothing = dict(noise_sd=math.nan, seed_sd=math.nan, df=0, runs=0)
-    if frame is None or metric not in frame: return nothing
+    if frame is None or metric not in frame:
+        return nothing
     grid = frame[frame["status"] == "done"].pivot_table(index="arm", columns="seed", values=metric).dropna()
     a, s = grid.shape
-    if a < 2 or s < 2: return nothing
+    if a < 2 or s < 2:
+        return nothing
     y = grid.to_numpy()
     residual = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
     df = (a - 1) * (s - 1)
-    noise = float((residual ** 2).sum() / df)
+    noise = float((residual**2).sum() / df)
     shared = max(0.0, (a * float(np.var(y.mean(0), ddof=1)) - noise) / a)
     return dict(noise_sd=math.sqrt(noise), seed_sd=math.sqrt(shared), df=df, runs=a * s)
 
+
 def frame_of(
     store,
-    outcomes:dict, # of `gather`
-    name:str,      # of a study, which is also its phase's
-):                 # DataFrame, or None where the phase has not run with this profile
+    outcomes: dict,  # of `gather`
+    name: str,  # of a study, which is also its phase's
+):  # DataFrame, or None where the phase has not run with this profile
     "The runs of a phase that left an outcome."
     return store.frame(name) if name in outcomes and name in store.studies() else None
 
 # %% ../../nbs/phases/10_stats.ipynb #d98cae99
 @styled
 def calibration_figure(
-    table, # of `aa_calibration`
-):         # matplotlib Figure
+    table,  # of `aa_calibration`
+):  # matplotlib Figure
     "False positives of every test against the declared rate."
     shown = table[table["rate"].notna()].reset_index(drop=True)
     fig, (ax,) = panels(1, (7.2, 0.9 + 0.36 * len(shown)))
@@ -72,37 +89,69 @@ def calibration_figure(
         color = COLORS[0] if r["ok"] else COLORS[1]
         ax.plot([100 * r["mc_low"], 100 * r["mc_high"]], [i, i], color=color, lw=3, solid_capstyle="butt")
         ax.plot([100 * r["rate"]], [i], "o", color=color, ms=6)
-        ax.annotate(r["note"], (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#333333", annotation_clip=False)
+        ax.annotate(
+            r["note"],
+            (1.02, i),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8.5,
+            color="#333333",
+            annotation_clip=False,
+        )
     ax.axvline(100 * shown["alpha"].iloc[0], color="#444444", lw=1, ls=(0, (2, 2)))
     ax.set_yticks(range(len(shown)), list(shown["test"]))
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    ax.set(xlabel=f"studies without a difference that are called significant (%)\n{int(shown['studies'].max()):,} simulated each, {int(shown['n_seeds'].iloc[0])} seeds; bar: 99% interval; dashed: declared rate")
+    ax.set(
+        xlabel=f"studies without a difference that are called significant (%)\n{int(shown['studies'].max()):,} simulated each, {int(shown['n_seeds'].iloc[0])} seeds; bar: 99% interval; dashed: declared rate"
+    )
     return fig
 
 # %% ../../nbs/phases/10_stats.ipynb #802f92a8
 def power_of(
-    noise:dict,          # of `run_noise`
-    seeds:int,           # per arm
-    change:float=0.05,   # relative change of perplexity
-    alpha:float=0.05,
-) -> dict:               # power of one pair of arms and of a main effect, seeds that one pair needs for 80%, smallest changes found at 80%
+    noise: dict,  # of `run_noise`
+    seeds: int,  # per arm
+    change: float = 0.05,  # relative change of perplexity
+    alpha: float = 0.05,
+) -> (
+    dict
+):  # power of one pair of arms and of a main effect, seeds that one pair needs for 80%, smallest changes found at 80%
     "The power to see a relative change of perplexity."
     sd, effect = noise["noise_sd"], math.log1p(change)
-    if not sd > 0: return dict(pair=math.nan, main=math.nan, needed=math.nan, pair_finds=math.nan, main_finds=math.nan)
+    if not sd > 0:
+        return dict(pair=math.nan, main=math.nan, needed=math.nan, pair_finds=math.nan, main_finds=math.nan)
     se = 2 * sd / math.sqrt(noise["runs"])
-    return dict(pair=ppl_power(math.sqrt(2) * sd, seeds, change, alpha), main=t_power(effect / se, noise["df"], alpha), needed=seeds_needed(effect, math.sqrt(2) * sd, alpha),
-                pair_finds=math.expm1(detectable_ncp(seeds - 1, alpha) * math.sqrt(2 / seeds) * sd) if seeds > 1 else math.nan, main_finds=math.expm1(detectable_ncp(noise["df"], alpha) * se))
+    return dict(
+        pair=ppl_power(math.sqrt(2) * sd, seeds, change, alpha),
+        main=t_power(effect / se, noise["df"], alpha),
+        needed=seeds_needed(effect, math.sqrt(2) * sd, alpha),
+        pair_finds=math.expm1(detectable_ncp(seeds - 1, alpha) * math.sqrt(2 / seeds) * sd) if seeds > 1 else math.nan,
+        main_finds=math.expm1(detectable_ncp(noise["df"], alpha) * se),
+    )
 
 # %% ../../nbs/phases/10_stats.ipynb #a5ec5278
-CORRELATED = ("early_loss", "val_loss", "test_loss", "test_bpb", "test_accuracy", "loss_residual_sd", "grad_norm_mean", "grad_norm_sd", "active_parameters", "flops_per_token", "val_max_violation")
+CORRELATED = (
+    "early_loss",
+    "val_loss",
+    "test_loss",
+    "test_bpb",
+    "test_accuracy",
+    "loss_residual_sd",
+    "grad_norm_mean",
+    "grad_norm_sd",
+    "active_parameters",
+    "flops_per_token",
+    "val_max_violation",
+)
+
 
 def related(
     frame,  # of a study, one row per run
-    curves, # its curves
-):          # DataFrame of `correlations`, or None where there is too little
+    curves,  # its curves
+):  # DataFrame of `correlations`, or None where there is too little
     "Correlations of the metrics that vary over finished runs."
-    if frame is None: return None
+    if frame is None:
+        return None
     first = curves.dropna(subset=["val_loss"]).sort_values("step").groupby("run_id")["val_loss"].first()
     data = frame.assign(early_loss=frame["run_id"].map(first).astype(float))
     good = data[data["status"] == "done"]
@@ -133,85 +182,205 @@ QUESTIONS = {  # id -> (question, phases that answer it, the strongest first)
     "scaling context": ("What does a longer context give, for what it costs?", ("scaling",)),
 }
 
+
 def answer(
-    id:str,         # one of `QUESTIONS`
-    outcomes:dict,  # of `gather`
-    others=(),      # phases that ran with another profile only
-) -> dict:          # verdict: id, claim, word, sentence, caveats, and from: its phase
+    id: str,  # one of `QUESTIONS`
+    outcomes: dict,  # of `gather`
+    others=(),  # phases that ran with another profile only
+) -> dict:  # verdict: id, claim, word, sentence, caveats, and from: its phase
     "The verdict of the strongest phase that has one; what the others say stands in its sentence."
     question, phases = QUESTIONS[id]
     said = [(p, v) for p in phases if p in outcomes for v in outcomes[p]["verdicts"] if v["id"] == id]
     said.sort(key=lambda pv: (pv[1]["word"] == "not testable here", phases.index(pv[0])))
     lacking = [p for p in phases if p not in outcomes]
-    why = "; ".join(f"phase {p} " + ("ran with another profile only" if p in others else "has not run") for p in lacking)
-    if not said: return dict(id=id, claim=question, word="not testable here", sentence=(f"{why[0].upper()}{why[1:]}." if why else "The phase did not ask it with this profile."), caveats=[], **{"from": ""})
+    why = "; ".join(
+        f"phase {p} " + ("ran with another profile only" if p in others else "has not run") for p in lacking
+    )
+    if not said:
+        return dict(
+            id=id,
+            claim=question,
+            word="not testable here",
+            sentence=(f"{why[0].upper()}{why[1:]}." if why else "The phase did not ask it with this profile."),
+            caveats=[],
+            **{"from": ""},
+        )
     (phase, best), rest = said[0], said[1:]
     part = {w["id"] for p in phases if p in outcomes for w in outcomes[p]["verdicts"] if w["id"].startswith(f"{id}-")}
     sentence = best["sentence"] + "".join(f" Phase {p}: {v['word']} ({v['claim']})" for p, v in rest)
     more = [f"See also {', '.join(sorted(part))}."] if part else []
-    return dict(id=id, claim=best["claim"], word=best["word"], sentence=sentence, caveats=[*best.get("caveats", []), *([f"{why[0].upper()}{why[1:]}."] if why else []), *more], **{"from": phase})
+    return dict(
+        id=id,
+        claim=best["claim"],
+        word=best["word"],
+        sentence=sentence,
+        caveats=[*best.get("caveats", []), *([f"{why[0].upper()}{why[1:]}."] if why else []), *more],
+        **{"from": phase},
+    )
 
 # %% ../../nbs/phases/10_stats.ipynb #f78afebd
 def statistical_criteria(
-    outcomes:dict, # of `gather`
-    frame,         # of the study `combined`; None where it has not run
-) -> list[dict]:   # verdicts
+    outcomes: dict,  # of `gather`
+    frame,  # of the study `combined`; None where it has not run
+) -> list[dict]:  # verdicts
     "Significance, effect size and reproducibility, for the model that has all parts."
-    none = lambda id, text, why: dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])   # noqa: E731
-    texts = {"criterion significance": "The improvement by all parts together is significant (p < 0.05).", "criterion effect size": "The improvement by all parts together is larger than Cohen's d = 0.5.",
-             "criterion reproducibility": "Results are consistent over runs."}
+    none = lambda id, text, why: dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])  # noqa: E731
+    texts = {
+        "criterion significance": "The improvement by all parts together is significant (p < 0.05).",
+        "criterion effect size": "The improvement by all parts together is larger than Cohen's d = 0.5.",
+        "criterion reproducibility": "Results are consistent over runs.",
+    }
     out = []
     together = next((v for v in outcomes.get("combined", {}).get("verdicts", []) if v["id"] == "RQ5"), None)
-    out.append(dict(together, id="criterion significance", claim=texts["criterion significance"]) if together else none("criterion significance", texts["criterion significance"], "Phase combined has not run."))
-    best = None if frame is None else max(set(frame["arm"]) - {"base"}, key=lambda a: 99 if a == "all" else a.count("+"), default=None)
-    r = None if best is None or "base" not in set(frame["arm"]) else compare(frame[frame["arm"].isin(["base", best])], "test_bpb", "base").iloc[0]
-    if r is None or not math.isfinite(r["hedges_g_low"]): out.append(none("criterion effect size", texts["criterion effect size"], "Phase combined has not run." if frame is None else "There is nothing to compare." if r is None else f"{r['note'] or 'two pairs give no interval'}.".capitalize()))
+    out.append(
+        dict(together, id="criterion significance", claim=texts["criterion significance"])
+        if together
+        else none("criterion significance", texts["criterion significance"], "Phase combined has not run.")
+    )
+    best = (
+        None
+        if frame is None
+        else max(set(frame["arm"]) - {"base"}, key=lambda a: 99 if a == "all" else a.count("+"), default=None)
+    )
+    r = (
+        None
+        if best is None or "base" not in set(frame["arm"])
+        else compare(frame[frame["arm"].isin(["base", best])], "test_bpb", "base").iloc[0]
+    )
+    if r is None or not math.isfinite(r["hedges_g_low"]):
+        out.append(
+            none(
+                "criterion effect size",
+                texts["criterion effect size"],
+                "Phase combined has not run."
+                if frame is None
+                else "There is nothing to compare."
+                if r is None
+                else f"{r['note'] or 'two pairs give no interval'}.".capitalize(),
+            )
+        )
     else:
-        g, low, high = -r["hedges_g"], -r["hedges_g_high"], -r["hedges_g_low"]   # fewer bits are better
-        out.append(dict(id="criterion effect size", claim=texts["criterion effect size"], word="supported" if low > 0.5 else "contradicted" if high < 0.5 else "undecided",
-                        sentence=f"Paired by seed, the improvement of {best} over the baseline is d_z = {-r['d_z']:.2f}, corrected for {int(r['n'])} pairs g = {g:.2f} (95% interval {low:.2f} to {high:.2f}).", caveats=[]))
+        g, low, high = -r["hedges_g"], -r["hedges_g_high"], -r["hedges_g_low"]  # fewer bits are better
+        out.append(
+            dict(
+                id="criterion effect size",
+                claim=texts["criterion effect size"],
+                word="supported" if low > 0.5 else "contradicted" if high < 0.5 else "undecided",
+                sentence=f"Paired by seed, the improvement of {best} over the baseline is d_z = {-r['d_z']:.2f}, corrected for {int(r['n'])} pairs g = {g:.2f} (95% interval {low:.2f} to {high:.2f}).",
+                caveats=[],
+            )
+        )
     base = {v["id"]: v for v in outcomes.get("baseline", {}).get("verdicts", [])}
     checks = [base[k] for k in ("reproducibility", "consistency") if k in base]
-    if not checks: out.append(none("criterion reproducibility", texts["criterion reproducibility"], "Phase baseline has not run."))
+    if not checks:
+        out.append(none("criterion reproducibility", texts["criterion reproducibility"], "Phase baseline has not run."))
     else:
         words = [v["word"] for v in checks]
-        word = "contradicted" if "contradicted" in words else "supported" if set(words) == {"supported"} else "undecided" if "supported" in words else "not testable here"
-        out.append(dict(id="criterion reproducibility", claim=texts["criterion reproducibility"], word=word, sentence=" ".join(v["sentence"] for v in checks), caveats=[]))
+        word = (
+            "contradicted"
+            if "contradicted" in words
+            else "supported"
+            if set(words) == {"supported"}
+            else "undecided"
+            if "supported" in words
+            else "not testable here"
+        )
+        out.append(
+            dict(
+                id="criterion reproducibility",
+                claim=texts["criterion reproducibility"],
+                word=word,
+                sentence=" ".join(v["sentence"] for v in checks),
+                caveats=[],
+            )
+        )
     return out
 
+
 def method_verdicts(
-    calibration,   # of `aa_calibration`
-    noise:dict,    # of `run_noise`
-    power:dict,    # of `power_of`
-    seeds:int,     # per arm
-    gain=None,     # of `pairing_gain`
-    pairs=None,    # of `related`
-) -> list[dict]:   # verdicts
+    calibration,  # of `aa_calibration`
+    noise: dict,  # of `run_noise`
+    power: dict,  # of `power_of`
+    seeds: int,  # per arm
+    gain=None,  # of `pairing_gain`
+    pairs=None,  # of `related`
+) -> list[dict]:  # verdicts
     "Whether the tests can be trusted, what the seeds can show, what pairing saves, and which early number predicts the end."
-    def none(id, text, why): return dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])
+
+    def none(id, text, why):
+        return dict(id=id, claim=text, word="not testable here", sentence=why, caveats=[])
+
     rated = calibration[calibration["rate"].notna()]
     worst = rated.loc[(rated["rate"] - rated["alpha"]).idxmax()]
     known = noise["noise_sd"] > 0
-    out = [dict(id="calibration", claim="Every test keeps to its declared rate of false positives.", word="supported" if rated["ok"].all() else "contradicted",
-                sentence=f"In {int(worst['studies'])} simulated studies without a difference, at {seeds} seeds, the highest rate is {100 * worst['rate']:.1f}% ({worst['test']}), {100 * worst['alpha']:g}% declared (99% interval of the simulation {100 * worst['mc_low']:.1f} to {100 * worst['mc_high']:.1f}%).",
-                caveats=[*([] if known else ["No noise could be measured: noise of one unit stands in."]), "The simulated noise is normal."])]
+    out = [
+        dict(
+            id="calibration",
+            claim="Every test keeps to its declared rate of false positives.",
+            word="supported" if rated["ok"].all() else "contradicted",
+            sentence=f"In {int(worst['studies'])} simulated studies without a difference, at {seeds} seeds, the highest rate is {100 * worst['rate']:.1f}% ({worst['test']}), {100 * worst['alpha']:g}% declared (99% interval of the simulation {100 * worst['mc_low']:.1f} to {100 * worst['mc_high']:.1f}%).",
+            caveats=[
+                *([] if known else ["No noise could be measured: noise of one unit stands in."]),
+                "The simulated noise is normal.",
+            ],
+        )
+    ]
     text = f"{seeds} seeds are enough to see a 5% change of perplexity between two arms (80% power)."
-    if not power["pair"] == power["pair"]: out.append(none("power", text, "The noise of a run is not known: the factorial has not run with at least two seeds."))
-    else: out.append(dict(id="power", claim=text, word="supported" if power["pair"] >= 0.8 else "contradicted", caveats=["As if the measured noise were exact."],
-                          sentence=f"A run's noise is {noise['noise_sd']:.4f} nats ({noise['df']} degrees of freedom), so a pair of arms finds 5% with a power of {100 * power['pair']:.0f}% and a main effect of the factorial with {100 * power['main']:.0f}%; a pair needs {power['needed']:.0f} seeds for it. "
-                                   f"At 80% power a pair finds changes from {100 * power['pair_finds']:.1f}% on, a main effect from {100 * power['main_finds']:.2f}% on (uncorrected for families)."))
+    if not power["pair"] == power["pair"]:
+        out.append(
+            none("power", text, "The noise of a run is not known: the factorial has not run with at least two seeds.")
+        )
+    else:
+        out.append(
+            dict(
+                id="power",
+                claim=text,
+                word="supported" if power["pair"] >= 0.8 else "contradicted",
+                caveats=["As if the measured noise were exact."],
+                sentence=f"A run's noise is {noise['noise_sd']:.4f} nats ({noise['df']} degrees of freedom), so a pair of arms finds 5% with a power of {100 * power['pair']:.0f}% and a main effect of the factorial with {100 * power['main']:.0f}%; a pair needs {power['needed']:.0f} seeds for it. "
+                f"At 80% power a pair finds changes from {100 * power['pair_finds']:.1f}% on, a main effect from {100 * power['main_finds']:.2f}% on (uncorrected for families).",
+            )
+        )
     text = "Pairing by seed saves runs."
-    if gain is None or not gain["gain"].notna().any(): out.append(none("pairing", text, "There are no pairs to judge by."))
+    if gain is None or not gain["gain"].notna().any():
+        out.append(none("pairing", text, "There are no pairs to judge by."))
     else:
         g = gain["gain"].dropna()
         middle = float(g.median())
-        out.append(dict(id="pairing", claim=text, word="supported" if float(g.quantile(0.25)) > 1 else "contradicted" if float(g.quantile(0.75)) < 1 else "undecided", caveats=[f"Each figure rests on {int(gain['n'].min())} pairs; the word on their middle half."],
-                        sentence=f"The median over {len(g)} arms: one pair is worth {middle:.1f} unpaired (middle half {g.quantile(0.25):.1f} to {g.quantile(0.75):.1f})."))
+        out.append(
+            dict(
+                id="pairing",
+                claim=text,
+                word="supported"
+                if float(g.quantile(0.25)) > 1
+                else "contradicted"
+                if float(g.quantile(0.75)) < 1
+                else "undecided",
+                caveats=[f"Each figure rests on {int(gain['n'].min())} pairs; the word on their middle half."],
+                sentence=f"The median over {len(g)} arms: one pair is worth {middle:.1f} unpaired (middle half {g.quantile(0.25):.1f} to {g.quantile(0.75):.1f}).",
+            )
+        )
     text = "An early validation loss predicts the final test loss."
-    r = None if pairs is None else next((p for p in pairs.to_dict("records") if {p["a"], p["b"]} == {"early_loss", "test_loss"}), None)
-    if r is None or not r["p"] == r["p"]: out.append(none("metrics", text, "Too few runs have both."))
+    r = (
+        None
+        if pairs is None
+        else next((p for p in pairs.to_dict("records") if {p["a"], p["b"]} == {"early_loss", "test_loss"}), None)
+    )
+    if r is None or not r["p"] == r["p"]:
+        out.append(none("metrics", text, "Too few runs have both."))
     else:
         sure = r["p_adj"] < 0.05
-        out.append(dict(id="metrics", claim=text, word="supported" if sure and r["r"] > 0 else "contradicted" if sure or r["ci_high"] < 0.3 else "undecided", caveats=["Over runs that differ in their parts; runs of one cell are not independent."],
-                        sentence=f"r = {r['r']:.2f} (95% interval {r['ci_low']:.2f} to {r['ci_high']:.2f}, {p_words(r['p_adj'])} after FDR, {r['n']} runs)."))
+        out.append(
+            dict(
+                id="metrics",
+                claim=text,
+                word="supported"
+                if sure and r["r"] > 0
+                else "contradicted"
+                if sure or r["ci_high"] < 0.3
+                else "undecided",
+                caveats=["Over runs that differ in their parts; runs of one cell are not independent."],
+                sentence=f"r = {r['r']:.2f} (95% interval {r['ci_low']:.2f} to {r['ci_high']:.2f}, {p_words(r['p_adj'])} after FDR, {r['n']} runs).",
+            )
+        )
     return out

@@ -1,0 +1,29 @@
+"""Clocks: speed, memory, utilisation."""
+
+from kimi_nb import lazily
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    speed="""
+        COSTS NEW_TOKENS SpeedError TEAM TURN UNDISTURBED cost_shape measure over_context remembered
+        speed_caveats speed_comparison speed_rounds
+    """,
+    step="""
+        Utilisation matrix_peak settle utilisation
+    """,
+    repeats="""
+        repeat_spread repeated_run spread_with_and_without
+    """,
+    profiling="""
+        Profiled ProfilingError profile_steps
+    """,
+    nanogpt="""
+        Comparison NanoGPTComparison nanogpt_equal
+    """,
+    suite="""
+        BENCHES GPT2 bench_decode bench_example bench_kernels bench_moe bench_muon bench_nanogpt_loss
+        bench_nanogpt_speed bench_plan_run bench_repeats bench_start bench_tokenizers bench_training_step
+        bench_utilisation example_run kept_for_backward looped_experts nanogpt_run precisions row run_bench
+        shakespeare side_by_side
+    """,
+)

@@ -1,0 +1,1 @@
+from kimi_nb.use.generate import *  # noqa: F403

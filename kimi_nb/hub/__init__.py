@@ -1,0 +1,1 @@
+from kimi_nb.use.hub import *  # noqa: F403

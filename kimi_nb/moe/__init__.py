@@ -1,0 +1,1 @@
+from kimi_nb.model.moe import *  # noqa: F403

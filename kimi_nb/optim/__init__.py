@@ -1,0 +1,1 @@
+from kimi_nb.train.optim import *  # noqa: F403

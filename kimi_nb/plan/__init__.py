@@ -1,0 +1,23 @@
+"""All phases in order, headless, and what is published of them."""
+
+from kimi_nb import lazily
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    run="""
+        AFTER ANALYSIS FIRST FLOOR PlanError PlanReport check_parameters execute_phase phase_key
+        phase_notebooks phase_studies pick_phases plan_table read_outcome record_outcome results_folder
+        run_plan summary time_by_part timing write_json
+    """,
+    phase="""
+        Phase open_phase
+    """,
+    template="""
+        TemplateError export_notebooks new_phase
+    """,
+    publish="""
+        COLOURS FORMAT LIMIT POINTS PublishError SHOWN bundle check_finished headline open_published
+        published published_profiles read_bundle records_of slim_notebook small_png small_svg source_of
+        studies_of where_from
+    """,
+)

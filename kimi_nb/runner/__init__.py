@@ -1,0 +1,26 @@
+"""Processes: which runs, where, how many at a time."""
+
+from kimi_nb import lazily
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    attempt="""
+        Crowded PlanInterrupted RunnerError distinct pending run_one start_process
+    """,
+    cluster="""
+        ClusterError connected has_gpus room spread
+    """,
+    forecast="""
+        H100 SHARING default_workers expect_h100 measure_sharing pick_sharing pick_workers predict_seconds
+        read_sharing read_timings share_of_cores step_flops time_step visible_gpus weight
+    """,
+    pool="""
+        EXECUTORS Progress Worker run_studies run_study
+    """,
+    tuning="""
+        TUNING_SEED best_rates tuned tuning_study
+    """,
+    apart="""
+        ACTIVE Apart LiveError LiveRun live_runs start_run train_apart
+    """,
+)

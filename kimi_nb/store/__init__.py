@@ -1,0 +1,1 @@
+from kimi_nb.study.store import *  # noqa: F403

@@ -1,0 +1,25 @@
+"""What is asked and what came out, as data; no torch."""
+
+from kimi_nb import lazily
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    record="""
+        Arm Planned RESERVED Record RecordError Study TRAINING_WINGS canonical code_hash digest_of seal
+        definitions hash_definitions training_files unseal without_docstrings
+    """,
+    factors="""
+        FACTORS cell_delta cell_factors cell_name cells equal_cost_width factor_delta factor_settings
+        with_factors
+    """,
+    ledger="""
+        Ledger RUN_FOLDER Runs StoreError in_order list_folder pretty read_manifest read_stored
+        same_comparison write_whole writing
+    """,
+    store="""
+        Store
+    """,
+    curves="""
+        gradient_statistics loss_statistics running_median steps_to
+    """,
+)
