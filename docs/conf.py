@@ -256,7 +256,14 @@ def reference(module: str) -> str:
 
 def api_index() -> str:
     """Every exported function and class, by module, with the first line of its docstring."""
-    pages = [*((p.module, p.title, f"/{p.path.stem}") for ps in course(NBS).values() for p in ps if p.module)]
+    pages = [
+        *(
+            (p.module, p.title, f"/{p.path.relative_to(NBS).with_suffix('').as_posix()}")
+            for ps in course(NBS).values()
+            for p in ps
+            if p.module
+        )
+    ]
     pages += [
         (f"phases.{p.stem.partition('_')[2]}", "", f"/phases/{p.stem}")
         for p in sorted((NBS / "phases").glob("*.ipynb"))

@@ -1425,7 +1425,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'kimi_nb/report/evidence.py')},
             'kimi_nb.report.guide': { 'kimi_nb.report.guide.Advice': ('report/guide.html#advice', 'kimi_nb/report/guide.py'),
                                       'kimi_nb.report.guide.Lesson': ('report/guide.html#lesson', 'kimi_nb/report/guide.py'),
-                                      'kimi_nb.report.guide._place': ('report/guide.html#_place', 'kimi_nb/report/guide.py'),
                                       'kimi_nb.report.guide._step_times': ('report/guide.html#_step_times', 'kimi_nb/report/guide.py'),
                                       'kimi_nb.report.guide.advise': ('report/guide.html#advise', 'kimi_nb/report/guide.py'),
                                       'kimi_nb.report.guide.answers_agree': ('report/guide.html#answers_agree', 'kimi_nb/report/guide.py'),

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import importlib.metadata
 import json
 import os
@@ -20,11 +21,15 @@ from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = "kimi_nb"
-LIBRARY = sorted(p for p in (REPO / "nbs").glob("*.ipynb") if p.name != "index.ipynb")
+# A wing uses those before it in this list, never one after it.
+WINGS = "config data model study train runner stats use evals bench phases plan report lab cli".split()
+FACES = {"moe": "model", "optim": "train", "store": "study", "generate": "use", "hub": "use"}  # short names
+LIBRARY = sorted(p for w in WINGS if w != "phases" for p in (REPO / "nbs" / w).glob("*.ipynb"))
 PHASES = sorted((REPO / "nbs" / "phases").glob("*.ipynb"))
-NOTEBOOKS = LIBRARY + PHASES
-PAGES = {"21_promises", "workbench"}  # notebooks that are read and export nothing
-WITHOUT_TORCH = ("config", "tinyworld", "corpora", "data", "study", "store", "stats", "plots")
+PAGES = [REPO / "nbs" / "workbench.ipynb", *sorted((REPO / "nbs" / "howto").glob("*.ipynb"))]  # they export nothing
+NOTEBOOKS = [*LIBRARY, *PHASES, *PAGES]
+WITHOUT_TORCH = ("config", "data", "study", "stats")
+WITHOUT_PANDAS = ("config", "data", "model", "train")
 TRAINING_PACKAGES = {"torch", "numpy", "pydantic", "safetensors", "tokenizers", "tqdm", "yaml", "filelock"}
 
 
@@ -45,9 +50,16 @@ def default_exps(path: Path) -> list[str]:
 
 
 def modules() -> dict[str, Path]:
-    """Exported modules in the order of their notebooks; one may import only those before it."""
-    names = [name for p in NOTEBOOKS for name in default_exps(p)]
+    """Exported modules, wing after wing, in the order of their notebooks; one may import only those before it."""
+    paths = [p for wing in WINGS for p in sorted((REPO / "nbs" / wing).glob("*.ipynb"))]
+    names = [name for path in paths for name in default_exps(path)]
     return {name: REPO / PACKAGE / (name.replace(".", "/") + ".py") for name in names}
+
+
+def wing_of(module: str) -> str:
+    """`model` of `model.norm`, of `kimi_nb.model` and of the short name `moe`."""
+    first = module.removeprefix(f"{PACKAGE}.").split(".")[0]
+    return FACES.get(first, first)
 
 
 def tree(path: Path) -> ast.Module:
@@ -101,9 +113,14 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebook_exports_the_one_module_it_is_named_after(path):
-    stem = re.sub(r"^\d+[a-z]?_", "", path.stem)
-    wanted = f"phases.{stem}" if path.parent.name == "phases" else stem
-    assert default_exps(path) == ([] if path.stem in PAGES else [wanted])
+    name = re.fullmatch(r"(\d\d_)?(\w+)", path.stem)[2]
+    assert default_exps(path) == ([] if path in PAGES else [f"{path.parent.name}.{name}"])
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_numbers_of_notebooks_are_unique_inside_a_wing(wing):
+    numbers = [p.stem[:2] for p in (REPO / "nbs" / wing).glob("*.ipynb")]
+    assert numbers and len(numbers) == len(set(numbers))
 
 
 def test_no_two_notebooks_share_a_module():
@@ -163,28 +180,75 @@ def test_no_public_name_is_defined_by_two_modules():
     for name, path in modules().items():
         if name.startswith("phases."):
             continue  # each phase has its own `study`; they are used as `attention.study`
-        for node in tree(path).body:
-            if isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
-            ):
-                for public in ast.literal_eval(node.value):
-                    owners[public].append(name)
+        for public in (n for node in tree(path).body for n in exported(node)):
+            owners[public].append(name)
     assert owners, "no module has an __all__"
     assert {public: names for public, names in owners.items() if len(names) > 1} == {}
 
 
+def loaded_by(name: str) -> dict[str, int]:
+    """Dotted names inside the package that a module may load, wherever in it and however, with the line."""
+    found = {}
+    for node in ast.walk(tree(modules()[name])):
+        for used in imported(node, name):
+            found[used] = node.lineno
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            for used in re.findall(rf"\b{PACKAGE}\.[a-z_.]*[a-z_]", ast.unparse(node.args[0])):
+                found.setdefault(used, node.lineno)
+    own = f"{PACKAGE}.{name}"
+    inside = {used: line for used, line in found.items() if used.startswith(f"{PACKAGE}.") and used != own}
+    return {used: line for used, line in inside.items() if wing_of(used) in WINGS}
+
+
 @pytest.mark.parametrize("name", modules())
 def test_imports_point_up_the_list_only(name):
-    order = list(modules())
-    allowed = set(order[: order.index(name)])
-    for node in ast.walk(tree(modules()[name])):
-        used = {n.removeprefix(f"{PACKAGE}.") for n in imported(node, name) if n.startswith(f"{PACKAGE}.")}
-        assert used & set(order) <= allowed, f"line {node.lineno}: {ast.unparse(node)} is not above {name} in the list"
+    """In its own wing a module uses those before it; of other wings, those above its own, through their face."""
+    order, own = list(modules()), wing_of(name)
+    above = WINGS[: WINGS.index(own)]
+    for used, line in loaded_by(name).items():
+        used = used.removeprefix(f"{PACKAGE}.")
+        if wing_of(used) != own:
+            assert wing_of(used) in above or own == "plan", f"line {line}: {used} is not above {name}"
+        home = next((m for m in order if used == m or used.startswith(m + ".")), None)
+        if home and wing_of(home) == own:
+            assert order.index(home) < order.index(name), f"line {line}: {home} is not before {name}"
+
+
+def test_the_longest_chain_of_wings_is_short():
+    uses = defaultdict(set)
+    for name in modules():
+        uses[wing_of(name)] |= {wing_of(used) for used in loaded_by(name)} & set(WINGS) - {wing_of(name)}
+    depth = {}
+    for wing in WINGS:
+        depth[wing] = 1 + max((depth[w] for w in uses[wing] if w in depth), default=0)
+    assert max(depth.values()) <= 10, depth
+
+
+def test_few_doors_at_the_top():
+    doors = {p.stem for p in (REPO / PACKAGE).iterdir() if p.stem not in ("__init__", "_modidx", "__pycache__")}
+    assert doors == {*WINGS, *FACES} and len(doors) <= 20
+
+
+@pytest.mark.parametrize("wing", [w for w in WINGS if w != "phases"])
+def test_a_face_gives_what_its_wing_exports(wing):
+    """Every public name once, under no name that a module of the wing bears."""
+    face = importlib.import_module(f"{PACKAGE}.{wing}")
+    rooms = {name.partition(".")[2]: path for name, path in modules().items() if wing_of(name) == wing}
+    public = {n for path in rooms.values() for node in tree(path).body for n in exported(node)}
+    assert set(face.__all__) - {"KimiConfig"} == public - set(rooms) - {"KimiConfig"}
+    assert all(getattr(face, name) is not None for name in face.__all__)
+
+
+def exported(node: ast.stmt) -> list[str]:
+    """The names of `__all__`, where the statement gives it."""
+    named = isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+    return ast.literal_eval(node.value) if named else []
 
 
 def training_path() -> list[str]:
-    names = list(modules())
-    return names[: names.index("train") + 1] if "train" in names else names
+    return [
+        name for name in modules() if wing_of(name) in ("config", "data", "model", "train") or name == "study.record"
+    ]
 
 
 @pytest.mark.parametrize("name", training_path())
@@ -205,10 +269,26 @@ def test_the_bench_loads_where_only_training_is_installed():
     assert "pandas" in absent and subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["", *[n for n in WITHOUT_TORCH if n in modules()]])
-def test_loads_without_torch(name):
-    code = f"import sys, {'.'.join(filter(None, (PACKAGE, name)))}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+def loads_without(package: str, wing: str) -> bool:
+    """Whether no module of the wing loads the package."""
+    names = ", ".join(f"{PACKAGE}.{m}" for m in modules() if wing_of(m) == wing) or PACKAGE
+    code = f"import sys, {names}; sys.exit({package!r} in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wing", ["", *WITHOUT_TORCH])
+def test_loads_without_torch(wing):
+    assert loads_without("torch", wing)
+
+
+@pytest.mark.parametrize("wing", WITHOUT_PANDAS)
+def test_loads_without_pandas(wing):
+    assert loads_without("pandas", wing)
+
+
+@pytest.mark.parametrize("wing", [w for w in WINGS if w != "lab"])
+def test_only_the_lab_loads_widgets(wing):
+    assert loads_without("ipywidgets", wing)
 
 
 # --- packaging ---------------------------------------------------------------------------------------------------
@@ -237,7 +317,7 @@ def test_packages_found_are_the_packages_there_are(project):
     from setuptools import find_packages
 
     found = set(find_packages(str(REPO), **project["tool"]["setuptools"]["packages"]["find"]))
-    assert found == {PACKAGE, f"{PACKAGE}.phases"}
+    assert found == {PACKAGE, *(f"{PACKAGE}.{door}" for door in (*WINGS, *FACES))}
 
 
 def test_cell_tags_survive_cleaning(project):

@@ -21,14 +21,21 @@ from ..study import FACTORS, Store, with_factors
 
 # %% ../../nbs/report/07_guide.ipynb #c2fbb6a9
 CHAPTERS = {
-    "00": "Settings, text and studies",
-    "03": "The model",
-    "08": "Training",
-    "10a": "Running experiments",
-    "12a": "Statistics and figures",
-    "15": "Using a model",
-    "18": "The workbook",
-}
+    "config": "Settings",
+    "data": "Text",
+    "model": "The model",
+    "study": "Studies and records",
+    "train": "Training",
+    "runner": "Running experiments",
+    "stats": "Statistics and figures",
+    "use": "Using a model",
+    "evals": "Benchmarks",
+    "bench": "Speed and memory",
+    "plan": "The plan",
+    "report": "Paper, slides, advice",
+    "lab": "The workbench",
+    "cli": "The command line",
+}  # wing of the package, each using those above it: its chapter
 
 
 class Lesson(NamedTuple):
@@ -38,10 +45,6 @@ class Lesson(NamedTuple):
     title: str
     module: str  # that it exports; '' where it exports none
     blurb: str  # one line
-
-
-def _place(name):
-    return tuple(re.match(r"(\d+)([a-z]?)", name).groups())
 
 
 def read_lesson(
@@ -58,12 +61,9 @@ def read_lesson(
 def course(
     folder,  # of the notebooks
 ) -> dict[str, list[Lesson]]:
-    "Chapter -> its notebooks, in the order in which they build on one another."
-    chapters = {title: [] for title in CHAPTERS.values()}
-    for path in sorted(Path(folder).glob("[0-9]*.ipynb")):
-        start = max((s for s in CHAPTERS if _place(s) <= _place(path.name)), key=_place)
-        chapters[CHAPTERS[start]].append(read_lesson(path))
-    return {title: pages for title, pages in chapters.items() if pages}
+    "Chapter -> the notebooks of a wing, in the order in which they build on one another."
+    lessons = {wing: sorted((Path(folder) / wing).glob("[0-9]*.ipynb")) for wing in CHAPTERS}
+    return {CHAPTERS[wing]: [read_lesson(path) for path in paths] for wing, paths in lessons.items() if paths}
 
 # %% ../../nbs/report/07_guide.ipynb #0105f4ad
 PART_NAMES = {
