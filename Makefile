@@ -105,6 +105,7 @@ export: $(VENV)/.installed ## write kimi_nb/ and README.md from the notebooks, a
 	$(BIN)/nbdev-clean
 	find kimi_nb -name '*.py' ! -name __init__.py -delete
 	$(BIN)/nbdev-export
+	$(PY) docs/faces.py
 	@$(MAKE) --no-print-directory readme
 
 readme: $(VENV)/.installed ## write README.md from nbs/index.ipynb

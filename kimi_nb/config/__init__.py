@@ -5,13 +5,15 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     base="""
-        Config ConfigError Count Float Fraction Int KimiError Positive near parse_value setting_paths
+        Config ConfigError Count Float Fraction Int KimiError Positive near parse_value
+        setting_paths
     """,
     files="""
         fsync write_file
     """,
     schema="""
-        AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig OptimizerConfig PHASES PRESETS
-        PositionConfig Profile RunConfig TrainConfig data_identity load_profile profile_names settings_path
+        AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig
+        OptimizerConfig PHASES PRESETS PositionConfig Profile RunConfig TrainConfig data_identity
+        load_profile profile_names settings_path
     """,
 )

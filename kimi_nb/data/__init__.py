@@ -8,14 +8,15 @@ __getattr__, __dir__, __all__ = lazily(
         Fact HELD_OUT_RELATIONS PHRASINGS World generate round_length statements world
     """,
     corpora="""
-        BUILTIN DataError DataWarning Document END_OF_TEXT EXTRACTOR_VERSION HUB HUB_DOCUMENTS TEXT_SUFFIXES
-        cache_dir extract_pydocs hub_reachable load_corpus parse_corpus read_text signature write_atomic
+        BUILTIN DataError DataWarning Document END_OF_TEXT EXTRACTOR_VERSION HUB HUB_DOCUMENTS
+        TEXT_SUFFIXES cache_dir extract_pydocs hub_reachable load_corpus parse_corpus read_text
+        signature write_atomic
     """,
     tokenizer="""
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer
     """,
     tokens="""
-        Batches EvalWindows FORMAT_VERSION IGNORE SPLITS TokenData TokenDataset describe eval_windows
-        overlap prepare split_documents
+        Batches EvalWindows FORMAT_VERSION IGNORE SPLITS TokenData TokenDataset describe
+        eval_windows overlap prepare split_documents
     """,
 )

@@ -5,12 +5,13 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     items="""
-        ASSOCIATIONS COMPLETIONS QUESTIONS SUMS TASK_NAMES task_rows tasks_folder wordings world_items
-        write_tasks
+        ASSOCIATIONS COMPLETIONS QUESTIONS SUMS TASK_NAMES task_rows tasks_folder wordings
+        world_items write_tasks
     """,
     tasks="""
-        BenchmarkError GROUPS TASKS Task chance_level f1_of_guess pick_tasks read_rows record_choices
-        record_results record_rows record_target record_text span_scores squad_results squad_target
+        BenchmarkError GROUPS TASKS Task chance_level f1_of_guess pick_tasks read_rows
+        record_choices record_results record_rows record_target record_text span_scores
+        squad_results squad_target
     """,
     adapter="""
         continuation_scores greedy
@@ -20,7 +21,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     mistakes="""
         attention_map attention_weights by_frequency by_kind by_position expert_choices expert_map
-        expert_tokens failures item_table loss_by mutual_information specialisation token_kind token_losses
-        worst_documents worst_tokens
+        expert_tokens failures item_table loss_by mutual_information specialisation token_kind
+        token_losses worst_documents worst_tokens
     """,
 )

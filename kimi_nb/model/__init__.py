@@ -22,25 +22,26 @@ __getattr__, __dir__, __all__ = lazily(
         LatentAttention score_pairs
     """,
     attention="""
-        MultiHeadAttention MultiHeadLatentAttention absorbing_pays build_attention kernel_name rope_dim
+        MultiHeadAttention MultiHeadLatentAttention absorbing_pays build_attention kernel_name
+        rope_dim
     """,
     parallel="""
-        RanksError anywhere first_rank_first is_loss joined launched part_of rank_and_size share_folder
-        total wait
+        RanksError anywhere first_rank_first is_loss joined launched part_of rank_and_size
+        share_folder total wait
     """,
     shard="""
         check_shard cut for_disk gather is_sharded part shard_ whole whole_parameters
     """,
     experts="""
-        ACTIVATIONS DispatchPlan Experts FeedForward autocasting dispatch_plan expert_backend expert_counts
-        is_gated padded_plan run_experts
+        ACTIVATIONS DispatchPlan Experts FeedForward autocasting dispatch_plan expert_backend
+        expert_counts is_gated padded_plan run_experts
     """,
     moe="""
-        MoE Route RouterStats TopKGate group_limited_topk load_statistics max_violation scale_weights
-        sequence_loss sigmoid_route softmax_route switch_loss update_biases
+        MoE Route RouterStats TopKGate group_limited_topk load_statistics max_violation
+        scale_weights sequence_loss sigmoid_route softmax_route switch_loss update_biases
     """,
     network="""
-        Block INIT_STD KimiConfig KimiModel ModelOutput attention_flops_per_token costs count_parameters
+        Block INIT_STD KimiModel ModelOutput attention_flops_per_token costs count_parameters
         forward_flops_per_token init_parameters measured_forward_flops_per_token parameter_generator
         training_flops_per_token
     """,

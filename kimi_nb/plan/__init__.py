@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     run="""
         AFTER ANALYSIS FIRST FLOOR PlanError PlanReport check_parameters execute_phase phase_key
-        phase_notebooks phase_studies pick_phases plan_table read_outcome record_outcome results_folder
-        run_plan summary time_by_part timing write_json
+        phase_notebooks phase_studies pick_phases plan_table read_outcome record_outcome
+        results_folder run_plan summary time_by_part timing write_json
     """,
     phase="""
         Phase open_phase
@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     publish="""
         COLOURS FORMAT LIMIT POINTS PublishError SHOWN bundle check_finished headline open_published
-        published published_profiles read_bundle records_of slim_notebook small_png small_svg source_of
-        studies_of where_from
+        published published_profiles read_bundle records_of slim_notebook small_png small_svg
+        source_of studies_of where_from
     """,
 )

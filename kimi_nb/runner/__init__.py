@@ -11,8 +11,9 @@ __getattr__, __dir__, __all__ = lazily(
         ClusterError connected has_gpus room spread
     """,
     forecast="""
-        H100 SHARING default_workers expect_h100 measure_sharing pick_sharing pick_workers predict_seconds
-        read_sharing read_timings share_of_cores step_flops time_step visible_gpus weight
+        H100 SHARING default_workers expect_h100 measure_sharing pick_sharing pick_workers
+        predict_seconds read_sharing read_timings share_of_cores step_flops time_step visible_gpus
+        weight
     """,
     pool="""
         EXECUTORS Progress Worker run_studies run_study

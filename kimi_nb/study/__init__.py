@@ -5,12 +5,12 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     record="""
-        Arm Planned RESERVED Record RecordError Study TRAINING_WINGS canonical code_hash digest_of seal
-        definitions hash_definitions training_files unseal without_docstrings
+        Arm Planned RESERVED Record RecordError Study TRAINING_WINGS canonical code_hash definitions
+        digest_of hash_definitions seal training_files unseal without_docstrings
     """,
     factors="""
-        FACTORS cell_delta cell_factors cell_name cells equal_cost_width factor_delta factor_settings
-        with_factors
+        FACTORS cell_delta cell_factors cell_name cells equal_cost_width factor_delta
+        factor_settings with_factors
     """,
     ledger="""
         Ledger RUN_FOLDER Runs StoreError in_order list_folder pretty read_manifest read_stored

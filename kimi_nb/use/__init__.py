@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazily(
         KimiCache KimiNbConfig KimiNbForCausalLM load_pretrained model_card save_pretrained
     """,
     nanokimi="""
-        ArrayDataset ModelEvaluator ProcessedDataset TextConfig TextDataProcessor Tracking dataset_settings
-        from_nanokimi read_config toy_dataset track train_on
+        ArrayDataset ModelEvaluator ProcessedDataset TextConfig TextDataProcessor Tracking
+        dataset_settings from_nanokimi read_config toy_dataset track train_on
     """,
 )
