@@ -22,4 +22,12 @@ __getattr__, __dir__, __all__ = lazily(
     curves="""
         gradient_statistics loss_statistics running_median steps_to
     """,
+    metrics="""
+        COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
+    """,
+    outcome="""
+        FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS figures_folder
+        finding_of load_outcome not_testable outcome_file outcome_problems outcomes_of read_outcome
+        record_outcome results_folder write_outcome
+    """,
 )
