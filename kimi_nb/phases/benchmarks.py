@@ -11,7 +11,7 @@ import json
 import math
 
 from ..config import Profile
-from ..study import Arm, Study
+from ..study import Arm, Store, Study
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #355c4f67
 TIERS = ("untrained", "brief", "trained")
@@ -64,7 +64,7 @@ def studies(
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #1f2b5f39
 def score_runs(
-    store: "Store",
+    store: Store,
     frame,  # of the study, with run_id and status
     tasks="tiny",  # as `pick_tasks`
     data_dir=None,  # folder of local rows
@@ -219,7 +219,7 @@ def tier_figure(
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #06bf900f
 def score_along(
-    store: "Store",
+    store: Store,
     frame,  # of the study: untrained and trained runs
     results,  # of `score_runs`: the ends
     tasks,  # names
