@@ -97,7 +97,7 @@ lab: $(VENV)/.installed ## open the workbench and the notebooks in JupyterLab
 docs: $(VENV)/.installed ## build the site into _docs/
 	$(BIN)/sphinx-build -W --keep-going -q -j auto -c docs nbs _docs $(ARGS)
 
-bench: $(VENV)/.installed ## the measurements the README quotes
+bench: $(VENV)/.installed ## the measurements that the site shows
 	$(BIN)/kimi-nb bench $(ARGS)
 
 export: $(VENV)/.installed ## write kimi_nb/ and README.md from the notebooks, and clean them

@@ -30,7 +30,17 @@ sys.path.insert(0, str(REPO))
 
 from kimi_nb.plan import published as published_store
 from kimi_nb.plan import published_profiles, read_bundle, where_from
-from kimi_nb.report import Evidence, at_size, claims_markdown, claims_of, counts_words, course, main_figures, what_ran
+from kimi_nb.report import (
+    Evidence,
+    at_size,
+    claims_markdown,
+    claims_of,
+    counts_words,
+    course,
+    howto_pages,
+    main_figures,
+    what_ran,
+)
 
 project = "kimi_nb"
 author = "The kimi_nb authors"
@@ -83,7 +93,7 @@ failed: list[str] = []  # without a network, one package is asked for, not three
 
 
 def vendored(name: str, package: str, wanted: dict[str, str]) -> bool:
-    """Whether the files of an npm package (path in it -> name) are in _static/vendor/`name`; fetched when they are not."""
+    """Whether files of an npm package (path in it -> name) are in _static/vendor/`name`; fetched when they are not."""
     target = VENDOR / name
     if not all((target / new).exists() for new in wanted.values()) and not failed and shutil.which("npm"):
         with tempfile.TemporaryDirectory() as folder:
@@ -256,27 +266,17 @@ def reference(module: str) -> str:
 
 def api_index() -> str:
     """Every exported function and class, by module, with the first line of its docstring."""
-    pages = [
-        *(
-            (p.module, p.title, f"/{p.path.relative_to(NBS).with_suffix('').as_posix()}")
-            for ps in course(NBS).values()
-            for p in ps
-            if p.module
-        )
-    ]
-    pages += [
-        (f"phases.{p.stem.partition('_')[2]}", "", f"/phases/{p.stem}")
-        for p in sorted((NBS / "phases").glob("*.ipynb"))
-    ]
+    lessons = [lesson for chapter in course(NBS).values() for lesson in chapter if lesson.module]
     lines = []
-    for module, title, doc in pages:
+    for lesson in lessons:
+        module, doc = lesson.module, f"/{lesson.path.relative_to(NBS).with_suffix('').as_posix()}"
         parsed, exported, _ = exports(module)
         found = [n for n in parsed.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in exported]
         if found:
             lines += [
                 f"## `kimi_nb.{module}`",
                 "",
-                f"{{doc}}`{title or module} <{doc}>`",
+                f"{{doc}}`{lesson.title} <{doc}>`",
                 "",
                 "| name | what it is |",
                 "|---|---|",
@@ -287,16 +287,6 @@ def api_index() -> str:
             lines.append(f"| {{py:{kind}}}`~kimi_nb.{module}.{node.name}` | {about} |")
         lines.append("")
     return "\n".join(lines)
-
-
-HOWTO = ["own_data", "own_study", "own_component", "reading_a_verdict", "decision_guide", "gpu", "cluster", "api"]
-
-
-def howto_pages() -> list[Path]:
-    """The how-to pages in the order in which they are of use; those that are not in the list come last."""
-    return sorted(
-        (NBS / "howto").glob("*.ipynb"), key=lambda p: (HOWTO.index(p.stem) if p.stem in HOWTO else len(HOWTO), p.stem)
-    )
 
 
 def toctree(caption: str, pages: list[Path]) -> str:
@@ -315,35 +305,50 @@ def published(profile: str = PROFILE) -> tuple[dict, dict[str, bytes]]:
     return read_bundle(profile, REPO) if profile in published_profiles(REPO) else ({}, {})
 
 
+def meaning(source: str) -> str:
+    """What a cell does, whatever its layout, comments and import lines are; the text itself where it is not Python."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return source.strip()
+    return "\n".join(ast.dump(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def code_cells(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def restore(notebook: dict, executed: dict) -> int:
+    """Give cells the outputs of an executed copy where they still do the same; how many visible ones have changed."""
+    ran = code_cells(executed)
+    by_id, by_meaning = {c["id"]: c for c in ran}, {meaning("".join(c["source"])): c for c in ran}
+    changed = 0
+    for cell in code_cells(notebook):
+        now = meaning("".join(cell["source"]))
+        if now in by_meaning:
+            cell["outputs"] = by_meaning[now]["outputs"]
+        elif now and tidy(cell, NBS / "phases"):
+            former = by_id.get(cell.get("id"))
+            changed += former is None or bool(former["outputs"])
+    return changed
+
+
 def with_results(notebook: dict, name: str) -> None:
     """Give the cells of a phase notebook what they showed in the reference run, where they are still the same."""
     about, files = published()
     executed = files.get(f"data/records/{PROFILE}/notebooks/{name}.ipynb")
     if executed is None:
         title = "No results here"
-        note = f"No reference run of the profile `{PROFILE}` is published for this phase: run `kimi-nb plan --profile {PROFILE}` to see its results."
+        note = f"No reference run of the profile `{PROFILE}` is published for this phase: "
+        note += f"run `kimi-nb plan --profile {PROFILE}` to see its results."
     else:
-        ran = [c for c in json.loads(executed)["cells"] if c["cell_type"] == "code"]
-        by_id, by_source = {c["id"]: c for c in ran}, {"".join(c["source"]).strip(): c for c in ran}
-        changed = 0
-        for cell in [c for c in notebook["cells"] if c["cell_type"] == "code"]:
-            old = by_source.get("".join(cell["source"]).strip())
-            if old:
-                cell["outputs"] = old["outputs"]
-            elif cell.get("id") not in by_id or by_id[cell["id"]]["outputs"]:
-                changed += 1
         title, note = "Results of the published reference run", where_from(about)
+        changed = restore(notebook, json.loads(executed))
         if changed:
-            note += f" {changed} cell{'s have' if changed > 1 else ' has'} been edited since and {'are' if changed > 1 else 'is'} shown without results."
-    notebook["cells"].insert(
-        1,
-        {
-            "cell_type": "markdown",
-            "id": "where-from",
-            "metadata": {},
-            "source": f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::",
-        },
-    )
+            verbs = ("s have", "are") if changed > 1 else (" has", "is")
+            note += f" {changed} cell{verbs[0]} been edited since and {verbs[1]} shown without results."
+    source = f":::{{admonition}} {title}\n:class: note reference-run\n{note}\n:::"
+    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "where-from", "metadata": {}, "source": source})
 
 
 @functools.cache
@@ -353,7 +358,7 @@ def evidence(profile: str) -> Evidence:
 
 
 def other_sizes(phase: str) -> list[dict]:
-    """Cells about what the other published profiles say on a phase; none where it is published once, or not in `PROFILE`."""
+    """Cells about what the other published profiles say on a phase; none where there is no other, or not `PROFILE`."""
     if phase not in published()[0].get("phases", ()):
         return []
     cells = []
@@ -414,15 +419,10 @@ def read(app, docname, content):
     notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":
-        extra = "\n".join(
-            [
-                toctree(
-                    "How to", [*(p for p in sorted(NBS.glob("[!0-9]*.ipynb")) if p.stem != "index"), *howto_pages()]
-                ),
-                toctree("Research questions", sorted((NBS / "phases").glob("*.ipynb"))),
-                *(toctree(chapter, [p.path for p in pages]) for chapter, pages in course(NBS).items()),
-            ]
-        )
+        others = [p for p in sorted(NBS.glob("*.ipynb")) if p.stem != "index"]
+        trees = [toctree("How to", [*others, *howto_pages(NBS)])]
+        trees += [toctree(chapter, [lesson.path for lesson in lessons]) for chapter, lessons in course(NBS).items()]
+        extra = "\n".join(trees)
     elif docname == "howto/api":
         extra = api_index()
     if extra:
@@ -431,7 +431,7 @@ def read(app, docname, content):
 
 
 def outdated(app, env, added, changed, removed):
-    """Pages that show what is computed or collected are made anew each time; the others when what they are made from changed."""
+    """Pages that are computed or collected, made anew each time; the others when what they are made from changed."""
     return sorted(
         {p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, NBS / "howto" / "api.ipynb"]}
         & env.found_docs

@@ -1,4 +1,4 @@
-"""Write the face of each wing, `kimi_nb/WING/__init__.py`: its public names, each loaded from its module when asked for.
+"""Write the face of each wing, `kimi_nb/WING/__init__.py`: its public names, each loaded from its module when asked.
 
 `python docs/faces.py` after an export; a face's first line, what the wing is for, is written by hand and kept.
 """

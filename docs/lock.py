@@ -1,7 +1,7 @@
-"""requirements.lock: the versions of constraints.txt that set-up installs, with the hashes of all their files; and their audit.
+"""requirements.lock: the versions of constraints.txt that set-up installs, with the hashes of all their files.
 
-`python docs/lock.py write` asks an index for the hashes, `python docs/lock.py audit` asks for known vulnerabilities of what
-constraints.txt pins. Both run their tool in an environment of its own, which is thrown away.
+`python docs/lock.py write` asks an index for the hashes, `python docs/lock.py audit` asks for known vulnerabilities of
+what constraints.txt pins. Both run their tool in an environment of its own, which is thrown away.
 """
 
 import json
@@ -17,9 +17,9 @@ TOOLS = {"uv": "uv==0.13.9", "pip-audit": "pip-audit==2.10.1"}
 BUILDS = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # differ by machine and index: pinned by version alone
 SYSTEMS = ("linux", "darwin")
 HEAD = """\
-# Made by `make lock` from pyproject.toml (extra dev) and constraints.txt. Do not edit: change constraints.txt and make it again.
-# A release has the hashes of all its files, so one lock serves every platform. torch and the CUDA packages that it brings are not
-# here: their build depends on the machine and the index, so constraints.txt pins them by version.
+# Made by `make lock` from pyproject.toml (extra dev) and constraints.txt. Do not edit: change constraints.txt, make it
+# again. A release has the hashes of all its files, so one lock serves every platform. torch and the CUDA packages that
+# it brings are not here: their build depends on the machine and the index, so constraints.txt pins them by version.
 """
 
 
@@ -74,8 +74,9 @@ def wanted(name: str, entry: str) -> bool:
 
 def write() -> int:
     """Writes requirements.lock; refuses a package that constraints.txt does not pin."""
-    how = "--extra dev -c constraints.txt --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet"
-    done = run_tool("uv", "pip", "compile", "pyproject.toml", *how.split())
+    what = "--extra dev -c constraints.txt --universal --python-version 3.11"
+    how = "--generate-hashes --no-header --no-annotate --quiet"
+    done = run_tool("uv", "pip", "compile", "pyproject.toml", *what.split(), *how.split())
     if done.returncode:
         raise Unavailable(done.stderr.strip())
     found = {name: entry for name, entry in entries(done.stdout).items() if wanted(name, entry)}
@@ -122,10 +123,8 @@ def audit(*arguments: str) -> int:
             )
     unknown = [p["name"] for p in packages if "skip_reason" in p]
     if unknown:
-        print(
-            f"warning: the index says nothing about {len(unknown)} of {len(packages)} packages, which are not audited: {', '.join(unknown[:3])} …",
-            file=sys.stderr,
-        )
+        which = f"{len(unknown)} of {len(packages)} packages, which are not audited: {', '.join(unknown[:3])} …"
+        print(f"warning: the index says nothing about {which}", file=sys.stderr)
     print(f"audit: {len(packages) - len(unknown)} packages asked about, {len(bad)} with known vulnerabilities")
     return 1 if bad else 0
 

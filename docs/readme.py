@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def relink(text: str) -> str:
-    """Links as they are from the top folder: `../figures/x.png` -> `figures/x.png`, `00_config.ipynb` -> `nbs/config/03_schema.ipynb`."""
+    """Links from the top folder: `../figures/x.png` -> `figures/x.png`, `howto/x.ipynb` -> `nbs/howto/x.ipynb`."""
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)  # code stays as it is
     parts[::2] = [re.sub(r"\]\((?!https?:|\.\./|#)", "](nbs/", part).replace("](../", "](") for part in parts[::2]]
     return "".join(parts)

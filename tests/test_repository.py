@@ -434,6 +434,26 @@ def test_readme_links_lead_somewhere():
         assert target.startswith("http") or (REPO / target).exists(), f"[{text}]({target})"
 
 
+def test_the_readme_is_short():
+    """A stranger reads it in minutes: at most 120 lines and 10 kB, and the lists of modules stand on the site."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 10_000 and text.count("\n") <= 120
+    assert [name for name in modules() if f"{PACKAGE}.{name}" in text] == []
+
+
+def test_the_readme_has_a_line_for_each_wing():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- \[`(\w+)`\]\(nbs/\w+/01_\w+\.ipynb\) \S", text, re.M) == WINGS
+
+
+def test_the_course_lists_every_lesson():
+    """Each numbered notebook stands once on the page of the course, in the order in which modules may use one another."""
+    from kimi_nb.report import course
+
+    lessons = [lesson for chapter in course(REPO / "nbs").values() for lesson in chapter]
+    assert [lesson.module for lesson in lessons] == list(modules())
+
+
 def test_the_usual_files_are_there():
     wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt requirements.lock settings.ini .ci/run .pre-commit-config.yaml"
     empty = [name for name in wanted.split() if not (REPO / name).is_file() or not (REPO / name).stat().st_size]

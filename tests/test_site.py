@@ -1,5 +1,6 @@
 """The site: it builds without a warning, every link leads somewhere, and a browser finds nothing wrong on any page."""
 
+import ast
 import base64
 import functools
 import http.server
@@ -139,6 +140,12 @@ def test_what_is_published_is_whole_and_small():
             assert [f for f in outcome["figures"] if f"figures/{profile}/{Path(f).name}" not in files] == []
 
 
+def meaning(source: str) -> str:
+    """What a cell does, whatever its layout and imports are."""
+    body = ast.parse(source).body
+    return "\n".join(ast.dump(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def test_phase_pages_show_the_published_results(pages):
     """Where the reference run is published, its tables and figures stand on the phases' pages, and a line says where they are from."""
     folder, shown = REPO / "data" / "records" / "quick" / "notebooks", 0
@@ -149,13 +156,14 @@ def test_phase_pages_show_the_published_results(pages):
             assert "No reference run of the profile" in text, phase
             continue
         ran = {
-            c["source"].strip(): c
+            meaning(c["source"]): c
             for c in json.loads(executed.read_text(encoding="utf-8"))["cells"]
             if c["cell_type"] == "code" and not c["source"].startswith("#| hide")
         }
         now = {
-            "".join(c["source"]).strip()
+            meaning("".join(c["source"]))
             for c in json.loads((NBS / f"{phase}.ipynb").read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code"
         }
         same = [c for text, c in ran.items() if text in now]
         pictures = sum("image/png" in o["data"] for c in same for o in c["outputs"] if "data" in o)
@@ -270,6 +278,27 @@ def test_a_changed_cell_loses_its_results(conf):
         c["id"] for c in shown[:-1]
     ]
     assert "edited since" in "".join(again["cells"][1]["source"])
+
+
+def code(source: str, *outputs: str) -> dict:
+    return dict(cell_type="code", id=source[:8], source=source, metadata={}, outputs=list(outputs))
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "shown"),
+    [
+        ("x = f(1, 2)", 0, ["3"]),
+        ("from a import f\nx = f(\n    1, 2\n)  # as before", 0, ["3"]),
+        ("x = f(1, 3)", 1, []),
+        ("#| hide\nassert g(1) == 2", 0, []),
+        ("import a", 0, []),
+    ],
+)
+def test_only_what_readers_see_counts_as_edited(conf, source, changed, shown):
+    """Layout, import lines and hidden cells are no edits; another argument is."""
+    notebook = dict(cells=[code(source)])
+    assert conf["restore"](notebook, dict(cells=[code("x = f(1, 2)", "3")])) == changed
+    assert notebook["cells"][0]["outputs"] == shown
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------

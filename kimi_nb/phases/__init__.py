@@ -1,0 +1,1 @@
+"""One question a notebook: its study, its analysis, its verdicts."""

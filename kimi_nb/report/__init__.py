@@ -33,8 +33,8 @@ __getattr__, __dir__, __all__ = lazily(
         Slide redrawn reference_file screen talk_markdown talk_typst to_markdown_table write_slides
     """,
     guide="""
-        Advice CHAPTERS Lesson PART_COSTS PART_NAMES VIRTUES advise answers_agree course
-        part_effects read_lesson sizes
+        ANSWERS Advice CHAPTERS HOWTO Lesson PART_COSTS PART_NAMES VIRTUES advice_table advise
+        answers_agree course howto_pages lessons_table part_effects read_lesson sizes wing_lines
     """,
     write="""
         short_report write_report
