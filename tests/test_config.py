@@ -122,7 +122,7 @@ def tiny(changes=()):
         "train.eval_tokens": 200,
         "train.lr": 1e-2,
     }
-    return RunConfig()._changed(base | dict(changes))[0]
+    return RunConfig().changed(base | dict(changes))
 
 
 def what_happens(run, folder):

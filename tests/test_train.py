@@ -54,7 +54,7 @@ CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "pe
 
 
 def tiny(*changes):
-    return RunConfig()._changed({k: v for c in (TINY, *changes) for k, v in c.items()})[0]
+    return RunConfig().changed({k: v for c in (TINY, *changes) for k, v in c.items()})
 
 
 def numbers(record):

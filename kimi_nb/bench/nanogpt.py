@@ -47,16 +47,9 @@ def nanogpt_equal(
         "train.steps": steps or run.train.steps,
         "train.warmup_steps": min(run.train.warmup_steps, steps or run.train.steps),
     }
-    wanted = run._changed(changes)[0]
-    asleep, had = wanted.dormant(), run.flat()
-    return run.override({k: v for k, v in wanted.flat().items() if v != had[k] and k not in asleep})
+    return run.override(run.changed(changes).delta_from(run, awake=True))
 
 # %% ../../nbs/bench/05_nanogpt.ipynb #dd1b746b
-def _delta(base, other):
-    asleep, had = other.dormant(), base.flat()
-    return {k: v for k, v in other.flat().items() if v != had[k] and k not in asleep}
-
-
 _ROWS = (
     ("quality", ("test_bpb", "test_ppl", "val_bpb", "val_loss", "val_ppl", "val_accuracy", "steps_to_target")),
     ("budget", ("steps", "tokens", "training_flops")),
@@ -254,7 +247,7 @@ class NanoGPTComparison:
             name=name,
             question="Is it better than nanoGPT?",
             base=run,
-            arms=[Arm(_GPT, _delta(run, other)), Arm(_KIMI)],
+            arms=[Arm(_GPT, other.delta_from(run, awake=True)), Arm(_KIMI)],
             baseline=_GPT,
             seeds=seeds,
             metric=metric,

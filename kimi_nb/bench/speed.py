@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import KimiError, RunConfig
+from ..config import KimiError, RunConfig, write_file, writing
 from ..stats import COLORS, LINES, MARKERS, axis_label, compare, need, panels, short_number, styled
-from ..study import code_hash, write_whole, writing
+from ..study import code_hash
 
 # %% ../../nbs/bench/01_speed.ipynb #88178ee7
 class SpeedError(KimiError):
@@ -81,7 +81,7 @@ def remembered(
             if found := kept():
                 return found["value"]
             value = json.loads(json.dumps(make()))
-            write_whole(
+            write_file(
                 file,
                 json.dumps(
                     dict(identity=identity, value=value, made=datetime.now(timezone.utc).isoformat(timespec="seconds")),

@@ -58,7 +58,7 @@ def chosen_run(args) -> RunConfig:
         run = run.override({f"data.{k}": v for k, v in dataset_settings(args.dataset).items()})
     changes = {k[4:]: v for k, v in vars(args).items() if k.startswith("set:")}
     if "train.steps" in changes and "train.warmup_steps" not in changes and (had := run.train.warmup_steps):
-        steps = run._changed({**changes, "train.warmup_steps": 0})[0].train.steps
+        steps = run.changed({**changes, "train.warmup_steps": 0}).train.steps
         if had > steps > 0:  # a short trial of a long run
             changes["train.warmup_steps"] = steps
             print(

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazily(
         setting_paths
     """,
     files="""
-        fsync write_file
+        ANOTHER FileError fsync write_file write_json writing
     """,
     schema="""
         AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig

@@ -197,27 +197,58 @@ class Config(BaseModel):
 
         Raises: ConfigError for a name that does not exist, a value that is not allowed, or a change that would have no effect.
         """
-        new, changes = self._changed({**(changes or {}), **more})
-        before, after, asleep = self.flat(), new.flat(), new.dormant()
+        changes = self._by_full_name({**(changes or {}), **more})
+        new = self.changed(changes)
+        differs, asleep = new.delta_from(self), new.dormant()
         for path in changes:
-            if path in asleep and before[path] != after[path]:
-                raise ConfigError(path, f"{after[path]!r} would have no effect: it needs {asleep[path]}")
+            if path in asleep and path in differs:
+                raise ConfigError(path, f"{differs[path]!r} would have no effect: it needs {asleep[path]}")
         return new
 
-    def _changed(self, changes):
-        "The changed copy, whatever is asleep in it, and the changes by full name."
-        known, data = setting_paths(type(self)), self.model_dump()
-        for path, value in list(changes.items()):
-            if path not in known and isinstance(value, Mapping) and any(k.startswith(path + ".") for k in known):
-                del changes[path]
-                changes |= {f"{path}.{k}": v for k, v in value.items()}
-        for path, value in changes.items():
-            if path not in known:
-                raise ConfigError(path, f"is not a setting: {near(path, known)}")
+    def changed(
+        self,
+        changes: Mapping[str, Any],  # dotted names -> new values (text is parsed)
+    ):
+        "As `override`, also where a change sleeps: the base of a study may hold sizes of kinds that its arms choose."
+        data = self.model_dump()
+        known = setting_paths(type(self))
+        for path, value in self._by_full_name(changes).items():
             *above, leaf = path.split(".")
             node = functools.reduce(lambda d, k: d[k], above, data)
             node[leaf] = value if known[path] is str else parse_value(value)
-        return type(self)(**data), changes
+        return type(self)(**data)
+
+    def _by_full_name(self, changes):
+        "The changes with sections spelled out: `{'oven': {'degrees': 200}}` is `{'oven.degrees': 200}`."
+        known = setting_paths(type(self))
+        found = {}
+        for path, value in changes.items():
+            section = [k for k in known if k.startswith(f"{path}.")]
+            if section and isinstance(value, Mapping):
+                found |= {f"{path}.{k}": v for k, v in value.items()}
+            else:
+                found[path] = value
+        for path in found:
+            if path not in known:
+                raise ConfigError(path, f"is not a setting: {near(path, known)}")
+        return found
+
+    def differing(
+        self,
+        settings: Mapping[str, Any],  # dotted name -> value
+    ) -> dict[str, Any]:  # dotted name -> value
+        "Those of the settings that differ from this tree's: what an arm has to change."
+        mine = self.flat()
+        return {path: value for path, value in settings.items() if value != mine[path]}
+
+    def delta_from(
+        self,
+        base: "Config",  # another tree of this kind
+        awake: bool = False,  # leave out what sleeps in this tree
+    ) -> dict[str, Any]:  # dotted name -> this tree's value
+        "The settings in which this tree differs from another one."
+        asleep = self.dormant() if awake else {}
+        return {path: value for path, value in base.differing(self.flat()).items() if path not in asleep}
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2)

@@ -706,7 +706,7 @@ def load_profile(
                 raise ConfigError(
                     key, f"is not a setting: {near(rest if phase in PHASES else key, [*known, *_PLAIN, 'preset'])}"
                 )
-        run = RunConfig.preset(preset)._changed(base)[0]  # a base may hold the sizes of kinds that arms will choose
+        run = RunConfig.preset(preset).changed(base)  # a base may hold the sizes of kinds that arms will choose
         for phase, grid in grids.items():
             for key, values in grid.items():
                 for value in values:

@@ -8,9 +8,9 @@ __getattr__, __dir__, __all__ = lazily(
         Fact HELD_OUT_RELATIONS PHRASINGS World generate round_length statements world
     """,
     corpora="""
-        BUILTIN DataError DataWarning Document END_OF_TEXT EXTRACTOR_VERSION HUB HUB_DOCUMENTS
-        TEXT_SUFFIXES cache_dir extract_pydocs hub_reachable load_corpus parse_corpus read_text
-        signature write_atomic
+        BUILTIN DataError DataWarning Document ELSEWHERE END_OF_TEXT EXTRACTOR_VERSION HUB
+        HUB_DOCUMENTS TEXT_SUFFIXES cache_dir extract_pydocs hub_reachable load_corpus parse_corpus
+        read_text signature
     """,
     tokenizer="""
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer

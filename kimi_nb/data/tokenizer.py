@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from .corpora import END_OF_TEXT, DataError, hub_reachable, write_atomic
+from .corpora import END_OF_TEXT, DataError, hub_reachable
 
-from ..config import near
+from ..config import near, write_file
 
 # %% ../../nbs/data/03_tokenizer.ipynb #09d8a8cc
 class Tokenizer:
@@ -71,7 +71,7 @@ class Tokenizer:
         folder: str | Path,  # is made where missing
     ) -> Path:
         "Write `tokenizer_kimi.json`, and for byte-pair kinds `tokenizer.json`, which transformers reads too."
-        return write_atomic(Path(folder) / "tokenizer_kimi.json", json.dumps(self.definition()).encode())
+        return write_file(Path(folder) / "tokenizer_kimi.json", json.dumps(self.definition()), parents=True)
 
     @staticmethod
     def load(
@@ -252,8 +252,8 @@ class PairTokenizer(Tokenizer):
         return super().definition() | dict(json=self.inner.to_str())
 
     def save(self, folder):
-        write_atomic(Path(folder) / "tokenizer.json", self.inner.to_str().encode())
-        return write_atomic(Path(folder) / "tokenizer_kimi.json", json.dumps(Tokenizer.definition(self)).encode())
+        write_file(Path(folder) / "tokenizer.json", self.inner.to_str(), parents=True)
+        return write_file(Path(folder) / "tokenizer_kimi.json", json.dumps(Tokenizer.definition(self)), parents=True)
 
     @classmethod
     def train(

@@ -22,6 +22,7 @@ import numpy as np
 from kimi_nb.data.corpora import (
     EXTRACTOR_VERSION,
     HUB,
+    ELSEWHERE,
     DataError,
     DataWarning,
     Document,
@@ -29,9 +30,9 @@ from kimi_nb.data.corpora import (
     load_corpus,
     parse_corpus,
     signature,
-    write_atomic,
 )
 from .tokenizer import Tokenizer, build_tokenizer
+from ..config import write_file
 
 # %% ../../nbs/data/04_tokens.ipynb #65f1577e
 SPLITS = ("train", "val", "test")
@@ -297,11 +298,9 @@ def prepare(
             with FileLock(root / "locks" / f"{index.stem}.lock"):
                 if (ready := found()) is None:  # another process may have made it while this one waited
                     ready = _build(settings, root)
-                    write_atomic(index, json.dumps({"folder": ready.folder.name, "settings": settings}).encode())
+                    write_file(index, json.dumps({"folder": ready.folder.name, "settings": settings}), parents=True)
         except OSError as e:
-            raise DataError(
-                f"cannot write the cache folder {root}: {e.strerror or e}; set KIMI_NB_CACHE to a folder with space that you may write"
-            ) from e
+            raise DataError(f"cannot write the cache folder {root}: {e.strerror or e}; {ELSEWHERE}") from e
     return ready.require(seq_len) if seq_len else ready
 
 
@@ -392,7 +391,7 @@ def _write(work, settings, splits, tokenizer, several):
             [FORMAT_VERSION, tokenizer.fingerprint, dtype.str, [meta["files"][f"{s}.bin"][1] for s in SPLITS]]
         ).encode()
     )[:16]
-    write_atomic(work / "meta.json", json.dumps(meta, indent=1).encode())
+    write_file(work / "meta.json", json.dumps(meta, indent=1))
 
 
 def _blocks(docs, chars=1 << 22):  # encode a few million characters at a time

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from random import Random
 
-from ..config import settings_path
-from ..data import Fact, world, write_atomic
+from ..config import settings_path, write_file
+from ..data import Fact, world
 
 # %% ../../nbs/evals/01_items.ipynb #3e7f0d60
 COMPLETIONS = {
@@ -156,4 +156,4 @@ def write_tasks(
     for task in TASK_NAMES:
         path = (Path(folder) if folder else tasks_folder()) / f"{task}.jsonl"
         rows = world_items(task) + [r for r in task_rows(task, path.parent) if r["half"] == "general"]
-        write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+        write_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), parents=True)

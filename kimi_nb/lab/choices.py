@@ -165,7 +165,7 @@ def change(
 ) -> tuple[RunConfig, dict[str, Any]]:  # the changed run; what was filled in beside it
     "A run with one setting changed.  Raises: ConfigError."
     try:
-        return run._changed({path: value})[0], {}
+        return run.changed({path: value}), {}
     except ConfigError as e:
         if (path, value) != ("model.attention.kind", "mla") or not hasattr(
             run.model.attention, e.path.rpartition(".")[2]
@@ -178,7 +178,7 @@ def change(
         }
         if not missing:
             raise
-        return run._changed({path: value, **missing})[0], missing
+        return run.changed({path: value, **missing}), missing
 
 
 def why_not(
@@ -214,7 +214,7 @@ def quick_costs(
 
     from kimi_nb.model import KimiModel, costs
 
-    model = run.model if run.model.vocab_size else run.model._changed({"vocab_size": vocabulary(run)})[0]
+    model = run.model if run.model.vocab_size else run.model.changed({"vocab_size": vocabulary(run)})
     with torch.device("meta"):
         found = costs(KimiModel(model, None), run.seq_len)
     return found | dict(
@@ -283,11 +283,6 @@ def estimate_seconds(
     return 1.0 + t.steps * step + step / 3 * scored / run.tokens_per_step, basis
 
 # %% ../../nbs/lab/01_choices.ipynb #249457ae
-def _differences(run, base):
-    theirs = base.flat()
-    return {k: v for k, v in run.flat().items() if v != theirs[k]}
-
-
 def _word(v):
     return (
         "none"
@@ -316,7 +311,7 @@ def _nested(flat):
 def _nearest(run):
     "(preset or '', differences) with the fewest differences."
     starts = [("", type(run)())] + [(name, type(run).preset(name)) for name in PRESETS]
-    return min(((name, _differences(run, base)) for name, base in starts), key=lambda s: len(s[1]))
+    return min(((name, run.delta_from(base)) for name, base in starts), key=lambda s: len(s[1]))
 
 
 def command_line(
@@ -340,7 +335,7 @@ def command_line(
     import yaml
 
     text = yaml.safe_dump(
-        _nested({k: list(v) if isinstance(v, tuple) else v for k, v in _differences(run, type(run)()).items()}),
+        _nested({k: list(v) if isinstance(v, tuple) else v for k, v in run.delta_from(type(run)()).items()}),
         sort_keys=False,
     )
     return f"cat > run.yaml <<'END'\n{text}END\nkimi-nb train --config run.yaml"
@@ -350,7 +345,7 @@ def python_code(
     run: RunConfig,
 ) -> str:
     "Python text that trains exactly this run."
-    tree = _nested(_differences(run, type(run)()))
+    tree = _nested(run.delta_from(type(run)()))
     inner = ", ".join(f"{k}={_as_call(v)}" for k, v in tree.items())
     return f'from kimi_nb.config import RunConfig\nfrom kimi_nb.runner import run_one\nfrom kimi_nb.study import Store\n\nrun = RunConfig({inner})\nrecord = run_one(run, Store("results"), progress=True)'
 

@@ -489,9 +489,8 @@ def factors_of(
     for study in studies:
         base = study.base.flat()
         for arm in study.arms:
-            for path, v in study.arm_run(arm).flat().items():
-                if v != base[path]:
-                    found.setdefault(path, [base[path]]).append(v)
+            for path, v in study.arm_run(arm).delta_from(study.base).items():
+                found.setdefault(path, [base[path]]).append(v)
     order = list(settings_of())
     return {p: list(dict.fromkeys(found[p])) for p in sorted(found, key=order.index)}
 

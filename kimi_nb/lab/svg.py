@@ -329,9 +329,7 @@ def block_svg(
 ) -> str:
     "The network of a run as SVG."
     m, cx, left, right = run.model, _W / 2, 34, 366
-    differs = {
-        p for p, v in run.flat().items() if base is not None and base.flat().get(p) != v and p not in run.dormant()
-    }
+    differs = run.delta_from(base or run, awake=True)
     ch = lambda *names: any(d == n or d.startswith(n + ".") for d in differs for n in names)
     norm, out, y = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(m.norm.kind, m.norm.kind), [], 6
     norm_line = [norm + (" with bias" if m.norm.bias else "")]

@@ -35,12 +35,9 @@ def kind_arm(
     "Another kind of attention by the base run's kernel."
     if kind == "mla":
         return Arm(kind, factor_delta(profile, "attention"), KINDS[kind])
-    sizes = {
-        k: v
-        for name in ("n_latents", "chunk_size")
-        if (v := profile.grid("attention", k := f"model.attention.{name}")[0]) != profile.base.flat()[k]
-    }
-    return Arm(kind, {"model.attention.kind": kind} | sizes, KINDS[kind])
+    names = ("model.attention.n_latents", "model.attention.chunk_size")
+    sizes = {name: profile.grid("attention", name)[0] for name in names}
+    return Arm(kind, {"model.attention.kind": kind} | profile.base.differing(sizes), KINDS[kind])
 
 
 def study(

@@ -15,12 +15,6 @@ from ..study import Arm, Study, factor_settings
 ROUTERS = ("standard", "aux_tc", "noaux_tc")
 
 
-def _changes(base, settings):
-    "Those of the settings that differ from the base run."
-    flat = base.flat()
-    return {k: v for k, v in settings.items() if v != flat[k]}
-
-
 def router_delta(
     profile: Profile,
     router: str,  # one of `ROUTERS`
@@ -34,7 +28,7 @@ def router_delta(
     sizes = {k: v for k, v in sizes.items() if v is not None}
     resized = profile.model_copy(update=dict(base=profile.base.override(sizes)))
     settings = factor_settings(resized, "routing", router != "standard" if shared is None else shared)
-    return _changes(profile.base, sizes | settings | {"model.moe.router": router})
+    return profile.base.differing(sizes | settings | {"model.moe.router": router})
 
 
 def dense_delta(
@@ -45,7 +39,7 @@ def dense_delta(
     m = profile.base.model
     matrices = 3 if m.ffn.activation == "swiglu" else 2
     width = round((m.moe.top_k if equal == "flops" else m.moe.n_experts) * m.expert_width + m.moe.n_experts / matrices)
-    return _changes(profile.base, {"model.ffn.kind": "dense", "model.d_ff": width})
+    return profile.base.differing({"model.ffn.kind": "dense", "model.d_ff": width})
 
 # %% ../../nbs/phases/04_moe.ipynb #0519fa52
 LABELS = {

@@ -30,11 +30,10 @@ def optimizer_delta(
     **settings,  # of train.optimizer
 ) -> dict:  # dotted name -> value
     "What training with this optimizer changes in the base run."
-    flat = _base(profile).flat()
     wanted = {"train.optimizer.name": name, "train.lr": profile.lr(name) if rate is None else rate} | {
         f"train.optimizer.{k}": v for k, v in settings.items()
     }
-    return {k: v for k, v in wanted.items() if v != flat[k]}
+    return _base(profile).differing(wanted)
 
 
 def study(

@@ -28,21 +28,21 @@ def sizes(
     """
     from kimi_nb.config import ConfigError
 
-    flat = profile.base.flat()
+    base = profile.base
     lists = {k: profile.grid("scaling", k) for k in SHAPE}
     if len({len(v) for v in lists.values()}) > 1:
         raise ConfigError(
             "scaling.model",
             f"gives {', '.join(f'{len(v)} values of {k}' for k, v in lists.items())}: a size needs one of each",
         )
-    share = flat["model.moe.d_expert"] / profile.base.model.dense_width if flat["model.moe.d_expert"] else None
+    share = base.model.moe.d_expert and base.model.moe.d_expert / base.model.dense_width
     found = {}
     for values in zip(*lists.values(), strict=True):
         shape = dict(zip(SHAPE, values))
         d_ff = shape.pop("model.d_ff")
         # the experts keep their share of the feed-forward width, which itself sleeps while every layer has experts
         shape |= {"model.d_ff": d_ff} if share is None else {"model.moe.d_expert": round(share * d_ff)}
-        found["/".join(map(str, values))] = {k: v for k, v in shape.items() if v != flat[k]}
+        found["/".join(map(str, values))] = base.differing(shape)
     return found
 
 

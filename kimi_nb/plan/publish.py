@@ -22,9 +22,9 @@ from pathlib import Path
 
 from .run import phase_notebooks, pick_phases, read_outcome
 
-from ..config import KimiError, load_profile, near, settings_path
+from ..config import KimiError, load_profile, near, settings_path, write_file, writing
 from ..data import cache_dir
-from ..study import Store, read_stored, write_whole, writing
+from ..study import Store, read_stored
 
 # %% ../../nbs/plan/04_publish.ipynb #3b05c2c7
 LIMIT = 8_000_000  # bytes of a whole bundle
@@ -343,7 +343,7 @@ def publish(
     ]:  # the checksums last: a publication that was cut short does not open
         with writing(root / name):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(root / name, files[name])
+        write_file(root / name, files[name])
     for folder in (root / "data" / "records" / profile, root / "figures" / profile):
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.relative_to(root).as_posix() not in files:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from .run import phase_notebooks
 
-from ..config import KimiError, settings_path
-from ..study import write_whole
+from ..config import KimiError, settings_path, write_file
 
 # %% ../../nbs/plan/03_template.ipynb #f1417173
 class TemplateError(KimiError):
@@ -53,7 +52,7 @@ def new_phase(
     words = {"TITLE": title or name.replace("_", " ").capitalize(), "STUDY": name.replace("_", "-"), "NAME": name}
     for cell in notebook["cells"]:
         cell["source"] = [re.sub(r"TITLE|STUDY|NAME", lambda m: words[m[0]], line) for line in cell["source"]]
-    write_whole(target, json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    write_file(target, json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     return target
 
 

@@ -15,8 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import KimiError, near
-from ..study import write_whole, writing
+from ..config import KimiError, near, write_file, writing
 
 # %% ../../nbs/report/01_document.ipynb #48503012
 class DocumentError(KimiError):
@@ -291,7 +290,7 @@ def to_html(
             "--metadata",
             "lang=en",
         )
-    write_whole(Path(out), text)
+    write_file(Path(out), text)
 
 # %% ../../nbs/report/01_document.ipynb #a435139c
 def _string(text):
@@ -521,7 +520,7 @@ def write_document(
     folder = Path(folder)
     bring(doc, folder)
     out = [folder / f"{name}{end}" for end in (".pdf", ".html", ".md")]
-    write_whole(out[2], to_markdown(doc))
+    write_file(out[2], to_markdown(doc))
     to_html(doc, out[1], folder)
     compile_typst(to_typst(doc, folder), out[0], folder)
     return out

@@ -33,9 +33,8 @@ from kimi_nb.report.evidence import (
 )
 from .paper import TITLES, conclusion
 
-from ..config import KimiError
+from ..config import KimiError, writing
 from ..stats import forest, loss_curves, save
-from ..study import writing
 
 # %% ../../nbs/report/06_slides.ipynb #93fdf7bd
 @dataclass

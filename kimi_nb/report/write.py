@@ -24,8 +24,7 @@ from .document import write_document
 from .evidence import Evidence, ReportError, capital, tally
 from .paper import abstract, paper
 from .slides import write_slides
-
-from ..study import write_whole
+from ..config import write_file
 
 # %% ../../nbs/report/08_write.ipynb #268d616d
 def short_report(
@@ -106,7 +105,7 @@ def write_report(
         drawn = draw_sizes([e, *also], folder)
         doc = paper(e, also, drawn)
         files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), out / "research_report.md"]
-    write_whole(files[-1], short_report(e, also))
+    write_file(files[-1], short_report(e, also))
     for f in files:
         say(f"{f} ({f.stat().st_size / 1024:,.0f} KiB)")
     return files

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 from .attempt import start_process
 
-from ..config import RunConfig
+from ..config import RunConfig, write_file
 
 # %% ../../nbs/runner/03_forecast.ipynb #f06ba902
 def share_of_cores(workers: int) -> int:
@@ -160,8 +160,6 @@ def predict_seconds(
     "run_id -> predicted seconds on one worker of this machine: start-up, steps, evaluations."
     import torch
 
-    from kimi_nb.data import write_atomic
-
     runs = list(runs)
     workers = workers or default_workers()
     path = _timing_file()
@@ -185,7 +183,7 @@ def predict_seconds(
         [*(flops[k] / s for k, s in timed.items()), *([0.6 * _product_rate(share_of_cores(workers))] if dear else [])],
         default=0.0,
     )  # FLOP/s: what the timed reach, or a large matrix product's, less overhead
-    write_atomic(path, json.dumps(known).encode())
+    write_file(path, json.dumps(known), parents=True)
 
     def seconds(run):
         k, t = key(run), run.train
@@ -347,7 +345,7 @@ def pick_workers(
     key = next((k for k, _ in Counter(keys).most_common() if step_flops(of[k], _vocab(of[k])) < _LARGE), None)
     if key is None:
         return len(gpus)
-    from kimi_nb.data import prepare, write_atomic
+    from kimi_nb.data import prepare
 
     path, run = _timing_file().with_name("sharing.json"), of[key]
     known = read_sharing(path)
@@ -366,7 +364,7 @@ def pick_workers(
                 break  # twice as many have no room, or only get in each other's way
         if not rates:
             return len(gpus)
-        write_atomic(path, json.dumps(known | {key: rates}).encode())
+        write_file(path, json.dumps(known | {key: rates}), parents=True)
         known[key] = rates
     rates, each = known[key], pick_sharing(known[key])
     say(

@@ -25,7 +25,7 @@ def tuning_study(
 
     def arm(name, rate):
         delta = {"train.optimizer.name": name, "train.lr": rate}
-        return Arm(f"{name} {rate:g}", {k: v for k, v in delta.items() if v != base.flat()[k]}, f"{name}, lr {rate:g}")
+        return Arm(f"{name} {rate:g}", base.differing(delta), f"{name}, lr {rate:g}")
 
     arms = [arm(name, rate) for name, rates in profile.tune.items() for rate in rates]
     return Study(

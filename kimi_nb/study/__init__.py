@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     ledger="""
         Ledger RUN_FOLDER Runs StoreError in_order list_folder pretty read_manifest read_stored
-        same_comparison write_whole writing
+        same_comparison
     """,
     store="""
         Store

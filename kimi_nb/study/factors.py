@@ -83,8 +83,7 @@ def factor_delta(
     on: bool = True,  # which level
 ) -> dict:  # dotted name -> value
     "What a level of a factor changes in the base run; empty where the base run has that level."
-    flat = profile.base.flat()
-    return {k: v for k, v in factor_settings(profile, name, on).items() if v != flat[k]}
+    return profile.base.differing(factor_settings(profile, name, on))
 
 # %% ../../nbs/study/02_factors.ipynb #73e3e669
 def cell_name(

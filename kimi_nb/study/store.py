@@ -26,12 +26,10 @@ from kimi_nb.study.ledger import (
     read_manifest,
     read_stored,
     same_comparison,
-    write_whole,
-    writing,
 )
 from .record import Record, Study, canonical, digest_of, unseal
 
-from ..config import KimiError, data_identity, near
+from ..config import KimiError, data_identity, near, write_file, writing
 
 # %% ../../nbs/study/04_store.ipynb #c7f26fd2
 _PROVENANCE = (
@@ -372,7 +370,7 @@ class _Reports(_Tables):
                 ("baselines.json", pretty(self.baselines())),
                 ("research_report.md", self.report()),
             ):
-                write_whole(self.path / name, text)
+                write_file(self.path / name, text)
 
 # %% ../../nbs/study/04_store.ipynb #92de5b0a
 _KIND = "kimi_nb records 1"
@@ -432,7 +430,7 @@ class Store(_Reports):
         data, path = (head + "\n" + body).encode(), Path(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        write_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         return dict(records=len(chosen), studies=len(manifests))
 
     def import_records(

@@ -20,9 +20,9 @@ from typing import Literal
 import numpy as np
 from pydantic import model_validator
 
-from ..config import Config, ConfigError, KimiError, Positive, RunConfig, settings_path
+from ..config import Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
 from ..config import DataConfig as RunData
-from ..data import BUILTIN, DataError, TokenData, TokenDataset, cache_dir, prepare, write_atomic
+from ..data import BUILTIN, DataError, TokenData, TokenDataset, cache_dir, prepare
 
 # %% ../../nbs/use/04_nanokimi.ipynb #dc8c25c2
 class Tracking(Config):
@@ -235,7 +235,7 @@ class TextDataProcessor:
             **({} if test_files else {"test_fraction": 0.0}),
         )
         tokens = prepare(data, c.block_size)
-        write_atomic(_registry() / f"{name}.json", json.dumps(data.model_dump(mode="json"), indent=1).encode())
+        write_file(_registry() / f"{name}.json", json.dumps(data.model_dump(mode="json"), indent=1), parents=True)
         return ProcessedDataset(data, tokens)
 
 
@@ -246,7 +246,7 @@ def toy_dataset(
     "nanoKimi's default: random letters, of which nothing can be learned but that all 64 are equally likely, so that no honest loss is below ln 64 = 4.16 nats."
     rng, letters, folder = random.Random(0), string.ascii_letters + string.digits + " .", _registry() / "toy"
     for split, n in (("train", characters), ("val", characters // 10)):
-        write_atomic(folder / f"{split}.txt", "".join(rng.choices(letters, k=n)).encode())
+        write_file(folder / f"{split}.txt", "".join(rng.choices(letters, k=n)), parents=True)
     return TextDataProcessor(TextConfig(tokenizer_name="char", block_size=block_size))._process(
         "toy", folder / "train.txt", folder / "val.txt"
     )
