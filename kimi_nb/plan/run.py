@@ -150,14 +150,16 @@ def reads_outcomes(
     phase: ModuleType,
 ) -> bool:
     "Whether a phase reads what the others left: it is executed last, and again when one of those was."
-    return bool(getattr(phase, "READS_OUTCOMES", False))
+    about = getattr(phase, "ABOUT", None)
+    return about.needs_outcomes if about else bool(getattr(phase, "READS_OUTCOMES", False))
 
 
 def takes_long(
     phase: ModuleType,
 ) -> bool:
     "Whether a phase's notebook takes much longer than the others: it is begun first, so that nothing waits for it at the end."
-    return bool(getattr(phase, "TAKES_LONG", False))
+    about = getattr(phase, "ABOUT", None)
+    return about.long if about else bool(getattr(phase, "TAKES_LONG", False))
 
 
 def phase_studies(

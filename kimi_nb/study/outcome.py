@@ -20,8 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..config import KimiError, Profile, settings_path
-from .ledger import write_whole, writing
+from ..config import KimiError, Profile, settings_path, write_file
 from .record import RecordError, seal, unseal
 
 # %% ../../nbs/study/08_outcome.ipynb #88fe9ad3
@@ -211,12 +210,10 @@ def write_outcome(
     store,  # or its folder
     outcome: Outcome,
 ) -> Path:  # of the file
-    "Seal an outcome.  Raises: StoreError where it cannot be written."
+    "Seal an outcome.  Raises: FileError where it cannot be written."
     path = outcome_file(store, outcome.phase, outcome.profile)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, seal(outcome.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True)), sync=False)
-    return path
+    text = seal(outcome.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True))
+    return write_file(path, text, sync=False, parents=True)
 
 
 def _table_key(caption):
