@@ -6,6 +6,7 @@
 __all__ = ['Follower', 'follow_record', 'smooth', 'progress_html', 'curves_html', 'live_page', 'LiveView', 'live_view']
 
 # %% ../../nbs/lab/04_live.ipynb #a4c09a01
+import json
 import os
 import threading
 import time
