@@ -11,7 +11,7 @@ from torch import nn
 
 from kimi_nb.config import ModelConfig, NormConfig
 from kimi_nb.model import AttentionError, KimiModel, RotaryEmbedding, apply_rope, attention, experts, moe, norm
-from kimi_nb.train import fit, optim
+from kimi_nb.train import build_optimizer, fit, muon
 
 # Why these sizes: bf16 has 8 bits of mantissa, so one rounding moves a number by up to 2^-8 = 0.004 of itself and a vector by 0.0017 of its length;
 # n of them, one after another, by 0.0017 sqrt(n), and the softmax turns an error of a logit into as large a one of a weight. Allowed is about
@@ -236,10 +236,10 @@ def moved(optimizer, p, grads, splits=1, **settings):
 def test_optimizer_steps(device, monkeypatch):
     """All shapes of a model at once, stacks among them: how far three steps move every parameter."""
     if device == "cpu":  # compute as a GPU does
-        monkeypatch.setattr(optim, "BF16_FROM", 1)
-        monkeypatch.setattr(optim, "has_bf16_units", lambda *_: True)
+        monkeypatch.setattr(muon, "BF16_FROM", 1)
+        monkeypatch.setattr(muon, "has_bf16_units", lambda *_: True)
     model = make_model("mla moe").to(device)
-    optimizer = optim.build_optimizer(model, make_config(name="muon", weight_decay=0.1))
+    optimizer = build_optimizer(model, make_config(name="muon", weight_decay=0.1))
     before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
     grads = {
         name: [random(*p.shape, seed=100 * step + i) for step in range(3)] for i, (name, p) in enumerate(before.items())

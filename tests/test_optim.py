@@ -24,8 +24,8 @@ from kimi_nb.train import (
     describe_groups,
     learning_rate,
     load_optimizer_tensors,
+    muon,
     newton_schulz,
-    optim,
     optimizer_tensors,
     param_groups,
     qk_clip_,
@@ -153,9 +153,9 @@ def test_newton_schulz_and_torch_muon_agree_within_bf16(shape):
 
 def test_large_matrices_take_bf16_only_where_the_processor_has_units_for_it(monkeypatch):
     """Small ones, and any on another processor, are computed in fp32; float64 stays what it is."""
-    small, large = torch.randn(64, 512), torch.randn(optim.BF16_FROM, 300)
+    small, large = torch.randn(64, 512), torch.randn(muon.BF16_FROM, 300)
     for units in (True, False):
-        monkeypatch.setattr(optim, "has_bf16_units", lambda kind, index=None, units=units: units)
+        monkeypatch.setattr(muon, "has_bf16_units", lambda kind, index=None, units=units: units)
         assert newton_schulz(small).dtype == torch.float32
         assert newton_schulz(large).dtype == (torch.bfloat16 if units else torch.float32)
         assert newton_schulz(large.double()).dtype == torch.float64
@@ -176,7 +176,7 @@ def test_one_batched_call_per_shape(monkeypatch):
     """All layers' matrices of one shape, tall or wide, in one group or several, are one batch."""
     calls = []
     monkeypatch.setattr(
-        optim, "newton_schulz", lambda G, *a, **k: calls.append(tuple(G.shape)) or newton_schulz(G, *a, **k)
+        muon, "newton_schulz", lambda G, *a, **k: calls.append(tuple(G.shape)) or newton_schulz(G, *a, **k)
     )
     params = [torch.randn(s) for s in [(8, 8)] * 5 + [(16, 8), (8, 16), (3, 8, 8), (2, 32, 8)]]
     for p in params:
