@@ -24,4 +24,8 @@ __getattr__, __dir__, __all__ = lazily(
         expert_tokens failures item_table loss_by mutual_information specialisation token_kind
         token_losses worst_documents worst_tokens
     """,
+    counts="""
+        CONSTANTS COUNTED Table as_numbers count_baselines count_table interpolated looked_up
+        scored_pairs table_losses trained_windows
+    """,
 )
