@@ -1047,8 +1047,6 @@ def test_the_code_hash_is_the_same_in_another_process():
         text=True,
         check=True,
     ).stdout.strip()
-    from kimi_nb.study.record import _hash_files
+    from kimi_nb.study import hash_definitions, training_files
 
-    from kimi_nb.study import training_files
-
-    assert shown == _hash_files(training_files())
+    assert shown == hash_definitions(training_files())

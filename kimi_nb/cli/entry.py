@@ -597,7 +597,7 @@ def cmd_report(args):
 
     store = _store(args)
     out, perhaps = args.out or store.path, []
-    if args.published or not args.results and not (Path(store.path) / "experiments").is_dir():
+    if args.published or not args.results and not store.has_runs():
         from kimi_nb.plan import published, published_profiles
 
         chosen = args.published or "quick"
@@ -610,6 +610,7 @@ def cmd_report(args):
 def where_it_stands(results="") -> str:
     "What has been done, and the commands that come next."
     from kimi_nb.plan import results_folder
+    from kimi_nb.study import Store
 
     folder = results_folder(results)
     outcomes = []
@@ -618,12 +619,9 @@ def where_it_stands(results="") -> str:
             outcomes.append(json.loads(p.read_text()))
         except ValueError:
             continue
-    done = sum(1 for _ in (folder / "experiments").glob("*/result.json")) if (folder / "experiments").is_dir() else 0
-    begun = (
-        sum(1 for p in (folder / "experiments").glob("*/config.json") if not (p.parent / "result.json").exists())
-        if done or (folder / "experiments").is_dir()
-        else 0
-    )
+    runs = list(Store(folder).run_folders(aside=True))
+    done = sum(run.finished for run in runs)
+    begun = sum(run.config_file.exists() and not run.finished for run in runs)
     lines = [
         f"{folder}: {done} finished runs"
         + (f", {begun} begun" if begun else "")

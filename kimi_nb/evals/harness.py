@@ -23,6 +23,7 @@ from .items import TASK_NAMES, tasks_folder
 from .tasks import BenchmarkError, chance_level, pick_tasks, read_rows
 
 from ..data import DataError, hub_reachable
+from ..study import RunFolder
 
 # %% ../../nbs/evals/04_harness.ipynb #c091fbe8
 _HUB = dict(squad=("rajpurkar/squad", "null"), record=("aps/super_glue", "record"))  # set and configuration
@@ -354,7 +355,7 @@ def load_any(
             + ("" if str(place).startswith((".", "/")) else ", and the Hugging Face hub cannot be reached")
             + ": name a run's folder, a transformers folder, or owner/name on the hub"
         )
-    if (folder / "result.json").is_file():
+    if RunFolder(folder).finished:
         raise BenchmarkError(
             f"{folder} has a record and no weights, as published records have none: delete this folder and train its run again"
         )

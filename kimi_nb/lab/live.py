@@ -6,7 +6,6 @@
 __all__ = ['Follower', 'follow_record', 'smooth', 'progress_html', 'curves_html', 'live_page', 'LiveView', 'live_view']
 
 # %% ../../nbs/lab/04_live.ipynb #a4c09a01
-import json
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from .svg import amount, chart_svg, duration, load_svg, page
 
 from ..config import KimiError, RunConfig
 from ..runner import ACTIVE, LiveError, LiveRun, live_runs, start_run
-from ..study import Store
+from ..study import JournalReader, Store
 
 # %% ../../nbs/lab/04_live.ipynb #a06d298b
 class Follower:
@@ -26,36 +25,28 @@ class Follower:
 
     def __init__(
         self,
-        path,  # metrics.jsonl; need not exist yet
+        path,  # of the journal; need not exist yet
     ):
         self.path = Path(path)
+        self.reader = JournalReader(self.path)
         self._reset()
 
     def _reset(self):
-        self.offset, self.inode, self.columns, self.load, self.step = 0, None, {}, None, 0
+        self.columns, self.load, self.step = {}, None, 0
 
     def read(self) -> bool:
         "Take in what is new; True when there was something."
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return False
-        if found.st_ino != self.inode or found.st_size < self.offset:
+        if self.reader.file != self.path:
+            self.reader = JournalReader(self.path)
             self._reset()
-            self.inode = found.st_ino
-        if found.st_size == self.offset:
-            return False
-        with self.path.open("rb") as f:
-            f.seek(self.offset)
-            data = f.read()
-        whole = data.rfind(b"\n") + 1
-        self.offset += whole
-        for line in data[:whole].splitlines():
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                continue
-        return whole > 0
+        before, seen = self.reader.restarts, False
+        for line in self.reader:
+            if self.reader.restarts != before:
+                self._reset()
+                before = self.reader.restarts
+            self._take(line)
+            seen = True
+        return seen
 
     def _take(self, line):
         self.step = max(self.step, line["step"])
@@ -229,12 +220,7 @@ def live_page(
 ) -> str:
     "The curves of one run as a page."
     if not run_id:
-        written = [
-            (f.stat().st_mtime, i)
-            for folder, i, _ in store._folders()
-            for f in (folder / "metrics.jsonl", folder / "result.json")
-            if f.exists()
-        ]
+        written = [(folder.written(), folder.run_id) for folder in store.run_folders() if folder.written() is not None]
         if not written:
             return page(f'<p class="soft">No run in {escape(str(store.path))} yet.</p>')
         run_id = max(written)[1]
@@ -342,9 +328,9 @@ class LiveView:
         under_way = live_runs(self.store)
         options = [(f"{l.run_id} ({l.status()})", l.run_id) for l in under_way]
         done = sorted(
-            ((folder / "result.json").stat().st_mtime, folder.name, i)
-            for folder, i, _ in self.store._folders()
-            if (folder / "result.json").exists()
+            (folder.written(), folder.path.name, folder.run_id)
+            for folder in self.store.run_folders()
+            if folder.finished
         )
         options += [(name.rpartition("_")[0] + f" {i}", i) for _, name, i in reversed(done[-40:])]
         if self.live is not None and self.live.run_id not in [i for _, i in options]:
@@ -419,7 +405,7 @@ class LiveView:
             not (active and state in ("training", "starting")),
             not (active and state in ACTIVE),
         )
-        self._pin.disabled = not (live.folder / "result.json").exists()
+        self._pin.disabled = not live.files.finished
         self._resume.disabled = state not in ("paused", "pausing", "stopped", "refused", "failed")
         record = live.store.get(live.run_id) if state == "failed" else None
         note = (

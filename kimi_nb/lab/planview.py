@@ -53,13 +53,7 @@ class PlanState:
             for r in frame[[c for c in ("run_id", "status", "stale", "started") if c in frame]].to_dict("records")
         }
         begun, seen, rows = self._begun(), set(), []
-        under_way = {
-            i
-            for folder, i, _ in self.store._folders()
-            if not (folder / "result.json").exists()
-            and (j := folder / "metrics.jsonl").exists()
-            and time.time() - j.stat().st_mtime < 60
-        }
+        under_way = {folder.run_id for folder in self.store.run_folders() if folder.at_work()}
         for phase, group in self.studies().items():
             mine = [p for p in distinct(group) if p.run.run_id not in seen]
             seen |= {p.run.run_id for p in mine}

@@ -157,7 +157,7 @@ def check_finished(
         raise PublishError(f"profile {profile!r} is unknown: {near(profile, profile_names())}")
     notebooks = pick_phases(only)
     again = f"run kimi-nb plan --profile {profile}{' --only ' + ' '.join(notebooks) if only else ''} again"
-    if not (Path(store.path) / "experiments").is_dir():
+    if not store.has_runs():
         raise PublishError(f"{store.path} holds no records: {again}, or name its folder with --results")
     if problems := store.verify(complete=True, study=studies_of(store, only) if only else None):
         raise PublishError(

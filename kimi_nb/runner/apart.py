@@ -17,8 +17,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..config import KimiError, RunConfig, write_file, writing
-from ..study import Store, list_folder
+from ..config import KimiError, RunConfig
+from ..study import RunFolder, Store, list_folder, write_whole, writing
 
 # %% ../../nbs/runner/06_apart.ipynb #e8a354e0
 class LiveError(KimiError):
@@ -61,7 +61,7 @@ class Apart:
                 env=environment,
             )
         born = psutil.Process(self._child.pid).create_time()
-        write_file(
+        write_whole(
             self.file,
             json.dumps(
                 dict(
@@ -193,13 +193,17 @@ class LiveRun:
         return self.store.folder(self.run_id)
 
     @property
+    def files(self) -> RunFolder:
+        return self.store.run_folder(self.run_id)
+
+    @property
     def journal(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.files.metrics_file
 
     @property
     def run(self) -> RunConfig:
         "Its configuration.  Raises: LiveError when nothing is known of it."
-        for file in (self.folder / "config.json", self.config_file):
+        for file in (self.files.config_file, self.config_file):
             if file.exists():
                 return RunConfig.load(file)
         raise LiveError(f"run {self.run_id} is unknown in {self.store.path}: start it first")
@@ -228,10 +232,8 @@ class LiveRun:
 
     def _elsewhere(self):
         "Whether another process holds the run: a plan, a command."
-        if not (Path(self.store.path) / ".locks" / f"{self.run_id}.lock").exists() or not self.folder.exists():
-            return False
-        with self.store.lock(self.run_id, wait=False) as held:
-            return not held
+        files = self.files
+        return files.path.exists() and files.busy()
 
     def start(self, threads: int = 0, name: str = "live"):
         "Start it, or let it go on.  Raises: LiveError while it is stopping."
@@ -309,14 +311,9 @@ def live_runs(
         for n in list_folder(Path(store.path) / "live")
         if re.fullmatch(r"[0-9a-f]{12}\.json", n)
     }
-    for folder, run_id, _ in store._folders():
-        journal = folder / "metrics.jsonl"
-        if (
-            not (folder / "result.json").exists()
-            and journal.exists()
-            and time.time() - journal.stat().st_mtime < recent
-        ):
-            ids[run_id] = None
+    for folder in store.run_folders():
+        if folder.at_work(recent):
+            ids[folder.run_id] = None
     found = [(live, live.status()) for live in (LiveRun(store, i) for i in ids)]
     open_ = [(live, s) for live, s in found if s in ACTIVE or s in ("stopped", "refused")]
     return [

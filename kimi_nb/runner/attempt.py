@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..config import KimiError, RunConfig
-from ..study import Planned, Record, Store, Study
+from ..study import Planned, Record, RunFolder, Store, Study
 
 # %% ../../nbs/runner/01_attempt.ipynb #e3aa2e9a
 class RunnerError(KimiError):
@@ -92,8 +92,8 @@ def _overdue(store, run_id) -> str:
         file.unlink()
     if not text.startswith("Timeout"):
         return ""  # killed within its time
-    with contextlib.suppress(OSError), (store.folder(run_id) / "training_log.txt").open("a") as f:
-        f.write(text)
+    with contextlib.suppress(OSError):
+        store.run_folder(run_id).log(text)
     frames = re.findall(
         r'File "([^"]+)", line (\d+) in (\S+)', text.rpartition("most recent call first):\n")[2]
     )  # the thread that trains is the oldest, so the last
@@ -124,7 +124,7 @@ def run_one(
     if deterministic:
         with deterministically(device=device):
             return run_one(run, store, name, device, threads, progress, on_step, keep, hours, shared)
-    with store.lock(run.run_id):
+    with store.run_folder(run.run_id, name).lock(wait=True) as place:
         record = store.get(run.run_id, fresh=True)
         if record is not None and record.status in ("done", "diverged"):
             return record
@@ -132,7 +132,7 @@ def run_one(
             raise RunnerError(f"threads {threads} is out of range: at least 1")
         pick_device(device)
         prepare(run.data, run.seq_len)  # what cannot be had is refused before there is a folder
-        folder = store.begin(run, name)
+        folder = RunFolder(store.begin(run, name), shares=place)
         try:
             with _time_limit(store, run.run_id, hours):
                 return fit(run, folder, device=device, threads=threads, progress=progress, on_step=on_step, keep=keep)
@@ -142,8 +142,8 @@ def run_one(
             reason = str(e)
         except Exception as e:  # unforeseen: the record says so, and the other runs go on
             reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-            with contextlib.suppress(OSError), (folder / "training_log.txt").open("a") as f:
-                f.write(traceback.format_exc())
+            with contextlib.suppress(OSError):
+                folder.log(traceback.format_exc())
         if shared and "out of memory" in reason.lower():
             raise Crowded(reason)
         record = Record.of(run, "failed", provenance=dict(error=reason))

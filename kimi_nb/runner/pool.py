@@ -392,32 +392,19 @@ def _on_a_node(run_id, code, config, store, how):
     return _attempt(run, store, **how)
 
 
-def _last_step(file):
-    "(step, loss) of the last whole line of a journal, None without one."
-    try:
-        with open(file, "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - 16384))
-            lines = f.read().split(b"\n")[:-1]
-    except OSError:
-        return None
-    for text in reversed(lines):
-        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
-            line = json.loads(text)
-            return int(line["step"]), line["train_loss"]
-
-
 def _follow(jobs, store, bar):
     "Show how far each run is."
     with contextlib.suppress(KimiError):  # a folder that cannot be read for a moment is the nodes' business
-        for folder, run_id, _ in store._folders():
-            if run_id in jobs and (seen := _last_step(folder / "metrics.jsonl")):
-                bar.step(run_id, *seen)
+        for folder in store.run_folders():
+            seen = folder.last_step() if folder.run_id in jobs else None
+            if seen:
+                bar.step(folder.run_id, *seen)
 
 
 def _arrived(store, run_id, seconds=60.0):
     "A network file system may show a new file late.  Raises: RunnerError where it shows none."
     end = time.monotonic() + seconds
-    while not (store.folder(run_id) / "result.json").exists():
+    while not store.run_folder(run_id).finished:
         if time.monotonic() > end:
             raise RunnerError(
                 f"a node finished run {run_id}, and its record is not in {store.path}: put the results into a folder that all nodes share"

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from ..config import KimiError, ModelConfig
 from ..data import PairTokenizer, Tokenizer
 from ..model import KimiModel, RotaryEmbedding, TopKGate, count_parameters
-from ..study import Record
+from ..study import Record, record_beside
 from ..train import load_model
 
 # %% ../../nbs/use/03_hub.ipynb #90cec4eb
@@ -397,9 +397,8 @@ def save_pretrained(
         source = Path(model)
         model, saved, _ = load_model(source)
         tokenizer = tokenizer or saved
-        beside = next((p for f in (source, *source.resolve().parents[:3]) if (p := f / "result.json").is_file()), None)
-        if record is None and beside:
-            record = Record.from_json(beside.read_text(encoding="utf-8"), str(beside))
+        if record is None:
+            record = record_beside(source)
     if isinstance(model, KimiNbForCausalLM):
         model = model.model
     if not isinstance(model, KimiModel):
