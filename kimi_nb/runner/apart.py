@@ -17,8 +17,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..config import KimiError, RunConfig
-from ..study import RunFolder, Store, list_folder, write_whole, writing
+from ..config import KimiError, RunConfig, write_file, writing
+from ..study import RunFolder, Store, list_folder
 
 # %% ../../nbs/runner/06_apart.ipynb #e8a354e0
 class LiveError(KimiError):
@@ -61,7 +61,7 @@ class Apart:
                 env=environment,
             )
         born = psutil.Process(self._child.pid).create_time()
-        write_whole(
+        write_file(
             self.file,
             json.dumps(
                 dict(

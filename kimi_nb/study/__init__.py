@@ -14,13 +14,21 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     folder="""
         EXPERIMENTS JournalReader LOCKS RUN_FOLDER RunBusy RunFiles RunFolder RunPlace StoreError
-        journal_line list_folder pretty read_stored readable_name record_beside write_whole writing
+        journal_line list_folder pretty read_stored readable_name record_beside
     """,
     ledger="""
         Ledger Runs RunsBase gives_way in_order read_manifest same_comparison
     """,
     store="""
         Store
+    """,
+    metrics="""
+        COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
+    """,
+    outcome="""
+        FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS figures_folder
+        finding_of load_outcome not_testable outcome_file outcome_problems outcomes_of read_outcome
+        record_outcome results_folder write_outcome
     """,
     curves="""
         gradient_statistics loss_statistics running_median steps_to

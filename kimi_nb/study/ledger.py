@@ -21,12 +21,10 @@ from kimi_nb.study.folder import (
     list_folder,
     read_stored,
     readable_name,
-    write_whole,
-    writing,
 )
 from .record import Record, Study, code_hash, digest_of, seal, unseal
 
-from ..config import KimiError, RunConfig, near
+from ..config import KimiError, RunConfig, near, write_file, writing
 
 # %% ../../nbs/study/05_ledger.ipynb #f1bb7946
 class RunsBase:
@@ -308,7 +306,7 @@ class Ledger(Runs):
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists() or read_stored(file) != text:
-            write_whole(file, text)
+            write_file(file, text)
 
 
 def _with_more_seeds(old, new):

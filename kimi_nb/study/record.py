@@ -74,7 +74,7 @@ def unseal(
             wanted = [l for l in lines if not l.startswith(f'"{skip}":')] if skip else lines
             if skip and len(lines) - len(wanted) == 1 and all(l[:1] in '{"' for l in lines):
                 joined = "".join(wanted)
-            return json.loads(joined)
+            return {k: v for k, v in json.loads(joined).items() if k != skip}
         fields = json.loads(text, parse_constant=_no_constant)
         if not isinstance(fields, dict):
             raise ValueError("no object")

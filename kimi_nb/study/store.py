@@ -23,13 +23,11 @@ from kimi_nb.study.folder import (
     list_folder,
     pretty,
     read_stored,
-    write_whole,
-    writing,
 )
 from .ledger import Ledger, gives_way, in_order, read_manifest, same_comparison
 from .record import Record, Study, canonical, digest_of, unseal
 
-from ..config import KimiError, data_identity, near
+from ..config import KimiError, data_identity, near, write_file, writing
 
 # %% ../../nbs/study/06_store.ipynb #c7f26fd2
 _PROVENANCE = (
@@ -371,7 +369,7 @@ class _Reports(_Tables):
                 ("baselines.json", pretty(self.baselines())),
                 ("research_report.md", self.report()),
             ):
-                write_whole(self.path / name, text)
+                write_file(self.path / name, text)
 
 # %% ../../nbs/study/06_store.ipynb #92de5b0a
 _KIND = "kimi_nb records 1"
@@ -431,7 +429,7 @@ class Store(_Reports):
         data, path = (head + "\n" + body).encode(), Path(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        write_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         return dict(records=len(chosen), studies=len(manifests))
 
     def import_records(
