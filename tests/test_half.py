@@ -10,7 +10,7 @@ from test_train import KIMI, Stop, numbers, stop_after, tiny
 from torch import nn
 
 from kimi_nb.config import ModelConfig, NormConfig
-from kimi_nb.model import AttentionError, KimiModel, RotaryEmbedding, apply_rope, attention, experts, moe, norm
+from kimi_nb.model import AttentionError, KimiModel, RotaryEmbedding, apply_rope, attention, experts, moe, norm, routing
 from kimi_nb.train import build_optimizer, fit, muon
 
 # Why these sizes: bf16 has 8 bits of mantissa, so one rounding moves a number by up to 2^-8 = 0.004 of itself and a vector by 0.0017 of its length;
@@ -288,9 +288,9 @@ def test_the_whole_model_with_all_parts(device, monkeypatch):
         KIMI, {"model.dropout": 0.0, "model.attention.implementation": "flash", "model.moe.seq_loss_weight": 0.01}
     ).model.override({"vocab_size": 257})
     tokens = torch.randint(0, 257, (2, 32, 16), generator=torch.Generator().manual_seed(0))
-    choose, choices, found = moe.group_limited_topk, [], []
+    choose, choices, found = routing.group_limited_topk, [], []
     monkeypatch.setattr(
-        moe, "group_limited_topk", lambda *how: choices.append(choose(*how)) or choices[0].to(choices[-1])
+        routing, "group_limited_topk", lambda *how: choices.append(choose(*how)) or choices[0].to(choices[-1])
     )
     for where, half in (("cpu", False), (device, True)):
         model = redraw(KimiModel(config)).to(where)

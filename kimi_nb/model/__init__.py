@@ -4,45 +4,76 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
+    precision="""
+        autocasting widened
+    """,
+    layernorm="""
+        LayerNorm layer_norm
+    """,
+    rmsnorm="""
+        RMSNorm rms_norm
+    """,
     norm="""
-        LayerNorm RMSNorm build_norm layer_norm rms_norm
+        NORMS build_norm
     """,
     rope="""
-        RotaryEmbedding apply_rope rope_frequencies to_half_split yarn_frequencies yarn_mscale
+        RotaryEmbedding apply_rope position_words rope_frequencies to_half_split turn_
+        yarn_frequencies yarn_mscale
     """,
     kernels="""
-        Attention AttentionError attend attention_logits call_flash_attn causal_mask eager_attention
-        flash_attention flash_attn_package flash_provider flash_refusal fused_attention logit_maxima
+        Attention AttentionError FlashPackage attend attention_logits call_flash_attn causal_mask
+        eager_attention flash_attention flash_attn_package flash_provider flash_refusal
+        fused_attention kernel_words logit_maxima
     """,
     caches="""
-        CacheError KVCache LatentCache LayerCaches MLACache TokenCache build_cache cache_bytes
-        cache_bytes_per_token
+        CacheError LayerCaches TokenCache
+    """,
+    mha="""
+        KVCache MultiHeadAttention scale_heads_
+    """,
+    mla="""
+        MLACache MultiHeadLatentAttention absorbing_pays
     """,
     latent="""
-        LatentAttention score_pairs
+        LatentAttention LatentCache latent_pairs
     """,
     attention="""
-        MultiHeadAttention MultiHeadLatentAttention absorbing_pays build_attention kernel_name
-        rope_dim
+        ATTENTIONS attention_flops_per_token attention_of build_attention build_cache cache_bytes
+        cache_bytes_per_token kernel_name rope_dim score_pairs
     """,
     parallel="""
-        RanksError anywhere first_rank_first is_loss joined launched part_of rank_and_size
-        share_folder total wait
+        RanksError anywhere check_shard cut first_rank_first for_disk gather is_loss is_sharded
+        joined launched part part_of rank_and_size shard_ share_folder total wait whole
+        whole_parameters
     """,
-    shard="""
-        check_shard cut for_disk gather is_sharded part shard_ whole whole_parameters
+    dense="""
+        ACTIVATIONS FeedForward activate is_gated
     """,
     experts="""
-        ACTIVATIONS DispatchPlan Experts FeedForward autocasting dispatch_plan expert_backend
-        expert_counts is_gated padded_plan run_experts
+        DispatchPlan Experts dispatch_plan expert_backend expert_counts padded_plan run_experts
+    """,
+    routing="""
+        Route Router group_limited_topk load_statistics max_violation scale_weights sequence_loss
+        sigmoid_route switch_loss
+    """,
+    router_standard="""
+        StandardRouter softmax_route
+    """,
+    router_aux_tc="""
+        AuxLossRouter
+    """,
+    router_noaux_tc="""
+        BiasRouter
     """,
     moe="""
-        MoE Route RouterStats TopKGate group_limited_topk load_statistics max_violation
-        scale_weights sequence_loss sigmoid_route softmax_route switch_loss update_biases
+        MoE ROUTERS RouterStats TopKGate update_biases
+    """,
+    feedforward="""
+        FEED_FORWARDS build_feed_forward feed_forward_kind
     """,
     network="""
-        Block INIT_STD KimiModel ModelOutput attention_flops_per_token costs count_parameters
-        forward_flops_per_token init_parameters measured_forward_flops_per_token parameter_generator
+        Block INIT_STD KimiModel ModelOutput costs count_parameters forward_flops_per_token
+        init_parameters measured_forward_flops_per_token parameter_generator
         training_flops_per_token
     """,
     decoder="""
