@@ -241,7 +241,7 @@ def _forward_backward(module, x, precision="fp32"):
 
 def looped_experts(x, indices, weights, w_in, w_out, activation):
     "The experts one after another: what a loop in Python costs.  Shapes as in `run_experts`."
-    from kimi_nb.model.experts import _activate
+    from kimi_nb.model import activate
 
     y = torch.zeros_like(x)
     for e in range(len(w_out)):
@@ -250,7 +250,7 @@ def looped_experts(x, indices, weights, w_in, w_out, activation):
             y = y.index_add(
                 0,
                 token,
-                (weights[token, slot, None] * (_activate(x[token] @ w_in[e].T, activation) @ w_out[e].T)).to(y.dtype),
+                (weights[token, slot, None] * (activate(x[token] @ w_in[e].T, activation) @ w_out[e].T)).to(y.dtype),
             )
     return y
 

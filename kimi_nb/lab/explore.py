@@ -269,8 +269,10 @@ def rope_explorer(subject: Subject | None = None):
     "RoPE's wavelengths against the context; needs no model, and begins with the model's own settings where there is one."
     import ipywidgets as w
 
+    from kimi_nb.model import rope_dim
+
     c = subject.model.config if subject else None
-    width = {"mla": c.attention.qk_rope_head_dim}.get(c.attention.kind, c.head_dim) if c else 64
+    width = rope_dim(c) if c else 64
     thetas = sorted({1e3, 1e4, 5e4, 1e5, 2e5, 1e6, c.position.theta if c else 1e4})
     lengths = sorted({64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, c.max_seq_len if c else 1024})
     start = c.max_seq_len if c else 1024
@@ -493,6 +495,8 @@ def explorer_pictures(
     text: str | None = None,  # to read; none is a sentence that fits
 ) -> dict:  # title -> matplotlib Figure or piece of HTML
     "What the explorers show first, without widgets."
+    from kimi_nb.model import rope_dim
+
     text = text or subject.fitting()
     shown = {"Attention by layer and head": attention_figure(subject.model, subject.tokenizer, text)}
     if subject.model.moe_layers():
@@ -514,7 +518,7 @@ def explorer_pictures(
     c = subject.model.config
     if c.position.kind == "rope":
         shown["RoPE's clocks"] = rope_figure(
-            c.attention.qk_rope_head_dim if c.attention.kind == "mla" else c.head_dim,
+            rope_dim(c),
             c.position.theta,
             c.max_seq_len,
             c.position.yarn_factor,

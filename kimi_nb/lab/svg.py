@@ -247,51 +247,12 @@ def _plus(x, y):
     return f'<circle cx="{x}" cy="{y}" r="8" fill="var(--knb-ground)" stroke="var(--knb-soft)"/><path d="M{x - 4} {y}H{x + 4}M{x} {y - 4}V{y + 4}" stroke="var(--knb-ink)" stroke-width="1.3"/>'
 
 
-def _attention_lines(m, seq_len):
-    a, pos = (
-        m.attention,
-        (
-            "RoPE, θ "
-            + f"{m.position.theta:,.0f}"
-            + (f", YaRN × {m.position.yarn_factor:g}" if m.position.yarn_factor > 1 else "")
-        )
-        if m.position.kind == "rope"
-        else "positions from the embedding",
-    )
-    kernel = f"kernel {a.implementation}" + (", QK-norm" if a.qk_norm else "")
-    if a.kind == "mla":
-        q = "q full" if a.q_lora_rank is None else f"q through rank {a.q_lora_rank}"
-        return [
-            f"MLA: {m.n_heads} heads",
-            f"cached: latent {a.kv_lora_rank} + rotary key {a.qk_rope_head_dim}",
-            f"{q}; k {a.qk_nope_head_dim} + {a.qk_rope_head_dim}, v {a.v_head_dim} a head",
-            f"{pos}; {kernel}",
-        ]
-    if a.kind == "latent":
-        return [
-            f"latent tokens: {m.n_heads} heads × {m.head_dim}",
-            f"chunks of {a.chunk_size}, {a.n_latents} latents each",
-            f"{pos}; {kernel}",
-        ]
-    if a.kind != "mha":
-        return [f"{a.kind}: {m.n_heads} heads × {m.head_dim}", f"{pos}; {kernel}"]
-    return [
-        f"multi-head: {m.n_heads} heads × {m.head_dim}",
-        f"cached: keys and values, 2 × {m.d_model}",
-        f"{pos}; {kernel}",
-    ]
-
-
 def _experts(m, y, changed):
     "The router and its experts."
+    from kimi_nb.model import FEED_FORWARDS
+
     e, k, s = m.moe.n_experts, m.moe.top_k, m.moe.n_shared_experts
-    how = {
-        "standard": "softmax, Switch loss",
-        "aux_tc": "sigmoid, groups, auxiliary loss",
-        "noaux_tc": "sigmoid, bias steers the load",
-    }.get(m.moe.router, "")
-    group = f", {m.moe.topk_group} of {m.moe.n_group} groups" if m.moe.n_group > 1 else ""
-    out = [_box(70, y, 260, 36, [f"router {m.moe.router}", *filter(None, [(how + group).lstrip(", ")])], changed)]
+    out = [_box(70, y, 260, 36, FEED_FORWARDS["moe"].words(m), changed)]
     shown = min(e, 16)
     chosen = (
         {
@@ -328,11 +289,12 @@ def block_svg(
     width: int = 440,  # widest, in pixels
 ) -> str:
     "The network of a run as SVG."
+    from kimi_nb.model import FEED_FORWARDS, NORMS, attention_of
+
     m, cx, left, right = run.model, _W / 2, 34, 366
     differs = run.delta_from(base or run, awake=True)
     ch = lambda *names: any(d == n or d.startswith(n + ".") for d in differs for n in names)
-    norm, out, y = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(m.norm.kind, m.norm.kind), [], 6
-    norm_line = [norm + (" with bias" if m.norm.bias else "")]
+    norm_line, out, y = [NORMS[m.norm.kind].words(m.norm)], [], 6
     out.append(
         f'<text x="{cx}" y="{y + 9}" font-size="11" text-anchor="middle" class="soft">{run.seq_len} tokens × {run.train.batch_size} sequences a step</text>'
     )
@@ -380,7 +342,7 @@ def block_svg(
 
     def attention():
         nonlocal y
-        lines = _attention_lines(m, run.seq_len)
+        lines = attention_of(m).words(m)
         h = 12 + 15 * len(lines)
         out.append(_box(60, y, 290, h, lines, ch("model.attention", "model.n_heads", "model.position")))
         y += h
@@ -396,7 +358,7 @@ def block_svg(
                     y,
                     260,
                     36,
-                    [f"{m.ffn.kind} feed-forward, {m.ffn.activation}", f"{m.d_model} → {m.dense_width} → {m.d_model}"],
+                    FEED_FORWARDS[m.ffn.kind].words(m),
                     ch("model.ffn", "model.d_ff"),
                 ),
                 36,

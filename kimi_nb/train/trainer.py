@@ -17,6 +17,7 @@ from ..config import ConfigError, ModelConfig, RunConfig
 from ..data import Batches, TokenData
 from kimi_nb.model import (
     KimiModel,
+    attention_of,
     check_shard,
     max_violation,
     part_of,
@@ -127,15 +128,14 @@ def with_vocabulary(
 # %% ../../nbs/train/06_trainer.ipynb #8cf8b579
 def _averaging(model: KimiModel, seq_len: int):
     "The model, whose backward pass averages gradients over ranks."
-    attention = model.config.attention
-    short = attention.kind == "latent" and seq_len <= attention.chunk_size  # leaves latent tokens unused
+    unused = attention_of(model.config).idle_parameters(model.config, seq_len)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the name that is coming means something else
         return torch.nn.parallel.DistributedDataParallel(
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=short,
+            find_unused_parameters=unused,
         )
 
 # %% ../../nbs/train/06_trainer.ipynb #e2a2a216
@@ -191,7 +191,7 @@ class _Gradients(_Parts):
             part = slice(i, i + self.micro_batch)
             with self._exchanging(last=part.stop >= len(x)):
                 with autocast(self.device, self.precision):
-                    out = self.forward(x[part], y[part])
+                    out = self.forward(x[part], y[part], logits=False)
                 self.scaler.scale((out.loss + out.aux_loss) / n).backward()
             losses.append(out.loss.detach())
             aux.append(out.aux_loss.detach())
