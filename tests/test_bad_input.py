@@ -337,8 +337,8 @@ def test_a_study_file_edited_by_hand(done, capsys):
     ],
 )
 def test_a_damaged_outcome_is_made_again(done, capsys, text):
-    """phases/*.json is made by the notebook: damaged, it is made again."""
-    (done.results / "phases" / "norm.json").write_text(text)
+    """phases/PROFILE/*.json is made by the notebook: damaged, it is made again."""
+    (done.results / "phases" / "tiny" / "norm.json").write_text(text)
     code, out, err = call(capsys, *PLAN)
     assert (code, err) == (0, []) and "phase norm:" in out and "phase baseline:" not in out and ", 0 to train" in out
 
@@ -463,7 +463,7 @@ def test_a_notebook_that_fails_half_way(place, capsys):
     )
     assert "phase norm: 1 verdicts" in out and "RQ0" in out and "baseline: FAILED" in out
     assert (place.results / "notebooks" / "01_baseline.ipynb").exists() and not (
-        place.results / "phases" / "baseline.json"
+        place.results / "phases" / "tiny" / "baseline.json"
     ).exists()
     place.phase("baseline")
     code, out, err = call(capsys, *PLAN)

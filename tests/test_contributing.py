@@ -176,7 +176,7 @@ def test_following_contributing_adds_a_norm_a_phase_a_task_and_a_corpus(tmp_path
     assert "done: run" in said
     assert "offers meanabs" in copy.python(OFFERED), "the workbench's picker does not offer the new norm"
     said = copy.follow("A phase")
-    assert "toy" in said and (copy.root / "results" / "phases" / "toy.json").is_file()
+    assert "toy" in said and (copy.root / "results" / "phases" / "smoke" / "toy.json").is_file()
     assert "toy" in copy.shell(".venv/bin/kimi-nb plan --profile quick --dry-run")
     assert "opposites" in copy.follow("A task")
     assert "sums as byte" in copy.follow("A corpus")

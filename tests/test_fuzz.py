@@ -378,15 +378,14 @@ def tokenizer_files(folder):
 @reader
 def outcome_and_timings(folder):
     """The outcome of a phase and the kept step times"""
-    from kimi_nb.plan import read_outcome, record_outcome
     from kimi_nb.runner import read_sharing, read_timings
+    from kimi_nb.study import Finding, outcome_file, read_outcome, record_outcome
 
     profile = folder / "settings.ini"
     profile.write_text(settings_text())
-    record_outcome(
-        Store(folder), "norm", load_profile("tiny", profile), [dict(id="a", claim="b", word="supported", sentence="c")]
-    )
-    path = folder / "phases" / "norm.json"
+    findings = [Finding(id="a", claim="b", word="supported", reason="c")]
+    record_outcome(Store(folder), "norm", load_profile("tiny", profile), findings)
+    path = outcome_file(folder, "norm", "tiny")
 
     def use(data):
         path.write_bytes(data)

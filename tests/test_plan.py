@@ -69,7 +69,7 @@ def test_only_what_changed_is_executed_again(place, capsys):
     for change in (
         (place.results / "notebooks" / "03_norm.ipynb").unlink,
         lambda: place.phase("norm", then="# another line"),
-        (place.results / "phases" / "norm.json").unlink,
+        (place.results / "phases" / "tiny" / "norm.json").unlink,
     ):
         change()
         code, out, _ = call(capsys, *PLAN)

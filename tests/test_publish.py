@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_nb.plan import phase_notebooks, publish, published_profiles, read_bundle, read_outcome
-from kimi_nb.study import Store
+from kimi_nb.plan import phase_notebooks, publish, published_profiles, read_bundle
+from kimi_nb.study import Store, read_outcome
 
 REPO = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def test_a_published_run_opens_as_a_results_folder(opened):
     store, (about, _) = Store(opened), read_bundle("quick", REPO)
     assert len(store.frame(stale=True)) == about["runs"] > 0
     assert [p for p in about["phases"] if read_outcome(store, p) is None] == []
-    assert all((opened / f).is_file() for p in about["phases"] for f in read_outcome(store, p)["figures"])
+    assert all((opened / f).is_file() for p in about["phases"] for f in read_outcome(store, p).figures)
     assert (opened / "plots" / "headline.png").is_file()
 
 

@@ -14,7 +14,6 @@ from kimi_nb.report.slides import slides
 
 from kimi_nb.config import load_profile
 from kimi_nb.phases import combined, norm
-from kimi_nb.plan import record_outcome
 from kimi_nb.report import (
     Evidence,
     ReportError,
@@ -27,7 +26,7 @@ from kimi_nb.report import (
     to_typst,
     write_report,
 )
-from kimi_nb.study import Arm, Record, Store, Study
+from kimi_nb.study import Arm, Finding, Record, Store, Study, record_outcome
 
 EFFECTS = dict(attention=0.10, norm=-0.06, routing=0.0, optimizer=-0.40)
 
@@ -230,7 +229,11 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
         store,
         "toy",
         tiny_profile(),
-        [dict(id="toy", claim=f"{odd} is better.", word="undecided", sentence=f"It {odd}.", caveats=[f"Mind {odd}."])],
+        [
+            Finding(
+                id="toy", claim=f"{odd} is better.", word="undecided", reason=f"It {odd}.", caveats=(f"Mind {odd}.",)
+            )
+        ],
     )
     files = write_report(store, tmp_path / "out", say=lambda line: None)
     text = (tmp_path / "out" / "paper.md").read_text()
@@ -296,7 +299,7 @@ def test_a_second_folder_must_bear_on_the_first(tmp_path, invented):
     lone = Store(shutil.copytree(invented.path, tmp_path / "lone"))
     shutil.rmtree(lone.path / "phases")
     record_outcome(
-        lone, "norm", larger_profile(), [dict(id="H2", claim="Steadier.", word="undecided", sentence="It.", caveats=[])]
+        lone, "norm", larger_profile(), [Finding(id="H2", claim="Steadier.", word="undecided", reason="It.")]
     )
     with pytest.raises(ReportError, match=r"^.*lone has no phase in common with .* \(it has norm\)$"):
         write_report(invented, tmp_path / "out", say=lambda line: None, also=[lone])

@@ -195,9 +195,8 @@ def test_phase_pages_show_other_published_sizes(pages):
             about, files = read_bundle(profile, REPO)
             section = text.partition(f"size (profile {profile})")[2]
             outcome = json.loads(files[f"data/records/{profile}/phases/{name}.json"])
-            assert [v["id"] for v in outcome["verdicts"] if v["id"] not in section] == [] and about[
-                "device_name"
-            ] in section, phase
+            kept = outcome.get("verdicts") or outcome["findings"]
+            assert [v["id"] for v in kept if v["id"] not in section] == [] and about["device_name"] in section, phase
             assert sum("_images/" in s for s in page.sources) >= len(main_figures(name, outcome["figures"])), phase
 
 
@@ -219,7 +218,7 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     from kimi_nb.plan.publish import publish
 
     from kimi_nb.plan import open_published, published_profiles
-    from kimi_nb.study import Store
+    from kimi_nb.study import Store, read_outcome, write_outcome
 
     if "quick" not in published_profiles(REPO):
         pytest.skip("no reference run is published")
@@ -230,11 +229,11 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     conf["REPO"] = home
     assert conf["other_sizes"]("norm") == []
     open_published("quick", results, home)
-    file = results / "phases" / "norm.json"
-    outcome = json.loads(file.read_text())
+    old = read_outcome(results, "norm", "quick")
     words = {"supported": "contradicted", "contradicted": "supported", "undecided": "supported"}
-    changed = [v | dict(word=words.get(v["word"], v["word"]), sentence="It was | so.") for v in outcome["verdicts"]]
-    file.write_text(json.dumps(outcome | dict(profile="standard", verdicts=changed)))
+    other = [f.changed(word=words.get(f.word, f.word), reason="It was | so.") for f in old.findings]
+    new = old.changed(profile="standard", findings=tuple(other))
+    write_outcome(results, new)
     publish(Store(results), "standard", home, stale=True, only=["norm"])
     first, claims, *figures = conf["other_sizes"]("norm")
     assert (
@@ -242,17 +241,15 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
         and "phase norm only" in first["source"]
     )  # it is a copy, so as large
     table = claims["outputs"][0]["data"]["text/markdown"]
-    for old, new in zip(outcome["verdicts"], changed, strict=True):
-        row = next(line for line in table.splitlines() if line.startswith(f"| {old['id']} |"))
-        both = {old["word"], new["word"]}
-        together = (
-            "opposite"
-            if both == {"supported", "contradicted"}
-            else "one decides"
-            if both == {"supported", "undecided"}
-            else "not tested"
-        )
-        assert f"**{old['word']}**" in row and f"**{new['word']}**. It was \\| so. | {together} |" in row
+    for before, after in zip(old.findings, new.findings, strict=True):
+        row = next(line for line in table.splitlines() if line.startswith(f"| {before.id} |"))
+        both = {before.word, after.word}
+        together = "not tested"
+        if both == {"supported", "contradicted"}:
+            together = "opposite"
+        elif both == {"supported", "undecided"}:
+            together = "one decides"
+        assert f"**{before.word}**" in row and f"**{after.word}**. It was \\| so. | {together} |" in row
     shown = [o["data"]["image/png"] for c in figures for o in c["outputs"] if "image/png" in o["data"]]
     assert shown == [
         base64.b64encode((home / "figures" / "standard" / f"norm-{n}.png").read_bytes()).decode()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from kimi_nb.stats import (
-    WORDS,
     StatsError,
     aa_calibration,
     adjust,
@@ -21,6 +20,7 @@ from kimi_nb.stats import (
     compare,
     component_contrasts,
     correlations,
+    decide,
     detectable_dz,
     factorial,
     fit_power_law,
@@ -28,12 +28,13 @@ from kimi_nb.stats import (
     nct_cdf,
     paired_power,
     pairing_gain,
+    say,
     seeds_needed,
     sign_flip_pvalue,
     t_power,
     tost_pvalue,
-    verdict,
 )
+from kimi_nb.study import WORDS
 
 LEVELS = {
     "attention": ("mha", "mla"),
@@ -171,8 +172,8 @@ def test_a_verdict_never_contradicts_its_numbers(effects, n, noise, hurt, margin
             ("higher", min_effect),
         ] + [("same", 0.0)] * (margin is not None)
         for direction, least in claims:
-            v = verdict(row, direction, min_effect=least, margin=margin)
-            assert v.word in WORDS and "nan" not in str(v).lower()
+            v = decide(row, direction=direction, min_effect=least, margin=margin)
+            assert v.word in WORDS and "nan" not in say(v).lower()
             assert (v.word == "not testable here") == (not testable)
             if not testable:
                 assert not v.equivalent
@@ -199,7 +200,7 @@ def test_a_verdict_never_contradicts_its_numbers(effects, n, noise, hurt, margin
                 assert row["n_diverged"] == 0
             if v.word == "supported" and direction in ("worse", "higher"):
                 assert row["n_diverged_baseline"] == 0
-            assert "no difference" not in v.sentence or v.equivalent
+            assert "no difference" not in say(v) or v.equivalent
             assert v.detectable > 0
 
 
@@ -211,7 +212,7 @@ def test_known_truth_is_found_as_often_as_the_power_says():
     share = result.groupby("arm").verdict.value_counts(normalize=True)
     assert 0.74 < share["present"]["supported"] < 0.86 and share["present"].get("contradicted", 0) == 0
     assert share["absent"].get("supported", 0) < 0.05 and share["absent"].get("contradicted", 0) < 0.05
-    same = [verdict(r, "same", margin=0.04).word for r in result[result.arm == "tiny"].to_dict("records")]
+    same = [decide(r, direction="same", margin=0.04).word for r in result[result.arm == "tiny"].to_dict("records")]
     assert same.count("supported") > 360 and "contradicted" not in same
 
 
@@ -285,11 +286,11 @@ def test_errors_name_what_was_given_and_what_is_allowed(call, words):
 def test_the_same_needs_a_margin_and_better_a_direction():
     row = compare(made_up({"base": 0, "a": 0}), "test_bpb", "base").iloc[0]
     with pytest.raises(StatsError, match="needs a margin"):
-        verdict(row, "same")
+        decide(row, direction="same")
     with pytest.raises(StatsError, match="no better direction"):
-        verdict({**row, "metric": "grad_norm"}, "better")
+        decide({**row, "metric": "grad_norm"})
     with pytest.raises(StatsError, match="one row and 2 match"):
-        verdict(compare(made_up({"base": 0, "a": 0, "b": 0}), "test_bpb", "base"))
+        decide(compare(made_up({"base": 0, "a": 0, "b": 0}), "test_bpb", "base"))
 
 
 def runs_2_4(seeds=3, noise=0.01, seed=0, synergy=0.0):

@@ -50,10 +50,10 @@ def write_notebook(path, cells, tags=("parameters",)):
 
 def phase_cells(phase, then=""):
     """Parameters, and the outcome; `then` comes before it."""
-    verdict = "dict(id='RQ0', claim='It runs.', word='supported', sentence='It ran.')"
+    finding = "Finding(id='RQ0', claim='It runs.', word='supported', reason='It ran.')"
     return [
         "profile = 'tiny'\nresults = ''\nseeds = 0",
-        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.plan import record_outcome\nfrom kimi_nb.study import Store\nrecord_outcome(Store(results), '{phase}', load_profile(profile), [{verdict}])",
+        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.study import Finding, Store, record_outcome\nrecord_outcome(Store(results), '{phase}', load_profile(profile), [{finding}])",
     ]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..config import PRESETS, KimiError, RunConfig
 from ..data import prepare
-from ..stats import compare, metric_info
-from ..study import Arm, Study
+from ..stats import compare
+from ..study import Arm, Study, metric_info
 from ..use import ModelEvaluator
 
 # %% ../../nbs/bench/05_nanogpt.ipynb #1f4c16e8

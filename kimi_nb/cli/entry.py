@@ -69,8 +69,7 @@ def chosen_run(args) -> RunConfig:
 
 # %% ../../nbs/cli/01_entry.ipynb #94bf5183
 def _store(args):
-    from kimi_nb.plan import results_folder
-    from kimi_nb.study import Store
+    from kimi_nb.study import Store, results_folder
 
     return Store(results_folder(args.results))
 
@@ -609,25 +608,19 @@ def cmd_report(args):
 
 def where_it_stands(results="") -> str:
     "What has been done, and the commands that come next."
-    from kimi_nb.plan import results_folder
-    from kimi_nb.study import Store
+    from kimi_nb.study import Store, outcomes_of, results_folder
 
     folder = results_folder(results)
-    outcomes = []
-    for p in sorted((folder / "phases").glob("*.json")):
-        try:
-            outcomes.append(json.loads(p.read_text()))
-        except ValueError:
-            continue
+    outcomes = outcomes_of(folder).values()
     runs = list(Store(folder).run_folders(aside=True))
     done = sum(run.finished for run in runs)
     begun = sum(run.config_file.exists() and not run.finished for run in runs)
     lines = [
         f"{folder}: {done} finished runs"
         + (f", {begun} begun" if begun else "")
-        + (f"; phases done: {', '.join(o['phase'] + ' (' + o['profile'] + ')' for o in outcomes)}" if outcomes else "")
+        + (f"; phases done: {', '.join(o.phase + ' (' + o.profile + ')' for o in outcomes)}" if outcomes else "")
     ]
-    lines += [f"  {o['phase']:10} {v['id']:15} {v['word']:16} {v['claim']}" for o in outcomes for v in o["verdicts"]]
+    lines += [f"  {o.phase:10} {f.id:15} {f.word:16} {f.claim}" for o in outcomes for f in o.findings]
     steps = (
         [("kimi-nb plan --profile quick --dry-run", "what the default plan would run, and for how long")]
         if not done

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazily(
         section_help setting_help settings_of vocabulary why_not
     """,
     svg="""
-        HUES STYLE_TAG amount block_svg chart_svg duration hue load_svg nice_ticks page thin_points
+        HUES STYLE_TAG block_svg chart_svg hue load_svg nice_ticks page thin_points
     """,
     picker="""
         Picker SUGGESTED View cost_html cost_rows factors_of factors_page interactive phase_picker

@@ -13,10 +13,11 @@ from html import escape
 from pathlib import Path
 
 from .picker import View
-from .svg import amount, chart_svg, duration, load_svg, page
+from .svg import chart_svg, load_svg, page
 
 from ..config import KimiError, RunConfig
 from ..runner import ACTIVE, LiveError, LiveRun, live_runs, start_run
+from ..stats import amount, duration
 from ..study import JournalReader, Store
 
 # %% ../../nbs/lab/04_live.ipynb #a06d298b

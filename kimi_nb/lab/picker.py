@@ -22,7 +22,8 @@ from kimi_nb.lab.choices import (
     settings_of,
     why_not,
 )
-from .svg import amount, block_svg, duration, page
+from .svg import block_svg, page
+from ..stats import amount, duration
 
 from ..config import PRESETS, ConfigError, KimiError, Profile, RunConfig, load_profile, profile_names
 from ..study import Study

@@ -12,14 +12,14 @@ import re
 from html import escape
 
 import pandas as pd
+
+from ..config import KimiError
 from .choices import settings_of
 from .live import follow_record, smooth
 from .picker import View, _code, _text
-from .svg import amount, chart_svg, hue, page
-
-from ..config import KimiError
-from ..stats import StatsError, cell, compare, metric_info
-from ..study import Store
+from .svg import chart_svg, hue, page
+from ..stats import StatsError, amount, cell, compare, decide, say
+from ..study import Store, metric_info
 
 # %% ../../nbs/lab/05_pinboard.ipynb #4555a440
 _NOT_CONFIG = ("seed", "repeat")
@@ -186,7 +186,10 @@ def paired_statistics(
             + "".join(f"; {n}" for n in notes),
         )
     row = compare(mine, metric, "baseline").iloc[0].to_dict()
-    return row | dict(n=len(seeds), sentence=row["sentence"] + "".join(f" Mind that {n}." for n in notes))
+    direction = "better" if metric_info(metric).direction else "different"
+    return row | dict(
+        n=len(seeds), sentence=say(decide(row, direction=direction)) + "".join(f" Mind that {n}." for n in notes)
+    )
 
 # %% ../../nbs/lab/05_pinboard.ipynb #08233b37
 def overlay_svg(

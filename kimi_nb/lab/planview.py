@@ -16,12 +16,13 @@ from pathlib import Path
 
 from .choices import estimate_seconds, quick_costs
 from .picker import View
-from .svg import duration, hue, page
+from .svg import hue, page
 
 from ..config import KimiError, load_profile, profile_names
-from ..plan import phase_studies, read_outcome, results_folder
+from ..plan import phase_studies, spoken_outcome
 from ..runner import Apart, distinct, tuned
-from ..study import Store
+from ..stats import duration
+from ..study import Store, results_folder
 
 # %% ../../nbs/lab/08_planview.ipynb #b32cef9b
 class PlanState:
@@ -60,7 +61,7 @@ class PlanState:
             state = [there.get(p.run.run_id, ("", False, None)) for p in mine]
             final = [s in ("done", "diverged") and not old for s, old, _ in state]
             left = [p.run for p, f in zip(mine, final) if not f]
-            outcome = read_outcome(self.store, phase)
+            outcome = spoken_outcome(self.store, phase, self.name)
             rows.append(
                 dict(
                     phase=phase,

@@ -16,8 +16,7 @@ from .planview import PlanView, plan_page
 from .svg import page
 
 from ..config import KimiError, RunConfig, load_profile
-from ..plan import results_folder
-from ..study import Store
+from ..study import Store, results_folder
 
 # %% ../../nbs/lab/09_workbench.ipynb #75ee929c
 TABS = ("Choose", "Train", "Compare", "Explore", "Plan")

@@ -8,11 +8,11 @@ __all__ = ['Phase', 'open_phase']
 # %% ../../nbs/plan/02_phase.ipynb #ea22f9ac
 from typing import NamedTuple
 
-from .run import plan_table, results_folder
+from .run import plan_table
 
 from ..config import Profile, load_profile
 from ..runner import tuned
-from ..study import Store, Study
+from ..study import Store, Study, results_folder
 
 
 class Phase(NamedTuple):

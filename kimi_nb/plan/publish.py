@@ -20,11 +20,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .run import phase_notebooks, pick_phases, read_outcome
+from .run import phase_notebooks, pick_phases
 
 from ..config import KimiError, load_profile, near, settings_path, write_file, writing
 from ..data import cache_dir
-from ..study import Store, read_stored
+from ..study import Outcome, Store, read_outcome, read_stored, sealed_outcome
 
 # %% ../../nbs/plan/04_publish.ipynb #3b05c2c7
 LIMIT = 8_000_000  # bytes of a whole bundle
@@ -149,7 +149,7 @@ def check_finished(
     profile: str,  # that was run
     stale: bool = False,  # also publish records of other training code than today's
     only=(),  # phases; none is all
-) -> dict[str, dict]:  # phase -> its outcome
+) -> dict[str, Outcome]:  # phase -> its outcome
     "The outcomes of a plan that ran to its end.  Raises: PublishError for whatever is missing, altered, stale or of another profile, PlanError for a phase that does not exist."
     from kimi_nb.config import profile_names
 
@@ -170,11 +170,12 @@ def check_finished(
         )
     outcomes, folder = {}, Path(store.path)
     for phase, notebook in notebooks.items():
-        executed, outcome = folder / "notebooks" / notebook.name, read_outcome(store, phase)
+        executed, outcome = folder / "notebooks" / notebook.name, read_outcome(store, phase, profile)
+        other = read_outcome(store, phase)
+        if outcome is None and other is not None:
+            raise PublishError(f"phase {phase} was run with profile {other.profile}, not {profile}: {again}")
         if outcome is None:
             raise PublishError(f"phase {phase} has no outcome in {folder / 'phases'}, or a damaged one: {again}")
-        if outcome["profile"] != profile:
-            raise PublishError(f"phase {phase} was run with profile {outcome['profile']}, not {profile}: {again}")
         try:
             cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
         except (OSError, ValueError, KeyError):
@@ -183,7 +184,7 @@ def check_finished(
             raise PublishError(f"{executed} stopped at an error: {again}")
         if not any(c.get("outputs") for c in cells):
             raise PublishError(f"{executed} was not executed to its end: {again}")
-        for name in outcome["figures"]:
+        for name in outcome.figures:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise PublishError(f"figure {name} of phase {phase} is outside {folder}: {again}")
             if not (folder / name).is_file():
@@ -243,8 +244,8 @@ def bundle(
     outcomes, folder, base = check_finished(store, profile, stale, only), Path(store.path), f"data/records/{profile}"
     records, files, kept = records_of(store, only), {}, set()
     for phase, outcome in outcomes.items():
-        files[f"{base}/phases/{phase}.json"] = _dump({k: v for k, v in outcome.items() if k != "key"})
-        kept |= set(outcome["figures"])
+        files[f"{base}/phases/{phase}.json"] = sealed_outcome(outcome.changed(key="")).encode()
+        kept |= set(outcome.figures)
     for part in ("speed", "benchmarks"):  # what was measured and scored
         for path in sorted((folder / part).glob("*.json")):
             files[f"{base}/{part}/{path.name}"] = path.read_bytes()
@@ -286,7 +287,7 @@ def bundle(
     about = source_of(records) | dict(
         format=FORMAT,
         profile=profile,
-        finished=max(o["finished"] for o in outcomes.values()),
+        finished=max(o.finished for o in outcomes.values()).isoformat(),
         phases=list(outcomes),
         partial=len(outcomes) < len(phase_notebooks()),
         points=points,
@@ -407,6 +408,22 @@ def read_bundle(
     return about, files
 
 
+def _places(profile, files):
+    "Where each file of a bundle stands in a results folder; outcomes and figures by profile, in old bundles without."
+    base = f"data/records/{profile}/"
+    outcomes = {name: json.loads(data) for name, data in files.items() if name.startswith(base + "phases/")}
+    figures = {Path(figure).name: figure for kept in outcomes.values() for figure in kept.get("figures", ())}
+    places = {}
+    for name in files:
+        inner = name.removeprefix(base)
+        if name in outcomes and "verdicts" not in outcomes[name]:
+            inner = f"phases/{profile}/{Path(name).name}"
+        elif name.startswith("figures/"):
+            inner = figures.get(Path(name).name, f"plots/{Path(name).name}")
+        places[name] = "records.jsonl.gz" if name.endswith(".jsonl.gz") else inner
+    return places
+
+
 def open_published(
     profile: str,
     folder,  # a new or empty one, or one that was laid out from the same bundle
@@ -426,13 +443,9 @@ def open_published(
         folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        places = _places(profile, files)
         for name, data in files.items():
-            inner = re.sub(
-                rf"^(data/records/{profile}/|figures/{profile}/)",
-                lambda m: "plots/" if m[0].startswith("figures") else "",
-                name,
-            )
-            target = part / ("records.jsonl.gz" if inner.endswith(".jsonl.gz") else inner)
+            target = part / places[name]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         store = Store(part)

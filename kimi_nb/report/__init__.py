@@ -9,10 +9,9 @@ __getattr__, __dir__, __all__ = lazily(
         numbered pandoc plain to_html to_markdown to_typst write_document
     """,
     evidence="""
-        BOUND Evidence LEVELS NOT_RUN PARTS REPEATED RUN_METRICS ReportError WHOLE_LENGTH capital
-        comparison_table compute_words count_of effect_words effects_table figure heading interval
-        kept_tables listed number pairs_words parts_words reached runs_table said tally
-        together_words turned verdict_table
+        BOUND Evidence LEVELS PARTS REPEATED RUN_METRICS ReportError WHOLE_LENGTH comparison_table
+        compute_words count_of effect_words effects_table figure heading interval kept_tables
+        pairs_words parts_words reached runs_table said tally together_words turned verdict_table
     """,
     across="""
         Claim DECIDED Effect MAIN_FIGURES agreement at_size changes_words claims_markdown claims_of

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+
 from .document import Figure, Section, TableBlock, Text, plain
 from .evidence import LEVELS, Evidence, ReportError, capital, count_of, listed, runs_table
-
 from kimi_nb.stats import (
     COLORS,
     MARKERS,
-    WORDS,
     adjust,
     cell,
-    metric_info,
     p_words,
     panels,
     save,
@@ -33,6 +31,7 @@ from kimi_nb.stats import (
     t_interval,
     t_pvalue,
 )
+from ..study import WORDS, metric_info
 
 # %% ../../nbs/report/03_across.ipynb #2e2299d0
 class Effect(NamedTuple):

@@ -19,9 +19,9 @@ import pandas as pd
 
 import kimi_nb
 from ..config import KimiError
-from ..stats import component_contrasts, factorial, metric_info, p_words, table, verdict
-from ..study import FACTORS, Store, with_factors
 from .evidence import capital, listed
+from ..stats import component_contrasts, decide, factorial, p_words, say, table
+from ..study import FACTORS, Store, metric_info, with_factors
 
 # %% ../../nbs/report/07_guide.ipynb #c2fbb6a9
 CHAPTERS = {
@@ -190,7 +190,7 @@ def part_effects(
         row |= dict(alone=single.get(f"{factor} alone", math.nan), on_top=single.get(f"{factor} on top", math.nan))
         row |= _cost_ratios(frame[frame[factor] == off], frame[frame[factor] == on])
         if scatter is not None:
-            found = verdict(scatter.loc[factor].to_dict() | {"term": factor}, "better")
+            found = decide(scatter.loc[factor].to_dict() | {"term": factor})
             row |= dict(scatter=found.word, scatter_diff=float(scatter.loc[factor, "diff"]))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -235,7 +235,7 @@ def advise(
     row: dict,  # of `part_effects`
 ) -> Advice:
     "An answer and its reasons."
-    found, metric = verdict(row, "better"), metric_info(row["metric"])
+    found, metric = decide(row), metric_info(row["metric"])
     price, virtues = _price(row)
     digits, unit = metric.digits, metric.unit
     family = max(1, int(row.get("family_size", 1) or 1))

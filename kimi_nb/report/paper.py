@@ -34,8 +34,8 @@ from kimi_nb.report.evidence import (
     together_words,
     verdict_table,
 )
-
-from ..stats import WORDS, cell, metric_info, short_number
+from ..stats import cell, short_number
+from ..study import WORDS, metric_info
 
 # %% ../../nbs/report/05_paper.ipynb #b621011e
 READINGS = {  # id -> word -> what follows from it

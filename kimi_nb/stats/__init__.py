@@ -9,21 +9,29 @@ __getattr__, __dir__, __all__ = lazily(
         detectable_ncp hedges_factor nct_cdf noncentrality_interval paired_power power_table
         ppl_power seeds_needed sign_flip_pvalue t_interval t_power t_pvalue tost_pvalue welch
     """,
+    words="""
+        NOTHING amount capital cell counted difference duration listed number p_words percent
+        short_number
+    """,
     judge="""
-        DIRECTIONS LOST METRICS Metric SPLIT_WORDS TESTS Verdict WORDS beyond_margin compare
-        family_statistics metric_info p_words verdict
+        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide direction_seen
+        family_size_of found_better joint_finding lost_runs not_in_table row_of said_whole say seen
+        size_seen survivors word_for
+    """,
+    comparison="""
+        LOST Rule TESTS compare family_statistics paired words_of
     """,
     claims="""
-        WHOLE claim comparisons with_targets
+        WHOLE analysed claim comparisons to_target with_late with_targets
     """,
     design="""
         AA_TESTS ScalingFit UNEQUAL aa_calibration component_contrasts correlations factorial
         fit_power_law more_seeds pairing_gain
     """,
     plots="""
-        BANDS COLORS LINES MARKERS P_COLUMNS STYLE Table Tables WORD_COLORS axis_label cell finished
-        forest front heatmap ink level_label loss_curves lr_sensitivity need panels pareto save
-        short_number styled table
+        BANDS COLORS LINES MARKERS P_COLUMNS STYLE Table Tables WORD_COLORS axis_label
+        findings_table finished forest front heatmap ink level_label loss_curves lr_sensitivity need
+        panels pareto save styled table
     """,
     pictures="""
         correlation_matrix expert_load factorial_effects interaction power_curve scaling_fit spectra

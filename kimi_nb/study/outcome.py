@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'NOT_RUN', 'FLOOR', 'Finding', 'not_testable', 'KeptTable', 'Outcome', 'results_folder', 'outcome_file',
-           'figures_folder', 'write_outcome', 'record_outcome', 'finding_of', 'load_outcome', 'read_outcome',
-           'outcomes_of', 'outcome_problems', 'FigureAbout', 'PhaseAbout']
+           'figures_folder', 'sealed_outcome', 'write_outcome', 'record_outcome', 'finding_of', 'load_outcome',
+           'outcomes_by_profile', 'read_outcome', 'outcomes_of', 'outcome_problems', 'FigureAbout', 'PhaseAbout',
+           'questions_of']
 
-# %% ../../nbs/study/08_outcome.ipynb #85fb4d23
+# %% ../../nbs/study/08_outcome.ipynb #c74ea64f
+import hashlib
 import json
 import math
 import os
@@ -20,10 +22,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..config import KimiError, Profile, settings_path, write_file
+from ..config import Profile, settings_path, write_file
 from .record import RecordError, seal, unseal
 
-# %% ../../nbs/study/08_outcome.ipynb #88fe9ad3
+# %% ../../nbs/study/08_outcome.ipynb #3ee08eec
 WORDS = ("supported", "contradicted", "undecided", "not testable here")
 NOT_RUN = "not run"
 
@@ -40,9 +42,18 @@ def _number_or_none(value):
 
 
 class _Data(BaseModel):
+    "Fields that do not change, unknown ones refused."
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-# %% ../../nbs/study/08_outcome.ipynb #bdc39b38
+    def changed(
+        self,
+        **fields,  # new values by name
+    ):
+        "A copy with other fields, checked."
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
+
+# %% ../../nbs/study/08_outcome.ipynb #29601b04
 class Finding(_Data):
     "One claim with its answer and every number that the answer rests on."
 
@@ -84,6 +95,8 @@ class Finding(_Data):
     caveats: tuple[str, ...] = ()  # what to keep in mind
     form: str = ""  # how it is said where it is not a comparison: a key of `kimi_nb.stats.FORMS`
     facts: dict[str, Any] = Field(default_factory=dict)  # what that form needs
+    notes: tuple[str, ...] = ()  # sentences that belong to the numbers
+    label: str = ""  # what tells it from others, where it is a part
     parts: tuple["Finding", ...] = ()  # one a row, where the claim is about several
     beside: tuple["Finding", ...] = ()  # what other phases found about the same question
     source: str = ""  # phase it comes from, where that is not the phase that tells it
@@ -102,13 +115,6 @@ class Finding(_Data):
     def equivalent(self) -> bool:
         "Whether the difference is shown to lie inside the margin."
         return self.size == "within"
-
-    def changed(
-        self,
-        **fields,  # new values by name
-    ) -> "Finding":
-        "A copy with other fields, checked."
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
 
     def caution(
         self,
@@ -134,7 +140,7 @@ def not_testable(
     "A claim that the runs cannot speak about."
     return Finding(id=id, claim=claim, word="not testable here", reason=reason, caveats=caveats)
 
-# %% ../../nbs/study/08_outcome.ipynb #44623777
+# %% ../../nbs/study/08_outcome.ipynb #c3fcd810
 FLOOR = 100  # steps of the base run below which a profile decides nothing
 
 
@@ -167,13 +173,6 @@ class Outcome(_Data):
         "The first finding of that name."
         return next((f for f in self.findings if f.id == id), None)
 
-    def changed(
-        self,
-        **fields,  # new values by name
-    ) -> "Outcome":
-        "A copy with other fields, checked."
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
-
 # %% ../../nbs/study/08_outcome.ipynb #7e45e607
 def results_folder(
     given="",  # a folder; '' is $KIMI_NB_RESULTS, a throw-away folder under nbdev-test, else results/ of this checkout
@@ -205,15 +204,21 @@ def figures_folder(
     "Where a profile's figures stand."
     return Path(getattr(store, "path", store)) / "plots" / getattr(profile, "name", profile)
 
-# %% ../../nbs/study/08_outcome.ipynb #940f1f92
+# %% ../../nbs/study/08_outcome.ipynb #0f96648d
+def sealed_outcome(
+    outcome: Outcome,
+) -> str:  # JSON, the digest last
+    "The text of an outcome's file."
+    return seal(outcome.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True))
+
+
 def write_outcome(
     store,  # or its folder
     outcome: Outcome,
 ) -> Path:  # of the file
     "Seal an outcome.  Raises: FileError where it cannot be written."
     path = outcome_file(store, outcome.phase, outcome.profile)
-    text = seal(outcome.model_dump(mode="json", exclude={"digest"}, exclude_defaults=True))
-    return write_file(path, text, sync=False, parents=True)
+    return write_file(path, sealed_outcome(outcome), sync=False, parents=True)
 
 
 def _table_key(caption):
@@ -250,7 +255,7 @@ def record_outcome(
     write_outcome(store, outcome)
     return outcome
 
-# %% ../../nbs/study/08_outcome.ipynb #cbae631a
+# %% ../../nbs/study/08_outcome.ipynb #1354627c
 _SPOKEN = {"sentence", "from"}  # keys of findings as they were kept before
 
 
@@ -283,14 +288,41 @@ def load_outcome(
         raise RecordError(f"{path} is not an outcome ({where}: {first['msg']}): run the phase again") from None
 
 
-def _spoken_outcome(path):
-    "An outcome of a bundle from before findings were data."
+def _vouched(folder, path):
+    "The text of a file that stands in a bundle's seal as it was published; None where it was altered."
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        kept["findings"] = tuple(finding_of(v) for v in kept.pop("verdicts"))
-        return Outcome(**kept)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, KimiError):
+        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        digest = about["files"][f"data/records/{about['profile']}/phases/{path.name}"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return text if hashlib.sha256(text.encode()).hexdigest() == digest else None
+
+
+def _spoken_outcome(folder, phase):
+    "An outcome of a bundle from before findings were data."
+    text = _vouched(folder, folder / "phases" / f"{phase}.json")
+    if text is None:
+        return None
+    kept = json.loads(text)
+    findings = tuple(finding_of(verdict) for verdict in kept.pop("verdicts"))
+    return Outcome(findings=findings, **kept)
+
+
+def outcomes_by_profile(
+    store,  # or its folder
+    phase: str,
+) -> dict[str, Outcome]:  # profile -> outcome
+    "What the phase left with each profile, of files that can be believed."
+    found = {}
+    for file in sorted((Path(getattr(store, "path", store)) / "phases").glob(f"*/{phase}.json")):
+        try:
+            outcome = load_outcome(file)
+        except RecordError:
+            continue
+        if (outcome.phase, outcome.profile) == (phase, file.parent.name):
+            found[outcome.profile] = outcome
+    return found
 
 
 def read_outcome(
@@ -299,20 +331,14 @@ def read_outcome(
     profile: str = "",  # its name; '' is the largest there is
 ) -> Outcome | None:
     "What the phase left; None if it has not run, or its file was damaged or altered."
+    found = outcomes_by_profile(store, phase)
     folder = Path(getattr(store, "path", store))
-    files = [outcome_file(store, phase, profile)] if profile else sorted((folder / "phases").glob(f"*/{phase}.json"))
-    found = []
-    for file in files:
-        try:
-            outcome = load_outcome(file)
-        except RecordError:
-            continue
-        if (outcome.phase, outcome.profile) == (phase, file.parent.name):
-            found.append(outcome)
-    if not found and (folder / "bundle.json").is_file():
-        old = _spoken_outcome(folder / "phases" / f"{phase}.json")
-        found = [old] if old and (old.phase == phase) and profile in ("", old.profile) else []
-    return max(found, key=lambda o: (o.tokens, o.finished), default=None)
+    if not found and (folder / "phases" / f"{phase}.json").is_file():
+        old = _spoken_outcome(folder, phase)
+        found = {old.profile: old} if old else {}
+    if profile:
+        return found.get(profile)
+    return max(found.values(), key=lambda o: (o.tokens, o.finished), default=None)
 
 # %% ../../nbs/study/08_outcome.ipynb #8f081345
 def outcomes_of(
@@ -341,7 +367,7 @@ def outcome_problems(
             problems.append(f"{file} holds phase {outcome.phase} of profile {outcome.profile}: run the phase again")
     return problems
 
-# %% ../../nbs/study/08_outcome.ipynb #496a4f44
+# %% ../../nbs/study/08_outcome.ipynb #cb296f29
 class FigureAbout(NamedTuple):
     "One figure of a phase, as a page shows it."
 
@@ -357,7 +383,7 @@ class PhaseAbout(_Data):
     name: str  # of the phase
     title: str  # of its section
     why: str  # a paragraph: what is asked and how it is measured
-    order: float  # place in the plan, as the number of its notebook
+    order: float = 99.0  # place in the plan, as the number of its notebook
     metrics: tuple[str, ...] = ()  # columns of its table of runs
     judged: tuple[str, ...] = ()  # metrics whose comparisons are shown
     figures: tuple[FigureAbout, ...] = ()
@@ -367,3 +393,25 @@ class PhaseAbout(_Data):
     readings: dict[str, dict[str, str]] = Field(default_factory=dict)  # id -> word -> what follows
     needs_outcomes: bool = False  # it reads what the others left: executed last, and again when one of them was
     long: bool = False  # its notebook takes longest: begun first
+
+
+_KINDS = ("H", "RQ", "criterion")  # hypotheses, questions, criteria of success; then whatever a phase asks
+
+
+def _place(id):
+    "Where a question stands in the table of answers."
+    kind = next((i for i, start in enumerate(_KINDS) if id.startswith(start)), len(_KINDS))
+    return kind, id if kind < 2 else ""
+
+
+def questions_of(
+    abouts: dict[str, PhaseAbout],  # phase -> what it is
+) -> dict[str, tuple]:  # id -> (question, phases that answer it, the strongest first)
+    "Every question of the phases, in the order of the table of answers."
+    asked = {}
+    for name, about in abouts.items():
+        for id, question in about.questions.items():
+            asked.setdefault(id, []).append((about.rank.get(id, 0), question, name))
+    ranked = {id: sorted(found, key=lambda f: f[0]) for id, found in asked.items()}
+    ordered = sorted(ranked, key=_place)
+    return {id: (ranked[id][0][1], tuple(name for _, _, name in ranked[id])) for id in ordered}
