@@ -14,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kimi_nb.config import DataConfig, KimiError
+from kimi_nb.config import SPLITS, DataConfig, KimiError
 from kimi_nb.data import (
     END_OF_TEXT,
     IGNORE,
-    SPLITS,
     Batches,
     ByteTokenizer,
     CharTokenizer,
@@ -644,3 +643,115 @@ def test_a_tokenizer_folder_is_checked(tmp_path, tiny):
     (tmp_path / "t" / "tokenizer.json").write_text("{")
     assert "cannot be read" in refused(Tokenizer.load, tmp_path / "t")
     assert "neither" in refused(Tokenizer.load, tmp_path / "nothing")
+
+
+# --- one name, one meaning
+
+file_names = st.text(
+    alphabet=st.characters(blacklist_categories=("Cs",), blacklist_characters="/\x00\n\r"), min_size=1, max_size=40
+).filter(lambda name: name.strip(". ") and len(name.encode()) < 200 and not name.endswith((".parquet", ".json")))
+odd_names = st.sampled_from(
+    ["lang=en", "a,b.txt", "a;b.txt", "notes #1.txt", "c#.txt", "v1:2", "x,val=y.txt", "{seed}", "*", "[1]", "%s", "~", "a::b",
+     "files:train=a", "hf:a/b".replace("/", "_"), "zip:x", "pydocs", "pydocs:0.5,tinyworld:0.5", "$HOME", " spaced ", "é"]
+)  # fmt: skip
+
+
+@quick
+@given(name=odd_names | file_names, other=odd_names | file_names)
+def test_a_path_that_exists_is_a_path(tmp_path, name, other):
+    """Whatever its name has in it: it is read, the run's identity and the cache's key follow its content, and as a member too."""
+    from kimi_nb.config import RunConfig, data_identity
+    from kimi_nb.data import signature
+
+    folder = tmp_path / "odd"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    mine, theirs = folder / name, folder / other
+    theirs.write_text("the other file\n", encoding="utf-8")
+    for spec in (
+        str(mine),
+        f"files:train={mine},val={theirs}",
+        f"files:train={mine};{theirs},val={theirs},test={mine}",
+    ):
+        seen = set()
+        for text in ("one " * 9, "two " * 10):
+            mine.write_text(text, encoding="utf-8")
+            run = RunConfig(data=DataConfig(corpus=spec))
+            assert data_identity(run.data)["corpus"]
+            seen.add((run.run_id, json.dumps(signature(spec))))
+            if name != other and spec == str(mine):
+                assert load_corpus(spec) == [text]
+        assert len({run_id for run_id, _ in seen}) == 2 and len({key for _, key in seen}) == 2
+    if name != other:
+        mixed = load_corpus(f"{mine}:1,{theirs}:1")
+        assert {d.source for d in mixed} == {str(mine), str(theirs)}
+
+
+def test_a_parquet_file_is_that_file_alone(tmp_path, monkeypatch):
+    """No pattern, no address, no copy in a cache that somebody may not write."""
+    pd = pytest.importorskip("pandas")
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_HOME", "/proc/nowhere")
+    table = lambda name, words: pd.DataFrame(dict(text=words, n=range(len(words)))).to_parquet(tmp_path / name)
+    table("corpus1.parquet", ["old"])
+    table("corpus[1].parquet", ["new"])
+    table("run_2.parquet", ["neighbour"])
+    table("run*.parquet", ["mine"])
+    table("final [v2].parquet", ["x", "y"])
+    table("none.parquet", [])
+    for name, words in {
+        "corpus[1].parquet": ["new"],
+        "run*.parquet": ["mine"],
+        "final [v2].parquet": ["x", "y"],
+    }.items():
+        assert load_corpus(str(tmp_path / name)) == words
+    assert "'n' holds int" in refused(load_corpus, str(tmp_path / "corpus1.parquet#n"))
+    assert "no field 'body' among text, n" in refused(load_corpus, str(tmp_path / "corpus1.parquet#body"))
+    assert "no text in it" in refused(load_corpus, str(tmp_path / "none.parquet"))
+
+
+def test_json_by_any_name(tmp_path):
+    """Rows are rows in .jsonl, .ndjson and .json, whether a list or an object a line."""
+    rows = [{"text": f"story {i}", "body": f"body {i}"} for i in range(5)]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    for name, text in {
+        "a.jsonl": lines,
+        "a.ndjson": lines,
+        "a.json": json.dumps(rows, indent=1),
+        "b.json": lines,
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert load_corpus(str(tmp_path / name)) == [r["text"] for r in rows], name
+        assert load_corpus(f"{tmp_path / name}#body") == [r["body"] for r in rows], name
+    for text, words in {"[1]": "row 1: expected an object", "3": "holds int", '[{"text": ': "is not JSON"}.items():
+        (tmp_path / "bad.json").write_text(text)
+        assert words in refused(load_corpus, str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".ndjson", ".parquet"])
+def test_an_empty_member_is_skipped(tmp_path, suffix):
+    """One empty file refuses no folder; a folder of nothing but empty files has no text."""
+    pd = pytest.importorskip("pandas")
+    empty, full = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    if suffix == ".parquet":
+        pd.DataFrame(dict(text=[])).astype(str).to_parquet(empty)
+        pd.DataFrame(dict(text=["words"])).to_parquet(full)
+    else:
+        empty.write_text("\n")
+        full.write_text("words" if suffix == ".txt" else '{"text": "words"}')
+    assert load_corpus(str(tmp_path)) == ["words"]
+    full.unlink()
+    assert "no text in it" in refused(load_corpus, str(tmp_path))
+
+
+def test_names_that_cannot_be_are_refused_in_a_line(tmp_path, monkeypatch):
+    """Too long, with a zero byte, or in a home that nobody knows."""
+    assert "cannot be read" in refused(load_corpus, str(tmp_path / ("x" * 300 + ".txt")))
+    assert "cannot be read" in refused(load_corpus, str(tmp_path / "a\0b.txt"))
+    assert "unknown" in refused(prepare, dict(corpus="tinyworld", tokenizer="t" * 300))
+    monkeypatch.delenv("KIMI_NB_CACHE")
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir("/")
+    assert "KIMI_NB_CACHE" in refused(prepare, dict(corpus="tinyworld", tokenizer="byte"))

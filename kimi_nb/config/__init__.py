@@ -11,6 +11,10 @@ __getattr__, __dir__, __all__ = lazily(
     files="""
         ANOTHER FileError fsync write_file write_json writing
     """,
+    sources="""
+        BUILTIN HUB NamedFile SPLITS Source SourceError exists home_path named_file parse_sources
+        tokenizer_folder
+    """,
     schema="""
         AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig
         OptimizerConfig PHASES PRESETS PositionConfig Profile RunConfig TrainConfig data_identity

@@ -11,11 +11,13 @@ import difflib
 import functools
 import json
 import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Mapping
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../../nbs/config/01_base.ipynb #861c6b45
 class KimiError(ValueError):
@@ -39,11 +41,14 @@ def near(
     known,  # iterable of the names that exist
 ) -> str:
     "A hint that names the closest known words, else all of them."
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5) or [
-        k for k in known if k.rpartition(".")[2] == str(word).rpartition(".")[2]
-    ]
-    return f"did you mean {', '.join(close)}?" if close else f"one of {', '.join(sorted(known))}"
+    word, known = str(word), [str(k) for k in known]
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if not close:
+        leaf = word.rpartition(".")[2]
+        close = [k for k in known if k.rpartition(".")[2] == leaf]
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"one of {', '.join(sorted(known))}"
 
 # %% ../../nbs/config/01_base.ipynb #f62a15fb
 _BOUNDS = dict(
@@ -66,43 +71,50 @@ _TYPES = dict(
 
 def _as_config_error(cls, error: ValidationError) -> ConfigError:
     "The first of pydantic's findings as one line."
-    e, n = error.errors()[0], error.error_count()
-    path, given, kind, ctx = (
-        ".".join(str(p) for p in e["loc"] if str(p) in _leaf_names(cls) or p == e["loc"][0]),
-        e["input"],
-        e["type"],
-        e.get("ctx", {}),
-    )
-    shown = repr(given) if len(repr(given)) < 60 else repr(given)[:57] + "..."
-    if isinstance(inner := ctx.get("error"), ConfigError):
+    first, count = error.errors()[0], error.error_count()
+    loc, kind = first["loc"], first["type"]
+    path = ".".join(str(p) for p in loc if str(p) in _leaf_names(cls) or p == loc[0])
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
         path, detail = ".".join(p for p in (path, inner.path) if p), inner.detail
-    elif kind == "literal_error":
-        detail = f"{shown} is unknown: one of {ctx['expected'].replace(chr(39), '').replace(' or ', ', ')}"
-    elif kind == "extra_forbidden":
-        detail = f"is not a setting: {near(e['loc'][-1], _fields_at(cls, e['loc'][:-1]))}"
-    elif kind == "missing":
-        detail = "is missing: give it a value"
-    elif kind in _BOUNDS:
-        detail = f"{shown} is out of range: {_BOUNDS[kind][0]} {ctx[_BOUNDS[kind][1]]}"
     else:
-        detail = f"{shown} is not {next((v for k, v in _TYPES.items() if kind.startswith(k)), 'allowed: ' + e['msg'].removeprefix('Value error, '))}"
-    return ConfigError(
-        path,
-        detail
-        + (
-            f" (and {n - 1} more)"
-            if n > 1 and kind != "literal_error" and not kind.startswith(("int", "float"))
-            else ""
-        ),
-    )
+        detail = _detail(cls, first)
+    one_of_several = count > 1 and kind != "literal_error" and not kind.startswith(("int", "float"))
+    return ConfigError(path, detail + (f" (and {count - 1} more)" if one_of_several else ""))
+
+
+def _detail(cls, finding):
+    "What was given and what is allowed."
+    kind, given, ctx = finding["type"], finding["input"], finding.get("ctx", {})
+    if kind == "missing":
+        return "is missing: give it a value"
+    if kind == "extra_forbidden":
+        return f"is not a setting: {near(finding['loc'][-1], _fields_at(cls, finding['loc'][:-1]))}"
+    if kind in _BOUNDS:
+        word, key = _BOUNDS[kind]
+        given = _number(given) if isinstance(given, str) else given
+        return f"{_shown(given)} is out of range: {word} {ctx[key]}"
+    if kind == "literal_error":
+        return f"{_shown(given)} is unknown: one of {ctx['expected'].replace(chr(39), '').replace(' or ', ', ')}"
+    wanted = next((words for start, words in _TYPES.items() if kind.startswith(start)), None)
+    return f"{_shown(given)} is not {wanted or 'allowed: ' + finding['msg'].removeprefix('Value error, ')}"
+
+
+def _shown(given):
+    text = repr(given)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _is_section(kind):
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _fields_at(cls, loc):
     for part in loc:
-        ann = cls.model_fields[part].annotation if part in cls.model_fields else None
-        if not (isinstance(ann, type) and issubclass(ann, BaseModel)):
-            return list(cls.model_fields)
-        cls = ann
+        kind = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if not _is_section(kind):
+            break
+        cls = kind
     return list(cls.model_fields)
 
 
@@ -114,52 +126,124 @@ def setting_paths(cls, prefix="") -> dict[str, Any]:
     "Dotted name -> annotation of every setting below `cls`."
     found = {}
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field.annotation):
             found |= setting_paths(field.annotation, f"{prefix}{name}.")
         else:
             found[prefix + name] = field.annotation
     return found
 
-# %% ../../nbs/config/01_base.ipynb #64193a28
-class _Loader(yaml.SafeLoader):
-    "YAML with the numbers people write: 1e-4 as well as 1.0e-4."
+# %% ../../nbs/config/01_base.ipynb #e2089819
+_NOTHING = ("none", "null", "~", "")
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_REAL = re.compile(r"[+-]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][+-]?[0-9]+)?")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-_Loader.yaml_implicit_resolvers = {
-    k: sorted(v, key=lambda tr: tr[0].endswith("float")) for k, v in _Loader.yaml_implicit_resolvers.items()
-}  # int is tried before float
+def _number(text):
+    "The decimal number that a text writes; the text where it writes none."
+    word = text.strip()
+    try:
+        if _WHOLE.fullmatch(word):
+            return int(word)
+        if _REAL.fullmatch(word):
+            return float(word)
+    except ValueError:  # too many digits
+        pass
+    return text
 
 
 def parse_value(text):
-    "What a written value means: numbers, true/false, none, lists; anything else stays text."
+    "What a written value means where no field says it: numbers, true and false, none, lists; anything else stays text."
     if not isinstance(text, str):
         return text
-    if text.strip().lower() == "none":
+    word = text.strip()
+    if word.lower() in _NOTHING:
         return None
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if word[0] == "[" and word[-1] == "]":
+        return [parse_value(part.strip().strip("'\"")) for part in word[1:-1].split(",") if part.strip()]
+    return _number(text)
 
 
-def _number(value):
+def _real(value):
     if isinstance(value, bool):
         raise ValueError("true or false is not a number")
-    return value
+    return _number(value) if isinstance(value, str) else value
 
 
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
+def _whole(value):
+    number = _real(value)
+    if isinstance(value, str) and isinstance(number, float) and number.is_integer():
+        return int(number)  # 2e3 is a whole number too
+    return number
+
+
+def _by_type(text, kind):
+    "A text as a field of this type wants it: none and lists; numbers and words are the type's own business."
+    if type(None) in get_args(kind) and text.strip().lower() in _NOTHING:
+        return None
+    if tuple in (kind, get_origin(kind)):
+        return [part.strip() for part in text.strip().strip("[]()").split(",")]
+    return parse_value(text) if kind is Any else text
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Float = Annotated[float, BeforeValidator(_real)]
 Positive = Annotated[Int, Field(ge=1)]
 Count = Annotated[Int, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 
+# %% ../../nbs/config/01_base.ipynb #ea76475e
+_LARGEST_FILE = 1 << 20  # bytes of a file of settings
+_MOST_VALUES = 20_000  # of a file of settings, aliases written out
 
+
+class _Words(yaml.SafeLoader):
+    "YAML in which every value is text: its field says what it means."
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merge keys alone)
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"holds more than {_MOST_VALUES} values once its aliases are written out")
+        return node
+
+
+for _tag in ("int", "float", "bool", "null", "timestamp"):
+    _Words.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_yaml_str)
+
+
+def _written_out(node, sizes):
+    "How many values a node stands for; `sizes` remembers the nodes that several aliases share."
+    if sizes.get(id(node), 0) is None:
+        raise yaml.YAMLError("an alias stands for a section that holds it")
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def _read_text(path):
+    "The text of a file of settings.  Raises: ConfigError."
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(str(path), "is no file: name a YAML or JSON file")
+        if found.st_size > _LARGEST_FILE:
+            raise ConfigError(str(path), f"has {found.st_size} bytes: settings have at most {_LARGEST_FILE}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        why = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else getattr(e, "strerror", None) or e
+        raise ConfigError(str(path), f"cannot be read: {why}") from None
+
+# %% ../../nbs/config/01_base.ipynb #153c4b5b
 class Config(BaseModel):
     "A frozen node of settings: unknown keys, wrong types and impossible values raise `ConfigError`."
 
@@ -170,6 +254,16 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as e:
             raise _as_config_error(type(self), e) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data):
+        "Text as the fields want it."
+        if not isinstance(data, dict):
+            return data
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        texts = {k: _by_type(v, kinds[k]) for k, v in data.items() if k in kinds and isinstance(v, str)}
+        return {**data, **texts}
 
     def flat(self) -> dict[str, Any]:
         "Dotted name -> value of every setting."
@@ -211,11 +305,10 @@ class Config(BaseModel):
     ):
         "As `override`, also where a change sleeps: the base of a study may hold sizes of kinds that its arms choose."
         data = self.model_dump()
-        known = setting_paths(type(self))
         for path, value in self._by_full_name(changes).items():
             *above, leaf = path.split(".")
             node = functools.reduce(lambda d, k: d[k], above, data)
-            node[leaf] = value if known[path] is str else parse_value(value)
+            node[leaf] = value
         return type(self)(**data)
 
     def _by_full_name(self, changes):
@@ -268,19 +361,12 @@ class Config(BaseModel):
         Raises: ConfigError that names the file when it is missing, unreadable, no mapping, or holds a wrong setting.
         """
         path = Path(path)
+        text = _read_text(path)
+        kind = "JSON" if path.suffix == ".json" else "YAML"
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(
-                str(path), f"cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8 text'}"
-            ) from None
-        try:
-            data = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+            data = json.loads(text) if kind == "JSON" else yaml.load(text, _Words)
         except (ValueError, yaml.YAMLError, RecursionError) as e:
-            raise ConfigError(
-                str(path),
-                f"is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {' '.join(str(e).split())[:120]}",
-            ) from None
+            raise ConfigError(str(path), f"is not valid {kind}: {' '.join(str(e).split())[:120]}") from None
         if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
             raise ConfigError(str(path), "holds no settings: write them as `name: value` lines")
         try:

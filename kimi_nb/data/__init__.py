@@ -8,15 +8,15 @@ __getattr__, __dir__, __all__ = lazily(
         Fact HELD_OUT_RELATIONS PHRASINGS World generate round_length statements world
     """,
     corpora="""
-        BUILTIN DataError DataWarning Document ELSEWHERE END_OF_TEXT EXTRACTOR_VERSION HUB
-        HUB_DOCUMENTS TEXT_SUFFIXES cache_dir extract_pydocs hub_reachable load_corpus parse_corpus
-        read_text signature
+        DataError DataWarning Document ELSEWHERE END_OF_TEXT EXTRACTOR_VERSION HUB_DOCUMENTS
+        ROW_SUFFIXES TEXT_SUFFIXES cache_dir extract_pydocs files_below hub_reachable is_elastic
+        load_corpus parse_corpus read_text signature stamp
     """,
     tokenizer="""
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer
     """,
     tokens="""
-        Batches EvalWindows FORMAT_VERSION IGNORE SPLITS TokenData TokenDataset describe
-        eval_windows overlap prepare split_documents
+        Batches EvalWindows FORMAT_VERSION IGNORE TokenData TokenDataset describe eval_windows
+        overlap prepare split_documents
     """,
 )

@@ -20,9 +20,9 @@ from typing import Literal
 import numpy as np
 from pydantic import model_validator
 
-from ..config import Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
+from ..config import BUILTIN, Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
 from ..config import DataConfig as RunData
-from ..data import BUILTIN, DataError, TokenData, TokenDataset, cache_dir, prepare
+from ..data import DataError, TokenData, TokenDataset, cache_dir, prepare
 
 # %% ../../nbs/use/04_nanokimi.ipynb #dc8c25c2
 class Tracking(Config):
