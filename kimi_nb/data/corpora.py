@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'END_OF_TEXT', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'EXTRACTOR_VERSION', 'HUB_DOCUMENTS', 'DataError',
-           'DataWarning', 'cache_dir', 'Document', 'read_text', 'files_below', 'extract_pydocs', 'hub_reachable',
-           'parse_corpus', 'is_elastic', 'load_corpus', 'signature', 'stamp']
+           'DataWarning', 'cache_dir', 'Document', 'first_line', 'read_text', 'files_below', 'extract_pydocs',
+           'hub_reachable', 'parse_corpus', 'is_elastic', 'load_corpus', 'signature', 'stamp']
 
 # %% ../../nbs/data/02_corpora.ipynb #35c65c51
 import ast
@@ -83,7 +83,7 @@ END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".text")
 
 
-def _first_line(error, letters=120):
+def first_line(error, letters=120):
     "The beginning of what a library's error says."
     said = str(error) or type(error).__name__
     return said.splitlines()[0][:letters]
@@ -187,7 +187,7 @@ def _parquet_rows(path, field):
         raise
     except Exception as e:
         after = f" after row {n}: the file is damaged or of another kind" if n else ""
-        raise DataError(f"{path} cannot be read as parquet ({_first_line(e)}){after}") from e
+        raise DataError(f"{path} cannot be read as parquet ({first_line(e)}){after}") from e
 
 
 def _rows(path, field, source, empty=False):
@@ -426,7 +426,7 @@ def _hub(spec):
     except DataError:
         raise
     except Exception as e:
-        raise DataError(f"corpus {spec!r} could not be read from the hub ({_first_line(e, 160)}): {local}") from e
+        raise DataError(f"corpus {spec!r} could not be read from the hub ({first_line(e, 160)}): {local}") from e
 
 # %% ../../nbs/data/02_corpora.ipynb #0aaf22e9
 def parse_corpus(
