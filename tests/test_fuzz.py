@@ -317,7 +317,7 @@ def checkpoint_tensors(folder):
 @reader
 def metrics_log(folder):
     """Resuming with any metrics.jsonl"""
-    from kimi_nb.train.loop import _Journal
+    from kimi_nb.train.journal import parse_journal
 
     trained(folder / "run")
     path = folder / "metrics.jsonl"
@@ -325,7 +325,7 @@ def metrics_log(folder):
 
     def use(data):
         path.write_bytes(data)
-        lines = in_a_line(lambda: _Journal.read(path, 4))
+        lines = in_a_line(lambda: parse_journal(path.read_bytes(), path, 4))
         if lines is not None:
             assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
             json.dumps(lines)

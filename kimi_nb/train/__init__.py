@@ -21,13 +21,18 @@ __getattr__, __dir__, __all__ = lazily(
         DTYPES autocast eval_batch held_out_scores ids_on score_windows
     """,
     checkpoint="""
-        CheckpointError checkpoints load_checkpoint load_model load_model_tensors model_tensors
-        read_state save_checkpoint save_model
+        CheckpointError check_fields checkpoints load_checkpoint load_model load_model_tensors
+        model_tensors read_state save_checkpoint save_model
     """,
     trainer="""
         LOAD_POINTS Trainer counted_load pick_micro_batch with_vocabulary
     """,
+    journal="""
+        Journal Writer disk_of known_part parse_journal
+    """,
     loop="""
-        Interrupted fit stop_requested
+        Interrupted Session TrainOptions advance curve_metrics evaluate_now finish_run fit
+        has_diverged newest_checkpoint run_identity run_provenance save_now score_metrics
+        size_metrics stop_here stop_requested take_steps time_metrics
     """,
 )
