@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -15,10 +16,14 @@ from kimi_nb.train import (
     CheckpointError,
     Trainer,
     TrainError,
+    TrainOptions,
     checkpoints,
+    eval_batch,
     fit,
+    hardware,
     held_out_scores,
     load_model,
+    newton_schulz,
     pick_device,
     trainer,
 )
@@ -50,7 +55,7 @@ KIMI = {
     "train.optimizer.name": "muonclip",
     "model.dropout": 0.1,
 }
-CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
+CLOCK = {"seconds", "training_seconds", "compile_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
 
 
 def tiny(*changes):
@@ -105,7 +110,7 @@ def test_a_broken_off_run_ends_bitwise_as_an_unbroken_one(changes, tmp_path):
 
 
 def test_checkpoints_written_beside_the_training_are_those_written_in_between(tmp_path, monkeypatch):
-    """A slow disk: steps go on while a checkpoint is written, and every file is byte for byte that of a run which waited, but for its times."""
+    """Slow disk: steps go on while a checkpoint is written; its files are those of a run that waited, but for times."""
     from kimi_nb.train import loop as train
 
     run, written, steps, save = tiny(KIMI, {"train.save_every": 2}), [], [], train.save_checkpoint
@@ -266,7 +271,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path,
             asked.append(len(input_ids))
             if len(input_ids) > 2:
                 raise RuntimeError(
-                    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+                    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: "
+                    "you tried to allocate 99 bytes"
                 )
         return forward(self, input_ids, *args, **kw)
 
@@ -421,3 +427,219 @@ def test_evaluation_clips_nothing():
         torch.equal(b, layer.self_attn.logit_max) and layer.self_attn.track_logits
         for b, layer in zip(before, t.model.layers, strict=True)
     )
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+def waits_in_training(monkeypatch, run, steps=3):
+    """Calls by which code of the training wing would make the host wait for a GPU, one list a step."""
+    trainer_, found = Trainer(run, prepare(run.data), pick_device("cpu")), []
+
+    def watch(name):
+        real = getattr(torch.Tensor, name)
+
+        def method(self, *args, **how):
+            caller = sys._getframe(1).f_code
+            if "/kimi_nb/train/" in caller.co_filename:
+                found[-1].append(f"{name} in {caller.co_name}")
+            return real(self, *args, **how)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    for name in WAITS:
+        watch(name)
+    for step in range(steps):
+        found.append([])
+        trainer_.step(step)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "muonclip", "adam"])
+@pytest.mark.parametrize("fires", [False, True])
+def test_a_step_waits_for_the_device_once(name, fires, monkeypatch):
+    """Losses, norm, clips and loads come over together, on steps that write every load down as on others."""
+    clip = {"train.optimizer.qk_clip_threshold": 1e-3 if fires else 100.0} if name == "muonclip" else {}
+    run = tiny(KIMI, {"train.optimizer.name": name, "train.steps": 60} | clip)
+    assert waits_in_training(monkeypatch, run) == [["tolist in read"]] * 3
+
+
+def test_evaluation_asks_the_device_once(monkeypatch):
+    """However many batches there are."""
+    run = tiny({"train.eval_tokens": None})
+    data, asked, real = prepare(run.data), [], torch.Tensor.tolist
+    model = Trainer(run, data, pick_device("cpu")).model
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(tuple(self.shape)) or real(self))
+    scores = [held_out_scores(model, data.val, 16, data.token_bytes, batch_size=b)["loss"] for b in (3, 50)]
+    assert asked == [(2,), (2,)] and scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_a_gpu_gets_equal_batches_that_fit():
+    """At most 64 windows and 2^28 logits at a time; the last batch is about as large as the others."""
+    gpu = torch.device("cuda")
+    for n, seq_len, vocab in (
+        (256, 512, 8192),
+        (250, 512, 8192),
+        (1000, 1024, 50257),
+        (3, 16, 257),
+        (1, 4096, 200_000),
+    ):
+        size = eval_batch(gpu, n, seq_len, vocab)
+        assert 1 <= size <= 64 and (size == 1 or size * seq_len * vocab <= 2**28)
+        batches = -(-n // size)
+        assert batches * size - n < batches  # less than one window a batch is missing
+    assert eval_batch(torch.device("cpu"), 250, 512, 8192) == 8
+
+
+def test_a_layer_is_compiled_by_itself_before_the_clock_starts(tmp_path, monkeypatch):
+    """Warming up learns nothing and draws nothing: the run is that without compiling, the time for it stands apart."""
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compiled.append((type(self).__name__, how)) or time.sleep(0.05)
+    )
+    run = tiny(KIMI, {"train.save_every": 3})
+    plain = fit(run, progress=False)
+    assert not compiled and plain.metrics["compile_seconds"] == 0 and plain.provenance["compiled"] is False
+    calls, forward = [], trainer.KimiModel.forward
+
+    def slow_at_first(self, input_ids, *args, **how):
+        if not calls:
+            time.sleep(0.5)
+        calls.append(len(input_ids))
+        return forward(self, input_ids, *args, **how)
+
+    monkeypatch.setattr(trainer.KimiModel, "forward", slow_at_first)
+    monkeypatch.setattr("kimi_nb.train.muon._compiled", lambda: newton_schulz)
+    before_the_first_step = []
+
+    def on_step(step, line):
+        if step == 1:
+            before_the_first_step.append(len(calls))
+
+    record = fit(run.override({"train.compile": True}), tmp_path, progress=False, on_step=on_step)
+    assert compiled == [("Block", {"dynamic": False})] * 2
+    assert record.curves == plain.curves and record.metrics["val_loss"] == plain.metrics["val_loss"]
+    assert record.metrics["compile_seconds"] >= 0.5 and before_the_first_step == [1 + 1]
+    assert record.provenance["compiled"] is True and "compiled in" in (tmp_path / "training_log.txt").read_text()
+
+
+def test_threads_are_the_free_cores_unless_somebody_says_a_number(monkeypatch):
+    """A busy core is left to whoever has it; a number given by hand, by the environment or by the program stands."""
+    ticks = {0: [(0.0, 0.0), (1.0, 10.0)], 1: [(0.0, 0.0), (9.5, 10.0)], 2: [(5.0, 50.0), (15.0, 60.0)]}
+    looks = []
+
+    def idle_times(cores):
+        looks.append(cores)
+        return {core: ticks[core][(len(looks) - 1) % 2] for core in ticks}
+
+    monkeypatch.setattr(hardware, "_idle_times", idle_times)
+    assert hardware.free_cores(0.0) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(hardware, "_AT_START", 8)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.pick_threads(None) == 2 and hardware.pick_threads(5) == 5
+    monkeypatch.setattr(hardware, "_AT_START", 4)  # somebody called set_num_threads
+    assert hardware.pick_threads(None) == 8
+    monkeypatch.setattr(hardware, "_AT_START", 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert hardware.pick_threads(None) == 8
+    monkeypatch.setattr(hardware, "_idle_times", lambda cores: {})  # a system that does not tell
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= hardware.pick_threads(None) <= 8
+
+
+def test_a_run_on_busy_cores_says_how_many_threads_it_had(monkeypatch):
+    """The record has the number that was chosen, and afterwards PyTorch has its own again."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(hardware, "_AT_START", 2)
+    monkeypatch.setattr(hardware, "free_cores", lambda: 1)
+    assert fit(tiny(), progress=False).provenance["threads"] == 1 and torch.get_num_threads() == 2
+    assert fit(tiny(), progress=False, threads=2).provenance["threads"] == 2
+
+
+def broken_off(run, folder, at=5):
+    with pytest.raises(Stop):
+        fit(run, folder, progress=False, on_step=stop_after(at))
+
+
+@pytest.mark.parametrize("harm", ["a digit", "a line that looks like another", "a cut", "gone"])
+def test_a_journal_changed_while_the_run_was_broken_off_is_refused(harm, tmp_path):
+    """Its numbers would enter the sealed record; what follows the checkpoint may be anything, it is written again."""
+    run = tiny({"train.save_every": 4})
+    broken_off(run, tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    text = file.read_text()
+    file.write_text("".join(text.splitlines(True)[:4]) + '{"step": 5, "train_loss": 1.0}\n')
+    assert fit(run, tmp_path, progress=False).curves["train_loss"]["value"][4] != 1.0
+    broken_off(run, tmp_path / "again")
+    file = tmp_path / "again" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    digit = lines[1].replace('"grad_norm": ', '"grad_norm": 1')
+    changed = {
+        "a digit": "".join([lines[0], digit, *lines[2:]]),
+        "a line that looks like another": "".join([lines[0], lines[1].replace(" ", ""), *lines[2:]]),
+        "a cut": "".join(lines[:2]),
+        "gone": None,
+    }[harm]
+    file.unlink() if changed is None else file.write_text(changed)
+    with pytest.raises(TrainError, match="altered or cut short") as refused:
+        fit(run, tmp_path / "again", progress=False)
+    assert str(file) in str(refused.value) and "delete" in str(refused.value) and "\n" not in str(refused.value)
+    file.write_text("".join(lines))
+    assert fit(run, tmp_path / "again", progress=False).status == "done"
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_as_a_finished_one_is(tmp_path):
+    """One line that names what differs, nothing is moved; `resume=False` sets it aside and says so."""
+    run = tiny({"train.save_every": 2, "train.steps": 100})
+    broken_off(run, tmp_path)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    other = run.override({"train.steps": 6, "train.lr": 2e-3})
+    with pytest.raises(TrainError, match="unfinished run of other settings") as refused:
+        fit(other, tmp_path, progress=False)
+    assert "train.lr 0.01" in str(refused.value) and "train.steps 100" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    assert fit(other, tmp_path, progress=False, resume=False).status == "done"
+    assert (tmp_path / "replaced" / "metrics.jsonl").exists()
+    assert "what was here before is in" in (tmp_path / "training_log.txt").read_text()
+
+
+def test_a_checkpoint_of_other_text_or_code_is_set_aside_under_the_right_name(tmp_path, monkeypatch):
+    """The folder's name says data or stale, and so does the log."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    run = tiny({"train.save_every": 2, "data.corpus": str(text), "data.num_documents": None})
+    broken_off(run, tmp_path / "run")
+    text.write_text("the dog sat on the mat. " * 400)
+    broken_off(run, tmp_path / "run")
+    (moved,) = (tmp_path / "run").glob("data-*")
+    assert (moved / "checkpoints" / "step_00000004").is_dir()
+    assert f"is in {moved}: data" in (tmp_path / "run" / "training_log.txt").read_text()
+    monkeypatch.setattr("kimi_nb.train.loop.code_hash", lambda: "f" * 16)
+    assert fit(run, tmp_path / "run", progress=False).metrics["steps"] == 8
+    assert len(list((tmp_path / "run").glob("stale-*"))) == 1
+
+
+def test_options_are_one_value(tmp_path):
+    """Given whole or one by one, by the old names of the folder too; what does not exist is an error, not ignored."""
+    run, seen = tiny(), []
+    options = TrainOptions(progress=False, on_step=lambda step, line: seen.append(step), weights="none")
+    record = fit(run, tmp_path / "a", options)
+    assert seen == list(range(1, 9)) and not list((tmp_path / "a" / "checkpoints").iterdir())
+    assert fit(run, out_dir=tmp_path / "a", resume=True) == record
+    assert fit(run, tmp_path / "b", options, weights="last", on_step=None).curves == record.curves
+    assert load_model(tmp_path / "b")[2].train == run.train
+    assert seen == list(range(1, 9))
+    with pytest.raises(TypeError, match="sharded"):
+        fit(run, tmp_path / "c", sharded=True)
+    for wrong, words in ((dict(weights="all"), "one of last, none"), (dict(keep=0), "at least 1")):
+        with pytest.raises(TrainError, match=words):
+            fit(run, tmp_path / "c", **wrong)
+    with pytest.raises(TrainError, match="two names"):
+        fit(run, tmp_path / "c", out_dir=tmp_path / "d")
+    assert not (tmp_path / "c").exists()
