@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import sys
 
-import kimi_nb.plan.run
 import pytest
 from tiny import RUN, Workplace, in_process, settings_text, write_notebook
 
+import kimi_nb.plan.run
 from kimi_nb.cli import main
 from kimi_nb.study import Store
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kimi_nb.evals.adapter import adapter
-from kimi_nb.evals.harness import evaluate
 
 from kimi_nb.cli import main
 from kimi_nb.config import ModelConfig, RunConfig
@@ -28,6 +26,8 @@ from kimi_nb.evals import (
     task_rows,
     write_tasks,
 )
+from kimi_nb.evals.adapter import adapter
+from kimi_nb.evals.harness import evaluate
 from kimi_nb.model import KimiModel
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"

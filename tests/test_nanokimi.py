@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kimi_nb.use.nanokimi import DataConfig
 from tiny import tiny_run
 
 from kimi_nb.bench import NanoGPTComparison, nanogpt_equal
@@ -32,6 +31,7 @@ from kimi_nb.use import (
     track,
     train_on,
 )
+from kimi_nb.use.nanokimi import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ import time
 import warnings
 from pathlib import Path
 
-import kimi_nb.plan.run
 import pytest
 from tiny import Workplace, in_process, phase_cells, tiny_run
 
+import kimi_nb.plan.run
 from kimi_nb.cli import main
 from kimi_nb.runner import Progress
 from kimi_nb.study import Store

@@ -1,4 +1,4 @@
-"""`kimi-nb profile`: where a step spends its time."""
+"""`kimi-nb trace`: where a step spends its time."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from kimi_nb.cli import main
 
 
 def test_profile_shows_operations_and_writes_a_trace(tmp_path, monkeypatch, capfd):
-    """`kimi-nb profile` with any settings prints the operations of a step, largest first, and writes a trace; nothing else is printed and nothing is recorded."""
+    """`kimi-nb trace` with any settings prints the operations of a step, largest first, and writes a trace; nothing else is printed and nothing is recorded."""
     monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("KIMI_NB_RESULTS", str(tmp_path / "results"))
     settings = [f"--{k}={v}" for k, v in (RUN | {"train.optimizer.name": "muon"}).items()]
     assert (
         main(
             [
-                "profile",
+                "trace",
                 *settings,
                 "--steps",
                 "2",
@@ -46,6 +46,6 @@ def test_profile_shows_operations_and_writes_a_trace(tmp_path, monkeypatch, capf
 def test_profile_refuses_what_cannot_be_in_one_line(tmp_path, capsys):
     """A folder that cannot be made is one line."""
     (tmp_path / "file").write_text("")
-    assert main(["profile", "--out", str(tmp_path / "file"), *[f"--{k}={v}" for k, v in RUN.items()]]) == 2
+    assert main(["trace", "--out", str(tmp_path / "file"), *[f"--{k}={v}" for k, v in RUN.items()]]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "cannot be written" in err and "--out" in err

@@ -16,12 +16,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import kimi_nb.study.ledger
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+import kimi_nb.study.ledger
 from kimi_nb.config import KimiError, RunConfig
 from kimi_nb.study import RESERVED, Arm, Record, RecordError, Store, Study, seal, unseal
 

@@ -244,7 +244,7 @@ def _fail(planned, store, bar, reason):
 
 
 def _late(hours, where):
-    return f"not done after {hours:g} hours, {_TRIES} times, {where}: raise --time-limit, or look with kimi-nb profile where the time goes"
+    return f"not done after {hours:g} hours, {_TRIES} times, {where}: raise --time-limit, or look with kimi-nb trace where the time goes"
 
 
 def _raise_if_not_done(planned, kind, what):
