@@ -307,6 +307,8 @@ def test_profiles_load(name):
     ("text", "part"),
     [
         ("[p]\ntrain.lrr = 1", "train.lrr is not a setting: did you mean train.lr"),
+        ("[p]\nnorm.train.lrr = 1", "norm.train.lrr is not a setting: did you mean train.lr"),
+        ("[p]\nno-phase.train.lr = 1", "no-phase.train.lr is not a setting: did you mean train.lr"),
         ("[p]\nnorm.train.lr = fast", "norm.train.lr 'fast' is not allowed"),
         ("[p]\nnorm.seeds = 0", "norm.seeds 0 is not a whole number of at least 1"),
         ("[p]\nseeds = many", "seeds 'many' is not a whole number"),

@@ -304,3 +304,16 @@ def test_profiles_fit_their_budgets(monkeypatch):
     assert sum(took.values()) / 2 / 60 < 0.8 * load_profile("quick").budget_minutes
     steps = {name: sum(r.train.steps * r.tokens_per_step for r in runs) for name, runs in planned.items()}
     assert len(planned["smoke"]) >= 14 and steps["smoke"] < 0.02 * steps["quick"]
+
+
+def test_a_grid_of_a_phase_that_does_not_exist_is_refused(tmp_path):
+    """A profile takes any phase's name; the plan knows which there are, and says which was meant."""
+    from kimi_nb.config import load_profile
+    from kimi_nb.plan import PlanError, phase_studies
+
+    text = (REPO / "settings.ini").read_text()
+    (tmp_path / "settings.ini").write_text(text + "\n[mine]\nnrom.train.lr = 1e-3, 2e-3\n")
+    profile = load_profile("mine", tmp_path / "settings.ini")
+    assert profile.grids["nrom"] == {"train.lr": (1e-3, 2e-3)}
+    with pytest.raises(PlanError, match=r"\[mine\]: nrom.train.lr is not a setting of a phase: did you mean norm\?"):
+        phase_studies(profile)

@@ -17,7 +17,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     schema="""
         AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig
-        OptimizerConfig PHASES PRESETS PositionConfig Profile RunConfig TrainConfig data_identity
-        load_profile profile_names settings_path
+        OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig data_identity
+    """,
+    profile="""
+        PHASES Profile load_profile profile_names settings_path
     """,
 )
