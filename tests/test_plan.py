@@ -315,5 +315,5 @@ def test_a_grid_of_a_phase_that_does_not_exist_is_refused(tmp_path):
     (tmp_path / "settings.ini").write_text(text + "\n[mine]\nnrom.train.lr = 1e-3, 2e-3\n")
     profile = load_profile("mine", tmp_path / "settings.ini")
     assert profile.grids["nrom"] == {"train.lr": (1e-3, 2e-3)}
-    with pytest.raises(PlanError, match=r"\[mine\]: nrom.train.lr is not a setting of a phase: did you mean norm\?"):
+    with pytest.raises(PlanError, match=r"\[mine\]: nrom.train.lr is not a setting of a phase: did you mean norm"):
         phase_studies(profile)

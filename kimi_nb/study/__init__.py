@@ -5,8 +5,11 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     record="""
-        Arm Planned RESERVED Record RecordError Study TRAINING_WINGS canonical code_hash definitions
-        digest_of hash_definitions seal training_files unseal without_docstrings
+        NUMBERS PROVENANCE RESERVED Record RecordError TRAINING_WINGS canonical code_hash
+        definitions digest_of hash_definitions plain seal training_files unseal without_docstrings
+    """,
+    arms="""
+        Arm Declaration LONGEST_NAME Planned Study
     """,
     factors="""
         FACTORS cell_delta cell_factors cell_name cells equal_cost_width factor_delta

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -185,7 +185,7 @@ class RunPlace(os.PathLike):
         self,
         wait: bool = False,  # for whoever holds it
     ):
-        "Hold the run; the same object may enter again.  Raises: RunBusy where another process has it and `wait` is False."
+        "Hold the run; the same object may enter again.  Raises: RunBusy where another process has it, without `wait`."
         with writing(self.lock_file):
             self.lock_file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -242,7 +242,7 @@ class RunFiles(RunPlace):
         return self.result_file.exists()
 
     def read_result(self) -> Record | None:
-        "The record, None where there is none.  Raises: KimiError that names a file that was altered, cut short or moved here."
+        "The record, None where there is none.  Raises: KimiError for a file that was altered, cut short or moved here."
         if not self.finished:
             return None
         record = Record.from_json(read_stored(self.result_file), str(self.result_file))
@@ -265,7 +265,7 @@ class RunFiles(RunPlace):
     ):
         "Add a line with the time to the log; a trace of many lines stands as it is."
         with self.log_file.open("a", encoding="utf-8") as f:
-            f.write(text if text.endswith("\n") else f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
+            f.write(text if text.endswith("\n") else f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a029
 _TAIL = 16384  # bytes of a journal that hold its last lines

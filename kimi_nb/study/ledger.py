@@ -22,7 +22,8 @@ from kimi_nb.study.folder import (
     read_stored,
     readable_name,
 )
-from .record import Record, Study, code_hash, digest_of, seal, unseal
+from .arms import Study
+from .record import Record, code_hash, digest_of, seal, unseal
 
 from ..config import KimiError, RunConfig, near, write_file, writing
 
@@ -297,8 +298,8 @@ class Ledger(Runs):
                 else:
                     self._save(self._file(f"{study.name}@{same_comparison(old)}"), old, rows)
             # all ids of one file come from one machine: what a data set's name stands for may differ elsewhere
-            runs = {(p.arm, p.block, p.seed): p.run for p in study.expand()}
-            self._save(file, study, {key: run.run_id for key, run in runs.items() if key in keys})
+            ids = {(p.arm, p.block, p.seed): p.run_id for p in study.expand()}
+            self._save(file, study, {key: run_id for key, run_id in ids.items() if key in keys})
             return file
 
     def _save(self, file, study, rows):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from .arms import Study
 from kimi_nb.study.folder import (
     EXPERIMENTS,
     RunFolder,
@@ -25,7 +26,7 @@ from kimi_nb.study.folder import (
     read_stored,
 )
 from .ledger import Ledger, gives_way, in_order, read_manifest, same_comparison
-from .record import Record, Study, canonical, digest_of, unseal
+from .record import Record, canonical, digest_of, unseal
 
 from ..config import KimiError, data_identity, near, write_file, writing
 
