@@ -188,9 +188,8 @@ def paired_statistics(
         )
     row = compare(mine, metric, "baseline").iloc[0].to_dict()
     direction = "better" if metric_info(metric).direction else "different"
-    return row | dict(
-        n=len(seeds), sentence=say(decide(row, direction=direction)) + "".join(f" Mind that {n}." for n in notes)
-    )
+    finding = decide(row, direction=direction).changed(arm=other, baseline=baseline)
+    return row | dict(n=len(seeds), sentence=say(finding) + "".join(f" Mind that {n}." for n in notes))
 
 # %% ../../nbs/lab/05_pinboard.ipynb #08233b37
 def overlay_svg(
@@ -289,17 +288,8 @@ def compare_html(
                 found = paired_statistics(frame, run_ids[0], other, metric)
             except StatsError as e:
                 found = dict(n=0, verdict="", sentence=str(e))
-            shown = re.sub(
-                r"\bof pinned\b",
-                f"of {other}",
-                re.sub(
-                    r"\bof baseline\b|\bthan of baseline\b",
-                    lambda m: m[0].replace("baseline", run_ids[0]),
-                    found["sentence"],
-                ),
-            )
             lines.append(
-                f'<tr data-pair="{other}"><td style="border-left:4px solid {hue(k)};padding-left:6px"><code>{other}</code></td><td class="num">{found["n"]}</td><td><b>{escape(str(found["verdict"]))}</b></td><td class="wrap">{escape(shown)}</td></tr>'
+                f'<tr data-pair="{other}"><td style="border-left:4px solid {hue(k)};padding-left:6px"><code>{other}</code></td><td class="num">{found["n"]}</td><td><b>{escape(str(found["verdict"]))}</b></td><td class="wrap">{escape(found["sentence"])}</td></tr>'
             )
         parts.append(
             f'<h4>against {run_ids[0]}, {escape(metric_info(metric).label)} over shared seeds</h4><table><tr><th>run</th><th class="num">seeds</th><th>better?</th><th>in words</th></tr>{"".join(lines)}</table>'

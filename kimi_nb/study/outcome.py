@@ -340,7 +340,7 @@ def read_outcome(
         return found.get(profile)
     return max(found.values(), key=lambda o: (o.tokens, o.finished), default=None)
 
-# %% ../../nbs/study/08_outcome.ipynb #8f081345
+# %% ../../nbs/study/08_outcome.ipynb #9c20817d
 def outcomes_of(
     store,  # or its folder
     profile: str = "",  # its name; '' is, for each phase, the largest there is
@@ -356,8 +356,8 @@ def outcome_problems(
     store,  # or its folder
 ) -> list[str]:  # a line for each file that is not to be believed
     "What is wrong with the outcomes of a folder."
-    problems = []
-    for file in sorted((Path(getattr(store, "path", store)) / "phases").glob("*/*.json")):
+    problems, folder = [], Path(getattr(store, "path", store))
+    for file in sorted((folder / "phases").glob("*/*.json")):
         try:
             outcome = load_outcome(file)
         except RecordError as e:
@@ -365,6 +365,9 @@ def outcome_problems(
             continue
         if (outcome.phase, outcome.profile) != (file.stem, file.parent.name):
             problems.append(f"{file} holds phase {outcome.phase} of profile {outcome.profile}: run the phase again")
+    for file in sorted((folder / "phases").glob("*.json")):
+        if _vouched(folder, file) is None:
+            problems.append(f"{file} has no seal and stands in none: run the phase again, or remove it")
     return problems
 
 # %% ../../nbs/study/08_outcome.ipynb #cb296f29
