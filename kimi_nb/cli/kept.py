@@ -65,7 +65,9 @@ def verify_folder(store, args):
     "Whether everything in the results folder is whole and unaltered."
     if args.what:
         raise KimiError(f"kimi-nb records verify takes no {args.what!r}: it looks at the whole store")
-    problems = store.verify()
+    from kimi_nb.study import outcome_problems
+
+    problems = store.verify() + outcome_problems(store)
     if problems:
         print("\n".join(problems))
         return 1
