@@ -376,7 +376,7 @@ def other_sizes(phase: str) -> list[dict]:
         cells.append({"cell_type": "markdown", "id": f"size-{profile}", "metadata": {}, "source": "\n".join(text)})
         results = [("claims", {"text/markdown": claims_markdown(claims, names)})] if claims else []
         results.append(("figures", {"text/markdown": f"The main figures of profile {profile}:"}))
-        for name in main_figures(phase, sizes[1].outcomes[phase]["figures"]):
+        for name in main_figures(sizes[1], phase):
             results.append(
                 (
                     Path(name).stem,

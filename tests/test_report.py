@@ -9,14 +9,14 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from kimi_nb.report.paper import paper
-from kimi_nb.report.slides import slides
 
 from kimi_nb.config import load_profile
 from kimi_nb.phases import combined, norm
 from kimi_nb.report import (
     Evidence,
     ReportError,
+    build_paper,
+    build_slides,
     compile_typst,
     others,
     runs_table,
@@ -103,7 +103,7 @@ def invented(tmp_path_factory):
 def words_of(store, *also):
     """(abstract, conclusion, the whole as Markdown) of the paper."""
     e = Evidence(store)
-    doc = paper(e, others(e, also))
+    doc = build_paper(e, others(e, also))
     whole = to_markdown(doc)
     return doc.abstract, re.search(r"Conclusion\n\n(.*?)## References", whole, re.S)[1], whole
 
@@ -203,7 +203,7 @@ def test_runs_that_were_lost_are_listed(tmp_path):
     store = factorial_results(tmp_path / "a", EFFECTS, status={("all", 1): "diverged"})
     whole = words_of(store)[2]
     assert "We train 47 models" in whole and re.search(r"Of 48 runs 1 diverged: `[0-9a-f]{12}` \(diverged\)", whole)
-    assert any("One run did not finish" in s.text for s in slides(Evidence(store), {}))
+    assert any("One run did not finish" in s.text for s in build_slides(Evidence(store), {}))
 
 
 def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
@@ -339,7 +339,7 @@ def test_all_forms_hold_together(tmp_path, invented):
                     ext.get("cy")
                 ) <= int(frame[2]), n
         text = " ".join(z.read(n).decode() for n in made)
-        assert all(f"<a:t>{s.title}</a:t>" in text for s in slides(Evidence(store), {})) and any(
+        assert all(f"<a:t>{s.title}</a:t>" in text for s in build_slides(Evidence(store), {})) and any(
             "notesSlide" in n for n in z.namelist()
         )
 
@@ -349,8 +349,8 @@ def test_the_short_report_has_every_answer(invented):
     e = Evidence(invented)
     text = short_report(e)
     assert len(e.answers) >= 18
-    for v in e.answers:
-        assert f"| {v['id']} | " in text and f"**{v['word']}**" in text
+    for finding in e.answers:
+        assert f"| {finding.id} | " in text and f"**{finding.word}**" in text
     assert "## combined" in text and "mean ± sd" in text
 
 
@@ -388,8 +388,8 @@ def test_the_published_records_give_a_whole_paper(tmp_path):
     assert time.perf_counter() - start < 120
     e = Evidence(store)
     also = others(e, more, strict=False)
-    doc = paper(e, also)
-    talk = slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")}, also)
+    doc = build_paper(e, also)
+    talk = build_slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")}, also)
     assert 12 <= len(talk) + 1 <= 20 and len(e.outcomes) == 10
     assert pages(talk_typst(talk, doc), tmp_path) == len(talk) + 1  # none runs over
     first = next(i for i, b in enumerate(doc.blocks) if getattr(b, "appendix", False))

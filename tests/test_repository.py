@@ -443,7 +443,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_has_a_line_for_each_wing():
     text = (REPO / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^- \[`(\w+)`\]\(nbs/\w+/01_\w+\.ipynb\) \S", text, re.M) == WINGS
+    assert re.findall(r"^- \[`(\w+)`\]\(nbs/\w+/\d\d_\w+\.ipynb\) \S", text, re.M) == WINGS
 
 
 def test_the_course_lists_every_lesson():

@@ -5,31 +5,40 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     document="""
-        DocumentError Figure Manuscript ROOM Section TableBlock Text bring compile_typst inline
-        numbered pandoc plain to_html to_markdown to_typst write_document
+        DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text blocks_of cited
+        code marked numbered plain refer render sentence written
+    """,
+    forms="""
+        REFERENCES ROOM aligned bring compile_typst inline pandoc picture source svg_size
+        table_markdown to_html to_markdown to_typst typst_head write_document
     """,
     evidence="""
-        BOUND Evidence LEVELS PARTS REPEATED RUN_METRICS ReportError WHOLE_LENGTH comparison_table
-        compute_words count_of effect_words effects_table figure heading interval kept_tables
-        pairs_words parts_words reached runs_table said tally together_words turned verdict_table
+        Evidence ReportError abouts said span_of with_arrival
+    """,
+    tables="""
+        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE WHOLE_LENGTH benchmark_table
+        bold chance comparison_table could_have_seen effects_table environment_table every_run
+        figure finding_table heading interval kept_tables measured reached runs_table size_table
+        spread study_table tuning_table
+    """,
+    sentences="""
+        LEVELS PARTS compute_words effect_words pairs_words parts_words seeds_words tally
+        together_words turned
     """,
     across="""
-        Claim DECIDED Effect MAIN_FIGURES agreement at_size changes_words claims_markdown claims_of
+        Claim DECIDED agreement at_size changes_words claim_name claims_markdown claims_of
         claims_table claims_words compared counts_words draw_sizes effect_changes effect_text
-        effects_in how_large main_figures names_of others settings_apart shared_phases
-        sizes_appendix sizes_figure sizes_section sizes_words what_ran
-    """,
-    background="""
-        LIBRARY architecture design introduction methods related_work size_table study_table
-        training
+        how_large main_figures names_of others settings_apart shared_phases sizes_appendix
+        sizes_figure sizes_section sizes_words what_ran
     """,
     paper="""
-        FIGURES LONGEST READINGS TITLES WHY abstract answers appendices benchmark_table
-        combined_tables combined_words conclusion findings negative_results phase_section reading
-        reproducibility seeds_words setting_up threats
+        LONGEST METHOD_CHECKS PART_OF TITLE UNTESTED abstract all_comparisons answers appendices
+        build_paper caveats_of combined_tables conclusion further_figures grid_table in_turns
+        negative_results own_findings phase_section phase_tables reproducibility set_up threats
     """,
     slides="""
-        Slide redrawn reference_file screen talk_markdown talk_typst to_markdown_table write_slides
+        Notes PARTS_TABLE Slide build_slides bullets figure_of largest_pair redrawn reference_file
+        screen slides_of talk_markdown talk_typst write_slides
     """,
     guide="""
         ANSWERS Advice CHAPTERS HOWTO Lesson PART_COSTS PART_NAMES VIRTUES advice_table advise
