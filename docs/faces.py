@@ -16,6 +16,9 @@ WIDTH = 120
 LIST = re.compile(r"^__all__ = \[.*?\]$", re.M | re.S)
 
 
+PASSED_ON = {("model", "network"): {"KimiConfig"}}  # names of another wing that programs look for in this one
+
+
 def exported(text: str) -> list[str]:
     """The names of a module's `__all__`."""
     found = LIST.search(text)
@@ -38,6 +41,7 @@ def face(root: Path, wing: str) -> str:
     lines.append("    __name__,")
     for room in rooms:
         names = set(exported((package / f"{room}.py").read_text(encoding="utf-8"))) - set(rooms)
+        names |= PASSED_ON.get((wing, room), set())
         if names:
             margin = " " * 8
             lines.append(f'    {room}="""')

@@ -72,8 +72,8 @@ __getattr__, __dir__, __all__ = lazily(
         FEED_FORWARDS build_feed_forward feed_forward_kind
     """,
     network="""
-        Block INIT_STD KimiModel ModelOutput costs count_parameters forward_flops_per_token
-        init_parameters measured_forward_flops_per_token parameter_generator
+        Block INIT_STD KimiConfig KimiModel ModelOutput costs count_parameters
+        forward_flops_per_token init_parameters measured_forward_flops_per_token parameter_generator
         training_flops_per_token
     """,
     decoder="""

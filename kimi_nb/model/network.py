@@ -27,7 +27,7 @@ from .moe import MoE, RouterStats
 from .norm import build_norm
 from .rope import RotaryEmbedding
 
-from ..config import ConfigError, KimiError, ModelConfig
+from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F401
 
 # %% ../../nbs/model/60_network.ipynb #62f211b7
 def parameter_generator(
