@@ -93,6 +93,8 @@ WALK = {
     "train.optimizer.scaling": (MUON, "original"),
     "train.optimizer.muon_router": (MUON | MOE, True),
     "train.optimizer.expert_lr_scale": (MOE, 3.0),
+    "train.optimizer.embed_lr_scale": ({}, 4.0),
+    "train.optimizer.muon_split": (MUON, "heads"),
     "train.optimizer.qk_clip_threshold": (
         {"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0},
         1e-4,
@@ -106,7 +108,7 @@ WALK = {
     "seed": ({}, 1),
     "repeat": ({}, 1),
 }
-CLOCK = {"seconds", "training_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
+CLOCK = {"seconds", "training_seconds", "compile_seconds", "step_seconds", "tokens_per_second", "peak_memory_mb"}
 
 
 def tiny(changes=()):
@@ -157,7 +159,8 @@ def test_changing_a_setting_changes_the_run(path, tmp_path):
         from kimi_nb.train import Trainer, pick_device
 
         made = [Trainer(r, prepare(r.data), pick_device("cpu")) for r in (before, after)]
-        assert made[0].forward is made[0].model and made[1].forward is not made[1].model
+        compiled = [[layer._compiled_call_impl is not None for layer in t.model.layers] for t in made]
+        assert [set(layers) for layers in compiled] == [{False}, {True}] and made[1].compiled
     else:
         assert what_happens(before, tmp_path / "a") != what_happens(after, tmp_path / "b")
 
@@ -352,3 +355,44 @@ def test_override_gives_a_run_or_one_line(changes):
 
 def test_phases_are_known_by_name():
     assert PHASES[0] == "baseline" and "combined" in PHASES and len(set(PHASES)) == len(PHASES)
+
+
+def test_settings_that_came_later_leave_ids_as_they_were():
+    """At their defaults they are not in the hash; changed, they are."""
+    run = RunConfig().override({"data.corpus": "tinyworld", "data.tokenizer": "byte"})
+    assert run.run_id == "2a3ec4f4d2e9"
+    muon = run.override({"train.optimizer.name": "muon", "train.compile": True})
+    assert muon.run_id == "504e132835d5"
+    for change in ({"train.optimizer.embed_lr_scale": 2.0}, {"train.optimizer.muon_split": "heads"}):
+        assert muon.override(change).run_id != muon.run_id
+        assert RunConfig(**muon.override(change).model_dump()).run_id == muon.override(change).run_id
+
+
+def test_parts_of_attention_need_an_attention_that_has_them():
+    """MHA's projections are one matrix each: to ask for their parts would change nothing."""
+    muon = RunConfig().override({"train.optimizer.name": "muon"})
+    with pytest.raises(ConfigError, match=r"'parts' would have no effect: it needs model.attention.kind mla, or heads"):
+        muon.override({"train.optimizer.muon_split": "parts"})
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**80, -1])
+def test_a_seed_that_no_generator_takes_is_one_line(seed):
+    """PyTorch's generators take 64 bits."""
+    with pytest.raises(ConfigError, match=r"^seed -?\d+ is out of range: (below|at least) \d+$"):
+        RunConfig(seed=seed)
+    assert RunConfig(seed=2**64 - 1).seed == 2**64 - 1
+
+
+def test_compile_is_true_false_or_auto():
+    """auto compiles on CUDA alone."""
+    import torch
+
+    from kimi_nb.train import pick_compile
+
+    run = RunConfig().override({"train.compile": "auto"})
+    assert run.train.compile == "auto" and RunConfig().train.compile is False
+    assert RunConfig().override({"train.compile": "true"}).train.compile is True
+    answers = {kind: pick_compile("auto", torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
+    assert answers == {"cpu": False, "cuda": True, "mps": False}
+    with pytest.raises(ConfigError, match=r"^train.compile 'maybe' is not true or false"):
+        run.override({"train.compile": "maybe"})

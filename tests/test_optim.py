@@ -1,4 +1,4 @@
-"""Optimizers on real models: against float64 references and PyTorch's own, resumed from files, clipped on several ranks."""
+"""Optimizers against float64 references, PyTorch, resumed runs and the real attention modules."""
 
 import json
 import math
@@ -269,6 +269,10 @@ def test_frozen_parameters_are_left_out():
         ("muon", dict(muon_router=True)),
         ("muon", dict(betas=(0.8, 0.9))),
         ("muon", dict(expert_lr_scale=0.5)),
+        ("adam", dict(embed_lr_scale=4.0)),
+        ("adamw", dict(embed_lr_scale=4.0)),
+        ("muon", dict(embed_lr_scale=4.0)),
+        ("muon", dict(muon_split="heads")),
     ],
 )
 def test_every_setting_changes_the_training(base, change):
@@ -286,6 +290,86 @@ def test_expert_learning_rate_is_that_of_experts_only():
     train(model, optimizer, 1)
     for n, p in model.named_parameters():
         assert (".experts." in n) == (p - before[n]).abs().max().lt(1e-7).item(), n
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon", "muonclip"])
+@pytest.mark.parametrize("name", ["mha dense tied", "mha learned untied"])
+def test_embedding_learning_rate_is_that_of_embeddings_and_head_only(name, kind):
+    """Tokens, positions and head, tied or not; with every optimizer, and the schedule leaves the ratio alone."""
+    model, other = make_model(name), make_model(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    how = dict(name=kind, weight_decay=0.0)
+    optimizer = build_optimizer(model, make_config(embed_lr_scale=1e-9, **how))
+    set_lr(optimizer, 0.01)
+    train(model, optimizer, 1)
+    train(other, build_optimizer(other, make_config(lr=0.01, **how)), 1)
+    for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if n.startswith(("embed_", "lm_head")):
+            assert (p - before[n]).abs().max() < 1e-7 < (q - before[n]).abs().max(), n
+        else:
+            assert torch.equal(p, q), n
+    groups = [g for g in optimizer.param_groups if "embeddings" in g["name"]]
+    assert [g["lr"] for g in groups] == [pytest.approx(1e-11)]
+
+
+def slices(name, p, model, split):
+    """(row indices) of the matrices of a parameter of attention that are orthogonalised apart, written out by hand."""
+    a, H, rows = model.config.attention, model.config.n_heads, torch.arange(p.shape[0])
+    leaf = name.split(".")[-2]
+    sizes = {
+        "q_proj": (a.qk_nope_head_dim, a.qk_rope_head_dim),
+        "q_b_proj": (a.qk_nope_head_dim, a.qk_rope_head_dim),
+        "kv_b_proj": (a.qk_nope_head_dim, a.v_head_dim),
+    }
+    if a.kind != "mla":
+        heads = rows.view(H, -1)
+        return list(heads) if split == "heads" and leaf in ("q_proj", "k_proj", "v_proj") else [rows]
+    if leaf == "kv_a_proj_with_mqa" and split != "fused":
+        return [rows[: a.kv_lora_rank], rows[a.kv_lora_rank :]]
+    if leaf not in sizes or split == "fused":
+        return [rows]
+    of_head = rows.view(H, -1).split(sizes[leaf], 1)  # (H, rows of the part) each
+    return [head for part in of_head for head in part] if split == "heads" else [part.flatten() for part in of_head]
+
+
+@pytest.mark.parametrize("split", ["fused", "parts", "heads"])
+@pytest.mark.parametrize("name", ["mla", "mla moe", "mha dense tied", "latent"])
+@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
+def test_muon_takes_attention_apart_as_the_float64_reference_does(name, split, scaling):
+    """Every row of every projection, and the number of matrices that is said."""
+    model = make_model(name).double()
+    config = make_config(lr=0.1, name="muon", muon_split=split, scaling=scaling, momentum=0.0, weight_decay=0.0)
+    optimizer = build_optimizer(model, config)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.manual_seed(3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    n_matrices = 0
+    for n, p in model.named_parameters():
+        if ".self_attn." not in n or not HIDDEN.fullmatch(n):
+            continue
+        expected = before[n].clone()
+        for rows in slices(n, p, model, split):
+            shape = (len(rows), p.shape[1])
+            factor = math.sqrt(max(1, shape[0] / shape[1])) if scaling == "original" else 0.2 * math.sqrt(max(shape))
+            expected[rows] -= 0.1 * factor * orthogonalised(p.grad[rows])
+            n_matrices += 1
+        torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0, msg=n)
+    assert n_matrices == {
+        ("mla", "fused"): 8, ("mla", "parts"): 14, ("mla", "heads"): 38,
+        ("mla moe", "fused"): 10, ("mla moe", "parts"): 16, ("mla moe", "heads"): 40,
+    }.get((name, split), 8 if split != "heads" else 26)  # fmt: skip
+    told = describe_groups(optimizer)
+    assert (" apart" in told) == (split == "heads")
+    assert ("+" in told) == ("mla" in name and split != "fused")
+
+
+def test_a_split_that_does_not_fit_is_refused():
+    """Blocks and sizes must fill the rows."""
+    for how in (dict(blocks=3), dict(blocks=2, splits=(2, 1)), dict(blocks=2, splits=3)):
+        with pytest.raises(KimiError, match=r"cannot be cut into splits .* in . blocks: they must fill its 8 rows"):
+            Muon([dict(params=[torch.zeros(8, 3)], **how)])
 
 
 def test_adamw_beside_original_muon_steps_as_far_as_match_rms_adamw():
@@ -504,7 +588,9 @@ RANKS = """
     for i, (_, m) in enumerate(attention_modules(model)):
         m.logit_max = torch.tensor([200.0, 1.0, 1.0, 1.0]) if rank == i else torch.ones(4)
     report = qk_clip_(model, 100.0)
-    print(report.n_clipped, report.max_logit, report.min_gamma, *[x["n_clipped"] for x in report.per_layer.values()], round(sum(p.double().abs().sum().item() for p in model.parameters()), 9))
+    layers = [x["n_clipped"] for x in report.per_layer.values()]
+    weight = round(sum(p.double().abs().sum().item() for p in model.parameters()), 9)
+    print(report.n_clipped, report.max_logit, report.min_gamma, *layers, weight)
     dist.destroy_process_group()
 """
 

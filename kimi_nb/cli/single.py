@@ -107,7 +107,7 @@ def cmd_train(args):
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         rank, ranks = rank_and_size()
         if args.shard:
-            check_shard(run.train.compile, run.train.precision)
+            check_shard(run.train.compile is True, run.train.precision)
         options = dict(
             device=device,
             threads=args.threads,

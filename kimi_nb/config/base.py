@@ -79,7 +79,7 @@ def _as_config_error(cls, error: ValidationError) -> ConfigError:
         path, detail = ".".join(p for p in (path, inner.path) if p), inner.detail
     else:
         detail = _detail(cls, first)
-    one_of_several = count > 1 and kind != "literal_error" and not kind.startswith(("int", "float"))
+    one_of_several = count > 1 and kind != "literal_error" and not kind.startswith(("int", "float", "bool"))
     return ConfigError(path, detail + (f" (and {count - 1} more)" if one_of_several else ""))
 
 

@@ -267,6 +267,10 @@ class OptimizerConfig(Config):
     scaling: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     muon_router: bool = False  # routers (2-D) on Muon, as torchtitan has it, or on AdamW
     expert_lr_scale: Annotated[Float, Field(gt=0)] = 1.0  # learning rate of the experts over train.lr
+    embed_lr_scale: Annotated[Float, Field(gt=0, json_schema_extra={"neutral": True})] = 1.0  # of embeddings and head
+    muon_split: Annotated[Literal["fused", "parts", "heads"], Field(json_schema_extra={"neutral": True})] = (
+        "fused"  # what Newton-Schulz takes for one matrix of attention: as it lies, its parts, each head's
+    )
     qk_clip_threshold: Annotated[Float, Field(gt=0)] = 100.0  # tau of QK-clip, in units of a scaled logit
 
 
@@ -283,7 +287,7 @@ class TrainConfig(Config):
     warmup_steps: Count = 0  # linear from lr / warmup_steps
     grad_clip: Annotated[Float, Field(ge=0)] = 1.0  # largest gradient norm; 0 leaves it alone
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
-    compile: bool = False  # torch.compile
+    compile: bool | Literal["auto"] = False  # torch.compile, a layer at a time; auto: on CUDA
     eval_every: Count = 0  # steps between evaluations; 0 only at the end
     eval_tokens: Positive | None = None  # held-out tokens scored, spread over the split; none is all
     save_every: Count = 0  # steps between checkpoints; 0 only at the end
@@ -313,7 +317,7 @@ class TrainConfig(Config):
         if self.optimizer.name not in ("muon", "muonclip"):
             asleep |= {
                 f"optimizer.{n}": "optimizer.name muon or muonclip"
-                for n in ("momentum", "ns_steps", "scaling", "muon_router")
+                for n in ("momentum", "ns_steps", "scaling", "muon_router", "muon_split")
             }
         if self.optimizer.name != "muonclip":
             asleep["optimizer.qk_clip_threshold"] = "optimizer.name muonclip"
@@ -397,13 +401,30 @@ def data_identity(data: DataConfig) -> dict[str, str | None]:
     )
 
 
+def _is_neutral(field) -> bool:
+    "Did this setting come later, with a default that changes nothing?"
+    return bool((field.json_schema_extra or {}).get("neutral"))
+
+
+def _told(config: Config) -> dict:
+    "What a configuration says, in JSON's types; a neutral setting at its default says nothing: ids stay as they were."
+    told = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            told[name] = _told(value)
+        elif _is_neutral(field) and value == field.default:
+            del told[name]
+    return told
+
+
 class RunConfig(Config):
     "One training run."
 
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
-    seed: Count = 0  # of the initial values and of the batches
+    seed: Annotated[Count, Field(lt=2**64)] = 0  # of the initial values and of the batches
     repeat: Count = 0  # tells runs of one configuration and seed apart
 
     @model_validator(mode="after")
@@ -440,7 +461,7 @@ class RunConfig(Config):
     ) -> str:
         "12 hexadecimal digits over everything that can change the result, the bytes of data files among it."
         stands_for = data_identity(self.data) if data is None else data
-        text = json.dumps([self.model_dump(mode="json"), stands_for], sort_keys=True)
+        text = json.dumps([_told(self), stands_for], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -458,6 +479,8 @@ class RunConfig(Config):
         }
         if self.model.ffn.kind != "moe":
             asleep["train.optimizer.expert_lr_scale"] = "model.ffn.kind moe"
+        if self.train.optimizer.muon_split == "parts" and self.model.attention.kind != "mla":
+            asleep["train.optimizer.muon_split"] = "model.attention.kind mla, or heads"
         return asleep
 
     @classmethod

@@ -307,6 +307,10 @@ class Attention(nn.Module):
 
         return step
 
+    def stacked_rows(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        "Parameter -> how matrices lie in its rows: equal blocks (one a head), and the sizes of a block's parts."
+        return {}
+
     def clip_heads_(
         self,
         gamma: Tensor,  # (H,), factor on each head's logits, above 0

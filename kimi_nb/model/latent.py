@@ -200,6 +200,10 @@ class LatentAttention(Attention):
             self.last_weights = flat(attention_logits(q.detach(), k.detach(), self.scale, mask=mask).softmax(-1))
         return flat(y)
 
+    def stacked_rows(self):
+        "Queries, keys and values of each head."
+        return {f"{name}.weight": (self.n_heads, (self.head_dim,)) for name in ("q_proj", "k_proj", "v_proj")}
+
     def clip_heads_(self, gamma):
         "Raises: AttentionError: QK-clip is defined for mha and mla."
         raise AttentionError(

@@ -95,6 +95,10 @@ class MultiHeadAttention(Attention):
 
         return step
 
+    def stacked_rows(self):
+        "Queries, keys and values of each head."
+        return {f"{name}.weight": (self.n_heads, (self.head_dim,)) for name in ("q_proj", "k_proj", "v_proj")}
+
     @torch.no_grad()
     def clip_heads_(
         self,

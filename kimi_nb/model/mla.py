@@ -172,6 +172,15 @@ class MultiHeadLatentAttention(Attention):
 
         return step
 
+    def stacked_rows(self):
+        "Each head's query without and with a position, its key and its value; below, the latent and the shared key."
+        query = "q_proj" if hasattr(self, "q_proj") else "q_b_proj"
+        return {
+            f"{query}.weight": (self.n_heads, (self.nope, self.rope)),
+            "kv_b_proj.weight": (self.n_heads, (self.nope, self.v_dim)),
+            "kv_a_proj_with_mqa.weight": (1, (self.rank, self.rope)),
+        }
+
     @torch.no_grad()
     def clip_heads_(
         self,

@@ -10,8 +10,9 @@ __getattr__, __dir__, __all__ = lazily(
         qk_clip_gamma set_logit_tracking
     """,
     optim="""
-        Combined adamw_lr_scale build_optimizer describe_groups is_expert is_hidden_matrix is_router
-        learning_rate load_optimizer_tensors optimizer_tensors param_groups set_lr
+        Combined Rows adamw_lr_scale build_optimizer describe_groups is_embedding is_expert
+        is_hidden_matrix is_router learning_rate load_optimizer_tensors optimizer_tensors
+        param_groups rows_of set_lr
     """,
     hardware="""
         DiskError PeakMemory TrainError deterministic_asked deterministically environment free_cores
