@@ -1,11 +1,16 @@
 """Paper and slides: what they say follows the records, whatever these are, and all forms can be made."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +22,8 @@ from kimi_nb.report import (
     ReportError,
     build_paper,
     build_slides,
+    claims_markdown,
+    claims_of,
     compile_typst,
     others,
     runs_table,
@@ -24,9 +31,12 @@ from kimi_nb.report import (
     talk_typst,
     to_markdown,
     to_typst,
+    what_ran,
     write_report,
 )
-from kimi_nb.study import Arm, Finding, Record, Store, Study, record_outcome
+from kimi_nb.study import WORDS, Arm, Finding, Record, Store, Study, record_outcome
+
+REPO = Path(__file__).resolve().parents[1]
 
 EFFECTS = dict(attention=0.10, norm=-0.06, routing=0.0, optimizer=-0.40)
 
@@ -52,7 +62,11 @@ def larger_profile():
 
 
 def factorial_results(path, effects, synergy=0.0, status=None, pair=0.0, uneven=0.0, profile=None):
-    """A results folder with an invented factorial: each part changes bits per byte by its effect, all together by `synergy`, MLA with Muon by `pair` more; Muon's effect changes by `uneven` from seed to seed."""
+    """A results folder with an invented factorial.
+
+    Each part changes bits per byte by its effect, all together by `synergy`, MLA with Muon by `pair`; Muon's effect
+    changes by `uneven` from seed to seed.
+    """
     profile, store = profile or tiny_profile(), Store(path)
     study = combined.study(profile)
     for k, p in enumerate(study.expand()):
@@ -150,7 +164,7 @@ def test_nothing_found_is_said(tmp_path):
 
 
 def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
-    """Where MLA helps with AdamW and hurts with Muon both numbers stand everywhere; where it only helps less, that is said."""
+    """Where MLA helps with AdamW and hurts with Muon both numbers stand everywhere; help that is only less is called so."""
     turns = factorial_results(tmp_path / "a", EFFECTS | dict(attention=-0.05), pair=0.1)
     abstract, conclusion, whole = words_of(turns)
     for text in (abstract, conclusion, whole.split("What the parts do.")[1]):
@@ -163,7 +177,7 @@ def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
 
 
 def test_seeds_that_disagree_are_told_from_seeds_that_agree(tmp_path, invented):
-    """The intervals from seeds alone stand beside the pooled ones; that the pooled error is too small is said where it is."""
+    """The intervals from seeds alone stand beside the pooled ones; a pooled error that is too small is called so."""
     agree, differ = words_of(invented), words_of(factorial_results(tmp_path / "a", EFFECTS, uneven=0.1))
     assert "excludes zero for" in agree[0] and "too optimistic" not in agree[0] + agree[2]
     assert (
@@ -247,8 +261,95 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
 
 
+ODD = "<script>alert(1)</script> ![x](/etc/hostname) **b** | `c` [@nobody] {tab:none} &lt;"
+
+
+def odd_results(path):
+    """A results folder all of whose texts look like HTML, Markdown, a picture, a citation and a reference."""
+    profile, store = tiny_profile(), Store(path)
+    base = norm.study(profile).base
+    study = Study(
+        name="norm",
+        phase="norm",
+        question=f"Is it {ODD}?",
+        hypothesis=ODD,
+        base=base,
+        arms=[Arm("a", {}, f"A {ODD}"), Arm("b", {"model.norm.kind": "rmsnorm"}, f"B {ODD}")],
+        baseline="a",
+        seeds=(0, 1, 2),
+    )
+    about = dict(device="cpu", device_name=f"CPU {ODD}", data=dict(summary=f"corpus {ODD}"), precision=ODD)
+    for p in study.expand():
+        metrics = dict(test_bpb=2.0 + p.seed * 0.01 * (p.arm == "b"), test_loss=4.0)
+        store.put(Record.of(p.run, "done", metrics, {}, about), "norm")
+    store.record_study(study)
+    told = dict(claim=f"{ODD} is better.", reason=f"It {ODD}.", caveats=[f"Mind {ODD}."])
+    found = [Finding(id=f"H{i}", word=word, **told) for i, word in enumerate(WORDS[:3], 1)]
+    table = SimpleNamespace(columns=["x"], rows=[[ODD]])
+    record_outcome(store, "norm", profile, found, tables={f"Kept {ODD}": table})
+    return store
+
+
+def tags_of(page):
+    """(tag, attributes) of everything in an HTML page that a browser would load or run."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page)
+    return [(tag, a) for tag, a in found if tag in ("script", "img", "iframe", "object", "b") or "onerror" in a]
+
+
+def test_text_of_records_is_text_in_every_form(tmp_path):
+    """What looks like HTML, a picture or a citation in a device's name, a question or a finding stands there as it is."""
+    write_report(odd_results(tmp_path / "a"), tmp_path / "out", say=lambda line: None)
+    page = (tmp_path / "out" / "paper.html").read_text()
+    assert tags_of(page) == [] and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
+    secret = Path("/etc/hostname").read_bytes().strip()
+    with zipfile.ZipFile(tmp_path / "out" / "slides.pptx") as z:
+        text = " ".join(z.read(n).decode() for n in z.namelist() if re.match(r"ppt/slides/slide\d+\.xml", n))
+        pictures = [z.read(n) for n in z.namelist() if n.startswith("ppt/media/")]
+    assert "&lt;script&gt;alert(1)" in text and "![x](/etc/hostname)" in text
+    assert all(secret not in picture for picture in pictures if len(secret) > 3)
+    for name in ("paper.md", "research_report.md"):
+        shown = (tmp_path / "out" / name).read_text()
+        assert not re.search(r"(?<!\\)<script", shown) and not re.search(r"(?<!\\)!\[x\]\(/etc", shown), name
+
+
+def test_the_site_shows_text_of_records_as_text(tmp_path):
+    """The table of claims that the site adds to a phase's page has no HTML of a record's."""
+    e = Evidence(odd_results(tmp_path / "a"))
+    shown = claims_markdown(claims_of("norm", [e.outcomes["norm"], None]), ["quick", "standard"]) + what_ran(
+        e, ["norm"]
+    )
+    assert not re.search(r"(?<!\\)<script|(?<!\\)!\[x", shown) and shown.count(r"\<script\>") > 3
+
+
+def test_templates_hold_the_prose_and_the_wheel_holds_the_templates():
+    """Every template is package data and has lines that can be read; no module of the wing holds a paragraph."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["package-data"]["kimi_nb.report"] == ["templates/*"]
+    assert "jinja2" in project["project"]["dependencies"]
+    files = sorted((REPO / "kimi_nb" / "report" / "templates").iterdir())
+    assert {f.suffix for f in files} == {".j2", ".bib", ".typ", ".css"} and len(files) > 15
+    wide = [f"{f.name}:{i}" for f in files for i, line in enumerate(f.read_text().splitlines(), 1) if len(line) > 130]
+    assert [w for w in wide if not w.startswith("references")] == []
+    for path in (REPO / "kimi_nb" / "report").glob("[a-z]*.py"):
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        assert [s[:60] for s in strings if isinstance(s, str) and len(s) > 300] == [], path.name
+
+
+def test_no_sentence_is_read_back():
+    """Report and site take numbers from fields: no regular expression of the wing looks into a finding's words."""
+    for path in (REPO / "kimi_nb" / "report").glob("*.py"):
+        code = path.read_text()
+        assert "interval of the difference (" not in code and "importlib" not in code, path.name
+        assert not re.search(r"functools\.(cache|lru_cache)\n    def", code), (
+            f"{path.name}: a cache keeps its evidence alive"
+        )
+
+
 def test_another_size_is_said_as_it_is(tmp_path, invented):
-    """The same effects at a larger size hold; opposite ones turn, and what one size decides alone is said to be decided there only."""
+    """The same effects at a larger size hold; opposite ones turn, and what one size decides alone is decided there only."""
     same = factorial_results(tmp_path / "same", EFFECTS, profile=larger_profile())
     other = factorial_results(
         tmp_path / "other", dict(attention=-0.10, norm=0.0, routing=0.05, optimizer=-0.20), profile=larger_profile()
@@ -291,7 +392,7 @@ def test_another_size_is_said_as_it_is(tmp_path, invented):
 
 
 def test_a_second_folder_must_bear_on_the_first(tmp_path, invented):
-    """Named on the command line it is refused in a line where there is nothing to compare; with one that fits, every form has its part."""
+    """Named, it is refused in a line where there is nothing to compare; with one that fits, every form has its part."""
     for name, said in (("none", "holds no record"), ("itself", "is the folder itself")):
         also = invented.path if name == "itself" else tmp_path / name
         with pytest.raises(ReportError, match=said):
@@ -317,7 +418,7 @@ def test_a_second_folder_must_bear_on_the_first(tmp_path, invented):
 
 
 def test_all_forms_hold_together(tmp_path, invented):
-    """PDF, HTML and Markdown say the same; links lead somewhere; PowerPoint has the slides of the PDF, inside their frame, with notes."""
+    """All say the same; links lead somewhere; PowerPoint has the slides of the PDF, inside their frame, with notes."""
     store, out = invented, tmp_path / "out"
     write_report(store, out, say=lambda line: None)
     md, page = (out / "paper.md").read_text(), (out / "paper.html").read_text()

@@ -5,8 +5,8 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     document="""
-        DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text blocks_of cited
-        code marked numbered plain refer render sentence written
+        DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text as_text blocks_of
+        cited code marked numbered refer render sentence written
     """,
     forms="""
         REFERENCES ROOM aligned bring compile_typst inline pandoc picture source svg_size
@@ -16,10 +16,10 @@ __getattr__, __dir__, __all__ = lazily(
         Evidence ReportError abouts said span_of with_arrival
     """,
     tables="""
-        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE WHOLE_LENGTH benchmark_table
-        bold chance comparison_table could_have_seen effects_table environment_table every_run
-        figure finding_table heading interval kept_tables measured reached runs_table size_table
-        spread study_table tuning_table
+        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES
+        benchmark_table bold chance comparison_table could_have_seen effects_table environment_table
+        every_run figure finding_table heading interval kept_tables mean_sd measured reached
+        runs_table size_table study_table tuning_table
     """,
     sentences="""
         LEVELS PARTS compute_words effect_words pairs_words parts_words seeds_words tally

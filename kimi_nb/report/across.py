@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .document import Figure, Marked, TableBlock, code, plain, render, written
+from .document import Figure, Marked, TableBlock, as_text, code, render, written
 from .evidence import Evidence, ReportError, said, span_of
 from .sentences import LEVELS
 from .tables import bold, runs_table
@@ -182,7 +182,7 @@ def what_ran(
     names = [name for name, study in e.studies.items() if study.phase in phases and name != "tuning"]
     frames = [frame for frame in map(e.frame, names) if frame is not None]
     if not frames:
-        return plain(f"no runs of {listed(phases)}")
+        return as_text(f"no runs of {listed(phases)}")
     runs = pd.concat(frames).drop_duplicates("run_id")
     done = runs[runs["status"] == "done"]
 
@@ -202,7 +202,7 @@ def what_ran(
         parts.append(f"{span('train.steps', '{:,.0f}'.format)} steps on {span('tokens')} tokens of {corpora}")
     counts = [int(n) for frame in frames for n in frame.groupby(["block", "arm"])["seed"].nunique()]
     seeds = span_of(counts, "{:.0f}".format)
-    return Marked(", ".join([*parts, f"{seeds} seed{'s' * (max(counts) != 1)} an arm", f"on {plain(e.hardware)}"]))
+    return Marked(", ".join([*parts, f"{seeds} seed{'s' * (max(counts) != 1)} an arm", f"on {as_text(e.hardware)}"]))
 
 
 def settings_apart(
@@ -375,10 +375,10 @@ def claims_markdown(
     names,  # of the sizes
 ) -> str:  # Markdown
     "Findings side by side, in words."
-    lines = [["id", "claim", *map(plain, names), "together"], ["---"] * (3 + len(names))]
+    lines = [["id", "claim", *map(as_text, names), "together"], ["---"] * (3 + len(names))]
     for claim in claims:
-        told = [f"**{f.word}**. {plain(said(f))}" if f else "–" for f in claim.found]
-        lines.append([plain(claim.id), plain(claim.claim), *told, claim.agree])
+        told = [f"**{f.word}**. {as_text(said(f))}" if f else "–" for f in claim.found]
+        lines.append([as_text(claim.id), as_text(claim.claim), *told, claim.agree])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../../nbs/report/06_across.ipynb #4e9d4215

@@ -12,7 +12,7 @@ __all__ = ['LONGEST', 'METHOD_CHECKS', 'UNTESTED', 'PART_OF', 'TITLE', 'set_up',
 import re
 
 from .across import at_size, compared, counts_words, names_of, sizes_appendix, sizes_section, sizes_words
-from .document import Manuscript, Marked, TableBlock, plain, sentence, written
+from .document import Manuscript, Marked, TableBlock, as_text, sentence, written
 from .evidence import Evidence, said
 from kimi_nb.report.sentences import (
     compute_words,
@@ -265,7 +265,7 @@ def negative_results(
     )
     lost = e.runs[e.runs["status"] != "done"]
     states = lost["status"].astype(str).str.split(":").str[0].value_counts()
-    names = [f"`{run}` ({plain(status)})" for run, status in zip(lost["run_id"], lost["status"])]
+    names = [f"`{run}` ({as_text(status)})" for run, status in zip(lost["run_id"], lost["status"])]
     return written(
         "negative.md.j2",
         contradicted=of["contradicted"],

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from ..config import KimiError, writing
 from .across import at_size, claims_words, compared, names_of, sizes_figure, sizes_words
-from .document import Figure, Manuscript, Marked, Section, TableBlock, Text, plain, render, written
+from .document import Figure, Manuscript, Marked, Section, TableBlock, Text, as_text, render, written
 from .evidence import Evidence, said
 from .forms import compile_typst, inline, pandoc, picture, svg_size, table_markdown, typst_head
 from .paper import METHOD_CHECKS, conclusion
@@ -164,7 +164,7 @@ def _words_table(findings):
 
 def _told(findings):
     "What the speaker is told of each finding."
-    return "\n\n".join(plain(f"{f.claim} {capital(f.word)}. {said(f)}") for f in findings)
+    return "\n\n".join(as_text(f"{f.claim} {capital(f.word)}. {said(f)}") for f in findings)
 
 
 PARTS_TABLE = TableBlock(
@@ -359,7 +359,7 @@ def reference_file(
     import pypandoc
 
     command = [pypandoc.get_pandoc_path(), "--print-default-data-file", "reference.pptx"]
-    plain_file = Path(path).with_suffix(".plain.pptx")
+    plain_file = Path(path).with_suffix(".default.pptx")
     plain_file.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
     with zipfile.ZipFile(plain_file) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for item in old.infolist():

@@ -298,7 +298,7 @@ class _Reports(_Tables):
             "Made from the records of this folder by `Store.rebuild`; edits will be lost.",
             "",
         ]
-        cell = lambda text: " ".join(str(text).split()).replace("|", "\\|")  # noqa: E731
+        cell = lambda text: re.sub(r"[\\`*<>|\[\]!]", r"\\\g<0>", " ".join(str(text).split()))  # text, not Markdown
         for name in self.studies():
             study, frame = self.manifest(name)[0], self.frame(name, stale=True, missing=True)
             shown = [
