@@ -16,7 +16,9 @@ __getattr__, __dir__, __all__ = lazily(
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer bytes_to_unicode
     """,
     tokens="""
-        Batches EvalWindows FORMAT_VERSION IGNORE TokenData TokenDataset describe eval_windows
-        overlap prepare split_documents
+        BytesAt FORMAT_VERSION TokenData TokenDataset describe overlap prepare split_documents
+    """,
+    batches="""
+        Batches EvalWindows IGNORE eval_windows
     """,
 )

@@ -46,7 +46,10 @@ def _is_checkout(folder):
 def cache_dir(
     start: str | Path | None = None,  # where to look upwards for the checkout; None: the working folder
 ) -> Path:
-    "The folder for extracted texts and tokens; it need not exist yet.  Raises: DataError where no home folder is known."
+    """The folder for extracted texts and tokens; it need not exist yet.
+
+    Raises: DataError where no home folder is known.
+    """
     try:
         if named := os.environ.get("KIMI_NB_CACHE"):
             return Path(named).expanduser()
@@ -496,10 +499,10 @@ def _take(docs, chars=math.inf, number=math.inf):
         if digest in seen:
             continue
         seen.add(digest)
-        if total + len(doc) > chars and n == 0 and not doc.group:
-            doc = Document.of(doc[: int(chars)], doc.source, doc.group, doc.split)  # one long text: its beginning
-        yield doc
-        n, total = n + 1, total + len(doc)
+        long = total + len(doc) > chars and n == 0 and not doc.group
+        taken = Document.of(doc[: int(chars)], doc.source, doc.group, doc.split) if long else doc  # its beginning
+        yield taken
+        n, total = n + 1, total + len(taken)
 
 
 def _by_hash(docs):

@@ -53,7 +53,7 @@ class Tokenizer:
         return self._decode(ids[(ids >= 0) & (ids < self.vocab_size)])
 
     def token_bytes(self) -> np.ndarray | None:  # (V,) int64
-        "UTF-8 bytes per id, 0 for the end of text; None where ids do not stand for fixed bytes. Bits per byte needs it."
+        "UTF-8 bytes per id, 0 for the end of text; None where ids do not stand for fixed bytes."
         return None
 
     def bytes_at(
@@ -401,7 +401,7 @@ class PairTokenizer(Tokenizer):
         cls,
         name: str,  # 'gpt2' or 'owner/name'
     ) -> "PairTokenizer":
-        "A published tokenizer, from the local hub cache or the network. Raises: DataError, one line, when neither has it."
+        "A published tokenizer, from the local hub cache or the network. Raises: DataError when neither has it."
         from huggingface_hub import snapshot_download
 
         repo = {"gpt2": "openai-community/gpt2"}.get(name, name)
@@ -441,11 +441,8 @@ def build_tokenizer(
             raise DataError(f"tokenizer {name!r}: write bpe:N with a whole N of at least 257, such as bpe:1024")
         return PairTokenizer.train(train, int(name[4:]))
     if folder := tokenizer_folder(name):
-        return (
-            Tokenizer.load(folder)
-            if (folder / "tokenizer_kimi.json").exists()
-            else PairTokenizer.from_folder(folder, name)
-        )
+        ours = (folder / "tokenizer_kimi.json").exists()
+        return Tokenizer.load(folder) if ours else PairTokenizer.from_folder(folder, name)
     if name == "gpt2" or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return PairTokenizer.from_hub(name)
     known = near(name, ["byte", "char", "bpe:1024", "gpt2"])
