@@ -537,6 +537,184 @@ def test_a_damaged_cache_is_named_and_made_again(cache, damage):
     assert (again.train == before).all() and not list((cache / "tokens").glob(".*"))
 
 
+@pytest.mark.parametrize("change", [dict(vocab_size=700), dict(n_bytes=dict(train=1, val=1, test=1)), dict(lost={})])
+def test_what_a_cache_says_is_sealed(cache, change):
+    """meta.json decides the size of the model and what bits per byte divide by: a changed one is damage, never another model."""
+    data = make(cache, tokenizer="bpe:300")
+    meta = json.loads((data.folder / "meta.json").read_text())
+    for damaged in (meta | change, {k: v for k, v in (meta | change).items() if k != "digest"}):
+        (data.folder / "meta.json").write_text(json.dumps(damaged))
+        assert "meta.json" in refused(TokenData, data.folder)
+        with pytest.warns(DataWarning, match="meta.json"):
+            again = make(cache, tokenizer="bpe:300")
+        assert (again.vocab_size, again.n_bytes, again.lost) == (data.vocab_size, data.n_bytes, data.lost)
+
+
+def test_an_index_that_leads_elsewhere_is_not_followed(cache):
+    """The index is sealed too, and its settings must be those that were asked for."""
+    mine, other = make(cache, tokenizer="byte"), make(cache, tokenizer="bpe:300")
+    files = {json.loads(p.read_text())["folder"]: p for p in (cache / "index").glob("*.json")}
+    index, theirs = files[mine.folder.name], files[other.folder.name]
+    whole = json.loads(index.read_text())
+    for text in (json.dumps(whole | dict(folder=other.folder.name)), theirs.read_text(), "[]", "{"):
+        index.write_text(text)
+        assert make(cache, tokenizer="byte").fingerprint == mine.fingerprint
+        assert json.loads(index.read_text()) == whole
+
+
+def test_a_large_file_is_checked_once_a_process(cache, monkeypatch):
+    """Whatever its size, in blocks; a second look costs no second reading while nothing changed."""
+    import hashlib
+
+    from kimi_nb.data import tokens
+
+    data, read = make(cache), []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: read.append(stream.name) or real(stream, kind))
+    tokens._hash_file.cache_clear()
+    for _ in range(3):
+        TokenData(data.folder)
+    assert len(read) == len(set(read)) >= 4
+    path = data.folder / "val.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "val.bin was altered" in refused(TokenData, data.folder)
+    assert TokenData(data.folder, check=False).n_tokens == data.n_tokens
+
+
+def test_what_a_dead_process_left_is_removed_by_the_next(cache, monkeypatch):
+    """Also what belongs to another text, and what a full disk cut short; not what somebody is still at work on."""
+    from filelock import FileLock
+
+    make(cache)
+    left = [cache / "tokens" / f".{letter * 32}.1" for letter in "abc"]
+    for folder in left:
+        folder.mkdir()
+    with FileLock(cache / "locks" / f"{'c' * 32}.lock"):
+        make(cache, tokenizer="bpe:300")
+        assert [folder.exists() for folder in left] == [False, False, True]
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in refused(make, cache, tokenizer="bpe:310")
+    monkeypatch.undo()
+    assert not [p for p in (cache / "tokens").glob(".*") if p != left[2]]
+
+
+def foreign(folder, model, **parts):
+    """A tokenizer of the library in a folder; parts: normalizer, pre_tokenizer, decoder."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    folder.mkdir(exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_a_tokenizer_that_loses_text_has_no_bits_per_byte(tmp_path, cache):
+    """Unknown letters, unseen characters, capitals: a reason instead of a number that divides by the wrong bytes."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    (tmp_path / "t.txt").write_text("It was a quiet morning by the sea and both boats came back. " * 300)
+    (tmp_path / "held.txt").write_text("漢字 and text 😀 " * 20, encoding="utf-8")
+    byte_level = dict(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False), decoder=decoders.ByteLevel())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = {letter: i for i, letter in enumerate(letters)}
+    two = foreign(tmp_path / "two", models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    small = foreign(
+        tmp_path / "small", models.BPE(vocab=whole, merges=[]), normalizer=normalizers.Lowercase(), **byte_level
+    )
+    fine = foreign(tmp_path / "fine", models.BPE(vocab=whole, merges=[]), **byte_level)
+    given = f"files:train={tmp_path}/t.txt,val={tmp_path}/held.txt"
+    for corpus, name, lost in [
+        (str(tmp_path / "t.txt"), two, "comes back as"),
+        (str(tmp_path / "t.txt"), small, "comes back as"),
+        (given, "char", "comes back as"),
+        (str(tmp_path / "t.txt"), fine, ""),
+        (given, "byte", ""),
+        (given, "bpe:260", ""),
+    ]:
+        data = prepare(dict(corpus=corpus, tokenizer=name), cache=cache)
+        assert lost in data.lost["val"] and bool(lost) == bool(data.why_no_bytes), (name, data.lost)
+        windows = eval_windows(data.val, 8)
+        n_bytes = windows.n_bytes(data.scored_bytes("val"))
+        if lost:
+            assert n_bytes is None and "no bits per byte" in data.summary()
+        else:
+            first = data.token_bytes[int(data.val[0])]
+            assert n_bytes == data.n_bytes["val"] - first
+
+
+@quick
+@given(st.lists(st.sampled_from(["the", "sea", "é", "漢", "😀", " ", "  "]), min_size=1, max_size=40))
+def test_bytes_that_tokens_cover_add_up(tmp_path, words):
+    """Where ids do not stand for fixed bytes, what each token covers is kept: together it is the text."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = {piece: i for i, piece in enumerate(["▁", "t", "h", "e", "s", "a", "é", "漢", "😀", "▁the", "the", "sea"])}
+    space = dict(
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"),
+        decoder=decoders.Metaspace(prepend_scheme="never"),
+    )
+    model = models.Unigram([(piece, -float(i)) for piece, i in vocab.items()], unk_id=0, byte_fallback=False)
+    tokenizer = PairTokenizer.from_folder(foreign(tmp_path / "uni", model, **space))
+    assert tokenizer.token_bytes() is None
+    text = "".join(words)
+    (sizes,) = tokenizer.bytes_at([text])
+    ids = tokenizer.encode(text)
+    assert len(sizes) == len(ids) and sizes.sum() == len(text.encode()) and not tokenizer.what_is_lost(text, ids)
+
+
+def test_scored_bytes_are_those_of_the_windows(tmp_path, cache):
+    """With a cap the windows are spread over the split: their own bytes count, not the split's mean."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    text = "the sea " * 300 + "漢" * 700
+    (tmp_path / "t.txt").write_text("the " * 50, encoding="utf-8")
+    (tmp_path / "v.txt").write_text(text, encoding="utf-8")
+    pieces = ["▁", "t", "h", "e", "s", "a", "漢", "▁the", "the", "sea"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0, byte_fallback=False)
+    space = dict(
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"),
+        decoder=decoders.Metaspace(prepend_scheme="never"),
+    )
+    name = foreign(tmp_path / "uni", model, **space)
+    data = prepare(dict(corpus=f"files:train={tmp_path}/t.txt,val={tmp_path}/v.txt", tokenizer=name), cache=cache)
+    assert data.lost["val"] == "" and data.token_bytes is None
+    sizes = data.scored_bytes("val")
+    for cap in (None, 64, 500):
+        windows = eval_windows(data.val, 16, cap)
+        scored = [int(s) + 1 + int(k) for s, k in zip(windows._starts, windows._skip)]
+        want = sum(
+            len(data.tokenizer.decode(data.val[a : s + 17]).encode()) for a, s in zip(scored, windows._starts.tolist())
+        )
+        assert windows.n_bytes(sizes) == pytest.approx(
+            want, abs=len(scored)
+        )  # the library drops a space at the beginning
+
+
+def test_a_tokenizer_that_cannot_take_the_text_says_so(tmp_path, cache):
+    """What the library raises is one line."""
+    from tokenizers import models, pre_tokenizers
+
+    name = foreign(tmp_path / "tok", models.WordLevel({"the": 0, "sea": 1}), pre_tokenizer=pre_tokenizers.Whitespace())
+    line = refused(prepare, dict(corpus="tinyworld", num_documents=50, tokenizer=name), cache=cache)
+    assert name in line and "cannot encode" in line
+
+
+@pytest.mark.timeout(60)
+def test_learning_pairs_ends_on_one_very_long_word():
+    """A million times one letter, or one space; and what words below the bound yield is as ever."""
+    from kimi_nb.data.tokenizer import _LONGEST_WORD, _short_words
+
+    for letter in "a ":
+        assert PairTokenizer.train([letter * 1_000_000], 260).vocab_size == 260
+    words = ["x" * (_LONGEST_WORD - 1) + " y", "short words", ""]
+    assert list(_short_words(words)) == words
+    assert "".join(_short_words(["ab" * 9000 + " c"])) == "ab" * 9000 + " c"
+
+
 def test_describe_is_plain_data(cache):
     about = describe(DataConfig(corpus="tinyworld", num_documents=100, tokenizer="byte"), cache=cache)
     json.dumps(about)
@@ -548,12 +726,12 @@ def test_describe_is_plain_data(cache):
 WORK = """
 import sys, time
 import kimi_nb.data.tokens as d
-write = d._write
-def slow(work, *args):
-    write(work, *args)
+write = d._Writer.write
+def slow(*args):
+    write(*args)
     print("WRITTEN", flush=True)
     time.sleep(float(sys.argv[2]))
-d._write = slow
+d._Writer.write = slow
 data = d.prepare(dict(corpus="tinyworld", num_documents=200, tokenizer="bpe:300"), cache=sys.argv[1])
 print("READY", data.fingerprint, int(data.train.sum()), flush=True)
 """

@@ -227,10 +227,7 @@ def score_text(
     scores = {}
     for split in ("val", "test"):
         if data.n_tokens[split]:
-            size = data.token_bytes
-            if size is None:
-                size = data.n_bytes[split] / data.n_tokens[split]
-            scores[split] = held_out_scores(model, getattr(data, split), seq_len, size)
+            scores[split] = held_out_scores(model, getattr(data, split), seq_len, data.scored_bytes(split))
     return scores
 
 

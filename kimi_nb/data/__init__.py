@@ -19,6 +19,6 @@ __getattr__, __dir__, __all__ = lazily(
         BytesAt FORMAT_VERSION TokenData TokenDataset describe overlap prepare split_documents
     """,
     batches="""
-        Batches EvalWindows IGNORE eval_windows
+        Batches EvalWindows IGNORE bytes_of eval_windows
     """,
 )

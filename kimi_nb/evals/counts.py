@@ -125,10 +125,7 @@ def count_baselines(
         eval_windows(getattr(data, split), run.seq_len, max_tokens=max_tokens) for split in ("val", "test")
     )
     tuning, scoring = scored_pairs(validation), scored_pairs(test)
-    sizes = data.token_bytes
-    if sizes is None:  # ids do not stand for fixed bytes: the mean of the split
-        sizes = np.full(vocab, data.n_bytes["test"] / data.n_tokens["test"])
-    n_bytes = float(sizes[scoring[1]].sum())
+    n_bytes = test.n_bytes(data.scored_bytes("test")) or math.nan  # not known where the tokenizer loses text
     tables, constants, found = [], [], {}
     for length, name in COUNTED.items():
         tables.append(count_table(seen, length, vocab))

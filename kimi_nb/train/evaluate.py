@@ -119,7 +119,7 @@ def held_out_scores(
     model,  # a `KimiModel`, or any model whose output has .logits
     tokens,  # 1-D array of token ids of one split
     seq_len: int,  # context in tokens
-    token_bytes,  # UTF-8 bytes per id (V,), or the mean bytes per token where ids do not stand for fixed bytes
+    token_bytes,  # UTF-8 bytes per id (V,), or what else `bytes_of` gives; None where bits per byte mean nothing
     max_tokens: int | None = None,  # score this many tokens, spread evenly; none is all
     batch_size: int | None = None,  # windows at once; none chooses by size
     precision: str = "fp32",  # fp32, bf16 or fp16
@@ -128,7 +128,7 @@ def held_out_scores(
     """loss, perplexity, bits_per_byte, accuracy, n_tokens, n_bytes and seconds.
 
     loss is in nats per token (NaN when the model gives NaN), accuracy the share of tokens ranked first;
-    n_tokens and n_bytes are what was scored.
+    n_tokens and n_bytes are what was scored; bits_per_byte and n_bytes are None where the tokenizer loses text.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
@@ -141,22 +141,14 @@ def held_out_scores(
     if idle and len(mine) < -(-len(batches) // ranks):
         idle(batches[0][0])
     nats, hits = (total(sums.to(device)) if ranks > 1 else sums).tolist()
-    n, n_bytes = windows.n_targets, _scored_bytes(windows.n_targets, batches, token_bytes)
+    n, n_bytes = windows.n_targets, windows.n_bytes(token_bytes)
     loss = nats / n
     return dict(
         loss=loss,
         perplexity=loss if math.isnan(loss) else math.exp(min(loss, 700)),
-        bits_per_byte=loss * n / math.log(2) / n_bytes,
+        bits_per_byte=loss * n / math.log(2) / n_bytes if n_bytes else None,
         accuracy=int(hits) / n,
         n_tokens=n,
         n_bytes=n_bytes,
         seconds=time.perf_counter() - start,
     )
-
-
-def _scored_bytes(n_targets, batches, token_bytes) -> float:
-    "Bytes of the text that is scored."
-    size = np.asarray(token_bytes, float)
-    if not size.ndim:
-        return float(size) * n_targets
-    return sum(size[y[y != IGNORE]].sum() for _, y in batches)

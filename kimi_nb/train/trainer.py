@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from ..config import ConfigError, ModelConfig, RunConfig
-from ..data import Batches, TokenData
+from ..data import Batches, TokenData, bytes_of
 from kimi_nb.model import (
     KimiModel,
     attention_of,
@@ -375,13 +375,12 @@ class Trainer(_Steps):
     ) -> dict[str, float]:
         "Loss, perplexity, bits per byte and accuracy; `expert_load` (L, E) where there are experts."
         data = self.data
-        size = data.n_bytes[split] / data.n_tokens[split] if data.token_bytes is None else data.token_bytes
         with self._undisturbed(), counted_load(self.moe.values()) as load:
             scores = held_out_scores(
                 self.model,
                 getattr(data, split),
                 self.run.seq_len,
-                size,
+                bytes_of(data, split),
                 max_tokens=self.run.train.eval_tokens,
                 precision=self.precision,
                 idle=self._idle(load) if self.shard else None,

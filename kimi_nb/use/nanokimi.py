@@ -22,7 +22,7 @@ from pydantic import model_validator
 
 from ..config import BUILTIN, Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
 from ..config import DataConfig as RunData
-from ..data import DataError, TokenData, TokenDataset, cache_dir, prepare
+from ..data import DataError, TokenData, TokenDataset, bytes_of, cache_dir, prepare
 
 # %% ../../nbs/use/04_nanokimi.ipynb #dc8c25c2
 class Tracking(Config):
@@ -338,8 +338,7 @@ def _split(dataset, split):
     "Token ids and bytes per id of a split."
     dataset = _opened(dataset)
     if isinstance(dataset, TokenDataset):
-        tokens, size = getattr(dataset, split), dataset.tokenizer.token_bytes()
-        return tokens, dataset.n_bytes[split] / max(1, len(tokens)) if size is None else size
+        return getattr(dataset, split), bytes_of(dataset, split)
     if hasattr(dataset, "detach"):
         dataset = dataset.detach().cpu()  # a tensor, wherever it is
     try:
@@ -412,10 +411,8 @@ class ModelEvaluator:
                 raise KimiError(
                     f"the text has token {high}, the model's vocabulary has {vocab}: use the tokenizer it was trained with"
                 )
-        found = held_out_scores(
-            model, tokens, length, 1.0 if size is None else size, self.max_tokens, precision=precision
-        )
-        if size is None:
+        found = held_out_scores(model, tokens, length, size, self.max_tokens, precision=precision)
+        if size is None and not isinstance(_opened(dataset), TokenDataset):
             del found["bits_per_byte"], found["n_bytes"]
         return found
 
