@@ -165,7 +165,7 @@ def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, 
     gpus("0")
     alive, seen = set(), []
 
-    def fit(run, folder, **_):
+    def fit(run, folder, *_):
         arm = next(a.name for a in study.arms if study.arm_run(a, 0).run_id == run.run_id)
         seen.append((arm, len(alive)))
         if arm == "never" or (arm == "large" and len(alive) > 1):

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import re
 import tempfile
 import time
@@ -121,7 +122,8 @@ def check_grids(
     profile: Profile,
 ):
     "Raises: PlanError for a grid of a phase that does not exist: settings.ini may name any."
-    there = phase_notebooks()
+    package = importlib.import_module("kimi_nb.phases")
+    there = {*phase_notebooks(), *(module.name for module in pkgutil.iter_modules(package.__path__))}
     for phase, grid in profile.grids.items():
         if phase not in there:
             key = f"{phase}.{next(iter(grid))}"

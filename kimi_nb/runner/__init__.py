@@ -5,7 +5,7 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     attempt="""
-        Crowded PlanInterrupted RunnerError distinct pending run_one start_process
+        Crowded PlanInterrupted RunnerError distinct pending run_one start_process usable
     """,
     cluster="""
         ClusterError connected has_gpus room spread
@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazily(
         weight
     """,
     pool="""
-        EXECUTORS Progress Worker run_studies run_study
+        EXECUTORS Progress RunnerOptions Worker run_studies run_study
     """,
     tuning="""
         TUNING_SEED best_rates tuned tuning_study

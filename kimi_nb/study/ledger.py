@@ -108,6 +108,13 @@ class RunsBase:
         "The path of `run_folder`."
         return self.run_folder(run_id, name).path
 
+    def lock_file(
+        self,
+        run_id: str,  # of a run
+    ) -> Path:
+        "Where the lock of a run is, whatever its folder is called."
+        return self.run_folder(run_id).lock_file
+
     @contextmanager
     def lock(
         self,
