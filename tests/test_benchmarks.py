@@ -1,9 +1,10 @@
-"""Benchmarks: the harness gets what our model says, local rows are checked, and nothing that is missing becomes a number."""
+"""Benchmarks: likelihoods against a straightforward form, tasks with real rows, what must be refused, and errors."""
 
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,14 +17,20 @@ from kimi_nb.evals import (
     TASK_NAMES,
     TASKS,
     BenchmarkError,
+    answering,
     chance_level,
     continuation_scores,
+    document_numbers,
     greedy,
+    harness_model,
     load_any,
     overall_score,
     pick_tasks,
     read_rows,
+    score_tasks,
     task_rows,
+    token_losses,
+    worst_documents,
     write_tasks,
 )
 from kimi_nb.evals.adapter import adapter
@@ -92,7 +99,7 @@ def test_the_harness_gets_the_likelihoods_of_the_strings():
     from lm_eval.api.instance import Instance
 
     model, words = tiny_model(), ByteTokenizer()
-    lm = adapter(model, words)
+    lm = harness_model(model, words)
     requests = [
         Instance("loglikelihood", {}, (c, d), i)
         for i, (c, d) in enumerate([("The cow says", " moo"), ("", "moo"), ("The cow says ", "moo")])
@@ -115,6 +122,100 @@ def test_greedy_continues_with_the_likeliest_token():
             with torch.no_grad():
                 seen.append(model(torch.tensor([seen])).logits[0, -1].argmax().item())
         assert text == words.decode([t for t in seen[len(prompt) :] if t != 256])
+
+
+def answers(model, asked, prompt="The cow says moo. " * 3):
+    """What the harness gets for one request."""
+    from lm_eval.api.instance import Instance
+
+    return harness_model(model, ByteTokenizer()).generate_until([Instance("generate_until", {}, (prompt, asked), 0)])[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            dict(max_gen_toks=64),
+            "max_gen_toks 64 leaves no room for the prompt in a context of 64 tokens: ask for 1 to 63",
+        ),
+        (dict(max_new_tokens=100), "leaves no room"),
+        (dict(max_gen_toks=0), "leaves no room"),
+        (dict(do_sample=True, temperature=0.7), "do_sample true is not possible"),
+        (dict(temperature=0.7), "temperature 0.7 is not possible"),
+        (dict(top_p=0.9), "top_p 0.9 is not possible"),
+        (dict(num_beams=4), "num_beams 4 is not possible"),
+        (dict(stop=["."]), "stop .* is not possible"),
+    ],
+)
+def test_an_answer_that_cannot_be_given_as_asked_is_refused(asked, words):
+    with pytest.raises(BenchmarkError, match=words):
+        answers(tiny_model(64), asked)
+
+
+def test_the_end_of_the_prompt_is_kept_where_a_task_does_not_say_how_long_an_answer_is(monkeypatch):
+    seen = []
+
+    def noted(model, prompts, n, *more):
+        seen.append((len(prompts[0]), n, prompts[0][-1]))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("kimi_nb.evals.adapter.greedy", noted)
+    prompt = "a prompt of forty bytes or so, of which the end counts" * 2
+    answers(tiny_model(64), dict(until=["\n"]), prompt)
+    answers(tiny_model(64), dict(until="\n", max_gen_toks=60), prompt)
+    answers(tiny_model(512), dict(max_tokens=7, do_sample=False, temperature=0.9, top_k=1), prompt)
+    assert seen == [(32, 32, ord("s")), (4, 60, ord("s")), (len(prompt), 7, ord("s"))]
+    assert answering({}, 4096).tokens == 256
+
+
+def test_a_task_that_asks_for_what_cannot_be_is_skipped_with_the_reason(tmp_path):
+    row = dict(context="The cow says moo.", question="What does the cow say?", answers=dict(text=["moo"]))
+    (tmp_path / "squad.jsonl").write_text(json.dumps(row))
+    r = score_tasks(tiny_model(16), ByteTokenizer(), "squad,arithmetic", data_dir=tmp_path, limit=2)
+    assert r["squad"]["status"].startswith("skipped: it asks for what the model cannot give (max_gen_toks 16 leaves no")
+    assert r["arithmetic"]["status"] == "done"
+
+
+# the analysis of errors
+
+
+class Even(torch.nn.Module):
+    """Gives every token the same chance, but those of one document a hundredth of it."""
+
+    def __init__(self, hard):
+        super().__init__()
+        self.weight, self.hard = torch.nn.Parameter(torch.zeros(1)), hard
+
+    def forward(self, x):
+        logits = torch.zeros(*x.shape, 257)
+        logits[..., self.hard] = -math.log(100)
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("max_tokens", [400, 10**6])
+def test_a_worst_document_is_one_document(max_tokens):
+    """Sampled windows lie apart: what stands at a window's end has nothing to do with the beginning of the next."""
+    words, letters = ByteTokenizer(), "abcdefghijklmnopqrstuvwxyz"
+    texts = [letters[i % 26] * (30 + 7 * (i % 5)) for i in range(60)]  # each of one letter
+    tokens = np.concatenate([[*words.encode(text), words.eot_id] for text in texts])
+    losses = token_losses(Even([ord("q")]), words, tokens, 20, max_tokens=max_tokens)
+    table = worst_documents(losses, n=100, least=1, show=10**6, tokenizer=words)
+    assert len(table) >= 15
+    for row in table.to_dict("records"):
+        said = row["text"].replace(" … ", "").replace("\ufffd", "")
+        assert set(said) <= set(texts[row["document"]]) and len(said) <= len(texts[row["document"]])
+    if max_tokens > len(tokens):
+        assert sorted(table["document"]) == list(range(60)) and (table["text"].str.len() > 25).all()
+    letter = {texts[number][0] for number in table["document"][:2]}
+    assert letter == {"q"} or max_tokens == 400
+    assert document_numbers(tokens, words.eot_id)[-1] == 59
+
+
+def test_characters_of_several_tokens_are_written_whole():
+    words = ByteTokenizer()
+    tokens = words.encode("„Ärger“ über Öl " * 10)
+    losses = token_losses(Even([0]), words, tokens, 20)
+    assert "Ärger“ über" in worst_documents(losses, least=1, tokenizer=words)["text"][0]
 
 
 def test_a_model_that_was_training_goes_on_training():
@@ -169,7 +270,7 @@ def test_no_item_stands_in_the_training_split(tmp_path, monkeypatch):
 
 
 def test_an_untrained_model_is_at_chance_and_chance_is_computed():
-    results = evaluate(tiny_model(), ByteTokenizer(), list(TASK_NAMES))
+    results = score_tasks(tiny_model(), ByteTokenizer(), list(TASK_NAMES))
     for r in results.values():
         assert r["status"] == "done" and r["chance"] == 0.25 and r["n"] == 120 and r["version"] == 1.0
         for half in r["halves"].values():
@@ -180,17 +281,17 @@ def test_an_untrained_model_is_at_chance_and_chance_is_computed():
 def test_a_model_that_knows_the_answers_has_them_all_right(monkeypatch):
     rows = task_rows("arithmetic")[:30]
     known = {r["question"]: r["choices"][r["answer"]] for r in rows}
-    lm = adapter(tiny_model(512), ByteTokenizer())
+    lm = harness_model(tiny_model(512), ByteTokenizer())
     lm.loglikelihood = lambda requests: [
         (0.0 if known[r.args[0]] == r.args[1].strip() else -1.0, False) for r in requests
     ]
-    monkeypatch.setattr("kimi_nb.evals.harness.adapter", lambda *a: lm)
-    assert evaluate(tiny_model(512), ByteTokenizer(), "arithmetic", limit=30)["arithmetic"]["score"] == 1.0
+    monkeypatch.setattr("kimi_nb.evals.harness.harness_model", lambda *a: lm)
+    assert score_tasks(tiny_model(512), ByteTokenizer(), "arithmetic", limit=30)["arithmetic"]["score"] == 1.0
 
 
 @pytest.mark.parametrize("context", [16, 512])
 def test_what_the_context_cuts_off_is_counted(context):
-    cut = evaluate(tiny_model(context), ByteTokenizer(), "simple_qa", limit=20)["simple_qa"]["cut"]
+    cut = score_tasks(tiny_model(context), ByteTokenizer(), "simple_qa", limit=20)["simple_qa"]["cut"]
     assert (cut["items"], cut["share"] > 0) == ((20, True) if context == 16 else (0, False))
 
 
@@ -198,7 +299,7 @@ def test_what_the_context_cuts_off_is_counted(context):
 
 
 def test_missing_rows_are_skipped_with_the_reason(tmp_path):
-    results = evaluate(tiny_model(), ByteTokenizer(), "hellaswag,arithmetic", data_dir=tmp_path, limit=10)
+    results = score_tasks(tiny_model(), ByteTokenizer(), "hellaswag,arithmetic", data_dir=tmp_path, limit=10)
     r = results["hellaswag"]
     assert r["status"].startswith("skipped: ") and "hellaswag.jsonl" in r["status"] and "score" not in r
     assert (
@@ -232,7 +333,7 @@ GOOD = dict(
 def test_bad_rows_are_refused_in_one_line(tmp_path, text, words):
     (tmp_path / "hellaswag.jsonl").write_text(text)
     with pytest.raises(BenchmarkError) as e:
-        evaluate(tiny_model(), ByteTokenizer(), "hellaswag", data_dir=tmp_path)
+        score_tasks(tiny_model(), ByteTokenizer(), "hellaswag", data_dir=tmp_path)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -247,7 +348,7 @@ def test_names_of_tasks():
 
 @real_rows
 def test_every_public_task_with_rows_here_is_scored():
-    results = evaluate(tiny_model(), ByteTokenizer(), "all", data_dir=ROWS, limit=3, bootstrap=20)
+    results = score_tasks(tiny_model(), ByteTokenizer(), "all", data_dir=ROWS, limit=3, bootstrap=20)
     there = {t.name for t in TASKS.values() if (ROWS / f"{t.file}.jsonl").is_file()}
     assert {n for n, r in results.items() if r["status"] == "done"} == there | set(TASK_NAMES)
     assert {n for n, r in results.items() if r["status"] != "done"} == {"qqp", "mnli"}
@@ -260,7 +361,7 @@ def test_every_public_task_with_rows_here_is_scored():
 def test_batch_size_does_not_change_a_score():
     names = "lambada,hellaswag,siqa,cola,cb"
     first, second = (
-        evaluate(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20)
+        score_tasks(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20)
         for b in (None, 5)
     )
     for n in first:
@@ -283,8 +384,8 @@ def test_a_transformers_model_scores_as_in_the_harness_alone(tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=512)).eval()
     names = ("lambada", "hellaswag", "cola")
-    ours = evaluate(model, tokenizer, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
-    same = evaluate(model, words, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
+    ours = score_tasks(model, tokenizer, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
+    same = score_tasks(model, words, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
     home = Path(lm_eval.tasks.__file__).parent
     for n in names:
         t = TASKS[n]
@@ -371,6 +472,6 @@ def test_a_transformers_folder_is_loaded(tmp_path):
     )
     PreTrainedTokenizerFast(tokenizer_object=words.inner, eos_token="<|endoftext|>").save_pretrained(tmp_path / "m")
     model, tokenizer = load_any(tmp_path / "m")
-    assert evaluate(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3
+    assert score_tasks(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3
     with pytest.raises(ValueError, match=r"no folder|no checkpoint"):
         load_any(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Models in and out: DeepSeek-V3 as an independent witness over random all-Kimi configurations, transformers' way of saving, loading and generating."""
+"""Models in and out: DeepSeek-V3 as an independent witness over random configurations, and transformers' own ways."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
@@ -35,24 +36,48 @@ MLA = dict(kind="mla", kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, 
 @st.composite
 def kimi_configs(draw):
     """A network of Kimi K2's parts only, of any shape."""
-    heads, layers = draw(st.sampled_from((1, 2, 3))), draw(st.integers(1, 3))
-    groups = draw(st.sampled_from((1, 2, 4)))
-    experts = groups * draw(st.integers(2, 4))
-    open_groups = draw(st.integers(1, groups))
-    top_k = draw(st.integers(1, min(4, open_groups * (experts // groups))))
+    pick = lambda *choices: draw(st.sampled_from(choices))
+    number = lambda least, most: draw(st.integers(least, most))
+    heads, layers = pick(1, 2, 3), number(1, 3)
+    groups = pick(1, 2, 4)
+    experts = groups * number(2, 4)
+    open_groups = number(1, groups)
     moe = dict(
-        router="noaux_tc", n_experts=experts, top_k=top_k, n_group=groups, topk_group=open_groups, n_shared_experts=draw(st.integers(0, 2)), d_expert=draw(st.sampled_from((5, 8, 16))),
-        routed_scaling_factor=draw(st.sampled_from((1.0, 2.827))), norm_topk_prob=draw(st.booleans()), seq_loss_weight=draw(st.sampled_from((0.0, 1e-4))),
-    )  # fmt: skip
+        router="noaux_tc",
+        n_experts=experts,
+        top_k=number(1, min(4, open_groups * (experts // groups))),
+        n_group=groups,
+        topk_group=open_groups,
+        n_shared_experts=number(0, 2),
+        d_expert=pick(5, 8, 16),
+        routed_scaling_factor=pick(1.0, 2.827),
+        norm_topk_prob=pick(False, True),
+        seq_loss_weight=pick(0.0, 1e-4),
+    )
     attention = dict(
-        kind="mla", implementation=draw(st.sampled_from(("eager", "sdpa", "flash"))), q_lora_rank=draw(st.sampled_from((None, 7))), kv_lora_rank=draw(st.integers(2, 16)),
-        qk_nope_head_dim=draw(st.integers(1, 8)), qk_rope_head_dim=2 * draw(st.integers(1, 4)), v_head_dim=draw(st.integers(1, 12)),
-    )  # fmt: skip
+        kind="mla",
+        implementation=pick("eager", "sdpa", "flash"),
+        q_lora_rank=pick(None, 7),
+        kv_lora_rank=number(2, 16),
+        qk_nope_head_dim=number(1, 8),
+        qk_rope_head_dim=2 * number(1, 4),
+        v_head_dim=number(1, 12),
+    )
     return ModelConfig(
-        d_model=8 * heads, n_heads=heads, n_layers=layers, d_ff=draw(st.sampled_from((None, 20))), vocab_size=53, max_seq_len=16, tie_embeddings=draw(st.booleans()),
-        first_dense_layers=draw(st.integers(0, layers)), norm=dict(kind="rmsnorm", eps=draw(st.sampled_from((1e-6, 1e-6, 1e-5, 1e-8)))),
-        position=dict(theta=draw(st.sampled_from((100.0, 50000.0))), yarn_factor=draw(st.sampled_from((1.0, 1.0, 2.0, 4.0)))), attention=attention, ffn=dict(kind="moe", activation="swiglu"), moe=moe,
-    )  # fmt: skip
+        d_model=8 * heads,
+        n_heads=heads,
+        n_layers=layers,
+        d_ff=pick(None, 20),
+        vocab_size=53,
+        max_seq_len=16,
+        tie_embeddings=pick(False, True),
+        first_dense_layers=number(0, layers),
+        norm=dict(kind="rmsnorm", eps=pick(1e-6, 1e-6, 1e-5, 1e-8)),
+        position=dict(theta=pick(100.0, 50000.0), yarn_factor=pick(1.0, 1.0, 2.0, 4.0)),
+        attention=attention,
+        ffn=dict(kind="moe", activation="swiglu"),
+        moe=moe,
+    )
 
 
 def awake(config, seed=0, dtype=torch.float32):
@@ -71,6 +96,21 @@ def same_weights(a, b):
     return left.keys() == right.keys() and all(
         torch.equal(t, right[n]) and t.dtype == right[n].dtype for n, t in left.items()
     )
+
+
+# A file's tensors lie where its header ends, not at a multiple of 64 bytes as torch's own do, and MKL may then add up a
+# product in another order (seen on AMD processors). Equal weights at another place give logits that differ by a few
+# roundings of the largest: by up to 7 in random networks of this file, so 32 are allowed.
+ROUNDINGS = 32
+
+
+def agree_wherever_weights_lie(model, other, ids, prefix=""):
+    """Bits on the same memory, roundings where each reads its own; `prefix` is where `model` holds `other`."""
+    logits = other(ids).logits
+    there = {prefix + n: p for n, p in other.named_parameters()}
+    assert torch.equal(functional_call(model, there, (ids,)).logits, logits)
+    allowed = ROUNDINGS * torch.finfo(logits.dtype).eps * logits.abs().max().item()
+    torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=allowed)
 
 
 def chosen(model, ids):
@@ -132,7 +172,8 @@ def agrees(config, seed, folder):
             assert (back(ids).logits - a).abs().max() <= tolerance * scale
         save_pretrained(ours, folder / f"own-{dtype}")
         back = load_pretrained(folder / f"own-{dtype}")
-        assert back.config == config and same_weights(back, ours) and torch.equal(back(ids).logits, a)
+        assert back.config == config and same_weights(back, ours)
+        agree_wherever_weights_lie(back, ours, ids)
 
 
 @settings(max_examples=8, **QUIET)
@@ -160,6 +201,35 @@ KIMI = ModelConfig(
 )
 
 
+def test_an_export_has_the_keys_of_published_checkpoints(tmp_path):
+    """Readers that know several routers take a softmax without a bias where nothing is said."""
+    ours = awake(KIMI)
+    ours.tokenizer = ByteTokenizer()
+    theirs = to_deepseek_v3(ours)
+    theirs.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    expected = dict(topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1, eos_token_id=256, ep_size=1)
+    expected |= dict(num_nextn_predict_layers=0, rope_theta=KIMI.position.theta, first_k_dense_replace=0)
+    assert {name: said.get(name) for name in expected} == expected
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 256
+    assert to_deepseek_v3(ours, CharTokenizer("abc", True, False)).config.eos_token_id == 3
+    again = from_deepseek_v3(tmp_path)
+    assert again.config == KIMI
+    for name, value in (("scoring_func", "softmax"), ("topk_method", "greedy"), ("moe_layer_freq", 2)):
+        other = to_deepseek_v3(ours)
+        setattr(other.config, name, value)
+        with pytest.raises(HubError, match=name):
+            from_deepseek_v3(other)
+
+
+def test_an_export_keeps_its_router_through_a_file(tmp_path):
+    """The keys survive being loaded and saved by transformers."""
+    to_deepseek_v3(awake(KIMI)).save_pretrained(tmp_path / "a")
+    DeepseekV3ForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    said = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert said["scoring_func"] == "sigmoid" and said["topk_method"] == "noaux_tc"
+
+
 def changed(**parts):
     """KIMI with whole sections given anew."""
     return ModelConfig(**{**KIMI.model_dump(), **parts})
@@ -167,16 +237,20 @@ def changed(**parts):
 
 def test_a_half_precision_model_keeps_its_bias_in_float32(tmp_path):
     ours = awake(KIMI, dtype=torch.bfloat16)
-    theirs, ids = to_deepseek_v3(ours), torch.arange(20)[None]
+    theirs, ids = to_deepseek_v3(ours), torch.arange(128).view(16, 8)
     bias = ours.layers[1].mlp.gate.e_score_correction_bias
     assert (
         theirs.dtype == torch.bfloat16
         and torch.equal(theirs.model.layers[1].mlp.gate.e_score_correction_bias, bias)
         and bias.dtype == torch.float32
     )
-    with torch.no_grad():
-        a, b = theirs(ids).logits, ours(ids).logits  # the same kernels: another rounding may choose other experts
-    assert (a - b).abs().max() < 0.05 * b.abs().max()
+    with torch.no_grad():  # the same kernels
+        (a, routed), (b, expected) = chosen(theirs, ids), chosen(ours, ids)
+    # another rounding may choose other experts for a token near a tie, and the rest of its row reads that token:
+    # rows with the same experts are compared
+    alike = [(x == y).view(16, -1).all(-1) for x, y in zip(routed, expected, strict=True)]
+    same = torch.stack(alike).all(0)
+    assert same.sum() >= 12 and (a - b)[same].abs().max() < 0.05 * b.abs().max()
     theirs.save_pretrained(tmp_path / "a")
     save_pretrained(ours, tmp_path / "b")
     for folder in "ab":
@@ -261,7 +335,7 @@ def test_any_configuration_is_a_transformers_model(name, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is KimiNbForCausalLM and same_weights(loaded.model, ours) and not loaded.training
     ids = torch.randint(0, 257, (3, 9), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded(ids).logits, ours(ids).logits)
+    agree_wherever_weights_lie(loaded, ours, ids, prefix="model.")
     options = dict(max_new_tokens=14, do_sample=False, pad_token_id=256)
     alone = [loaded.generate(row[None, i:], use_cache=False, **options)[0, 9 - i :] for i, row in enumerate(ids)]
     assert torch.equal(loaded.generate(ids[:1], **options)[0, 9:], alone[0])
@@ -365,5 +439,6 @@ def test_a_character_tokenizer_comes_back(tmp_path):
 
 
 def test_nothing_else_loads_transformers():
-    code = "import sys, kimi_nb.use.generate, kimi_nb.use.deepseek, kimi_nb.cli.entry; sys.exit('transformers' in sys.modules)"
+    loaded = "import sys, kimi_nb.use.generate, kimi_nb.use.deepseek, kimi_nb.cli.entry"
+    code = f"{loaded}; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

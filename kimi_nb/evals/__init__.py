@@ -14,15 +14,15 @@ __getattr__, __dir__, __all__ = lazily(
         squad_results squad_target
     """,
     adapter="""
-        continuation_scores greedy
+        ANSWER_TOKENS Answering answer_tokens answering continuation_scores greedy harness_model
     """,
     harness="""
-        Results cut_off load_any overall_score
+        Results cut_off load_any overall_score score_tasks
     """,
     mistakes="""
-        attention_map attention_weights by_frequency by_kind by_position expert_choices expert_map
-        expert_tokens failures item_table loss_by mutual_information specialisation token_kind
-        token_losses worst_documents worst_tokens
+        attention_map attention_weights by_frequency by_kind by_position document_numbers
+        expert_choices expert_map expert_tokens failures item_table loss_by mutual_information
+        specialisation token_kind token_losses worst_documents worst_tokens
     """,
     counts="""
         CONSTANTS COUNTED Table as_numbers count_baselines count_table interpolated looked_up

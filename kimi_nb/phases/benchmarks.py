@@ -126,14 +126,14 @@ def score_runs(
     limit=None,  # items of each task
 ) -> tuple[dict, dict]:
     "Run -> results, and run -> samples; each run's scores are kept under `benchmarks/` of the results folder."
-    from kimi_nb.evals.harness import evaluate
+    from kimi_nb.evals import score_tasks
 
     from kimi_nb.evals import load_any
     from kimi_nb.config import write_json
 
     results, samples = {}, {}
     for run_id in frame[frame["status"] == "done"]["run_id"]:
-        r = evaluate(*load_any(store.folder(run_id)), tasks, data_dir, limit)
+        r = score_tasks(*load_any(store.folder(run_id)), tasks, data_dir, limit)
         results[run_id], samples[run_id] = r, r.samples
         write_json(store.path / "benchmarks" / f"{run_id}.json", dict(r))
     return results, samples
@@ -283,7 +283,7 @@ def score_along(
 ):  # run_id, seed, step, task, score, chance; one row a task and checkpoint
     "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0 and its final model the end."
     import pandas as pd
-    from kimi_nb.evals.harness import evaluate
+    from kimi_nb.evals import score_tasks
 
     from kimi_nb.bench import remembered
     from kimi_nb.evals import load_any
@@ -303,7 +303,7 @@ def score_along(
                 data_dir=str(data_dir),
             )
             found[whose["step"]] = remembered(
-                store, "benchmarks-along", whose, lambda: dict(evaluate(*load_any(place), tasks, data_dir, limit))
+                store, "benchmarks-along", whose, lambda: dict(score_tasks(*load_any(place), tasks, data_dir, limit))
             )
         for step, scored in sorted(found.items()):
             for task in tasks:

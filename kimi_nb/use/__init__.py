@@ -9,8 +9,8 @@ __getattr__, __dir__, __all__ = lazily(
         penalise_repetition select_cache_rows
     """,
     deepseek="""
-        HubError LATENT_NORM_EPS config_from_deepseek_v3 deepseek_obstacles deepseek_settings
-        from_deepseek_v3 model_type_of to_deepseek_v3
+        HubError LATENT_NORM_EPS PUBLISHED config_from_deepseek_v3 deepseek_obstacles
+        deepseek_settings from_deepseek_v3 model_type_of to_deepseek_v3
     """,
     hub="""
         KimiCache KimiNbConfig KimiNbForCausalLM load_pretrained model_card save_pretrained

@@ -8,28 +8,36 @@ __all__ = ['KimiNbConfig', 'KimiCache', 'KimiNbForCausalLM', 'model_card', 'save
 # %% ../../nbs/use/03_hub.ipynb #2de293e2
 import copy
 import json
+import warnings
+import weakref
 from pathlib import Path
 
 import torch
-from .deepseek import HubError, deepseek_obstacles, from_deepseek_v3, model_type_of, to_deepseek_v3
+import torch.nn.functional as F
+from .deepseek import HubError, deepseek_obstacles, from_deepseek_v3, model_type_of
+from .deepseek import to_deepseek_v3  # noqa: F401, offered here too
 from .generate import select_cache_rows
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from ..config import KimiError, ModelConfig
-from ..data import PairTokenizer, Tokenizer
-from ..model import KimiModel, RotaryEmbedding, TopKGate, count_parameters
+from ..data import IGNORE, PairTokenizer, Tokenizer
+from ..model import KimiModel, RotaryEmbedding, TopKGate, count_parameters, update_biases
 from ..study import Record, record_beside
 from ..train import load_model
 
 # %% ../../nbs/use/03_hub.ipynb #90cec4eb
+_SAID_BY_NETWORK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+
 class KimiNbConfig(PreTrainedConfig):
     "A `ModelConfig` in transformers' clothes: `network` holds it whole."
 
     model_type = "kimi_nb"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, transformers adds lists to it
     network: dict | None = None  # `ModelConfig.model_dump()`; none is the default configuration with 257 ids
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -39,52 +47,44 @@ class KimiNbConfig(PreTrainedConfig):
         self.network, self.tie_word_embeddings = ours.model_dump(mode="json"), ours.tie_embeddings
         self.vocab_size, self.hidden_size, self.num_hidden_layers = ours.vocab_size, ours.d_model, ours.n_layers
         self.num_attention_heads, self.max_position_embeddings = ours.n_heads, ours.max_seq_len
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            kwargs.pop(name, None)  # follow from `network`
-        super().__post_init__(**kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in _SAID_BY_NETWORK}
+        super().__post_init__(**others)
 
     @property
     def kimi(self) -> ModelConfig:
         "The configuration in our words."
         return ModelConfig(**self.network)
 
-
+# %% ../../nbs/use/03_hub.ipynb #e50fd48a
 class KimiCache(Cache):
     "Our caches behind transformers' interface: one for the batch, or one per row where rows differ in length."
 
+    is_compileable = False
+    is_sliding = (False,)
+    max_cache_len = -1
+
     def __init__(self, max_len: int = 64):
         super().__init__(layers=[])
-        self.max_len, self.parts, self.seen = max_len, None, 0
+        self.max_len, self.parts, self.seen, self.rows = max_len, None, 0, 0
+
+    def begin(self, model: KimiModel, rows: int, length: int, apart: bool):
+        "Empty caches for `rows` texts of `length` tokens to begin with, each its own where they stand `apart`."
+        self.rows, room = rows, max(self.max_len, length)
+        sizes = [1] * rows if apart else [rows]
+        self.parts = [model.make_cache(size, room) for size in sizes]
 
     @property
     def ragged(self) -> bool:
+        "Whether every row has its own cache."
         return self.parts is not None and self.rows > 1 and len(self.parts) > 1
-
-    @property
-    def is_compileable(self):
-        return False
 
     @property
     def is_initialized(self):
         return self.parts is not None
 
     @property
-    def is_sliding(self):
-        return [False]
-
-    @property
     def max_batch_size(self):
         return self.rows
-
-    @property
-    def max_cache_len(self):
-        return -1
 
     def __len__(self):
         return len(self.parts[0]) if self.parts else 0
@@ -122,15 +122,79 @@ class KimiCache(Cache):
     def reset(self):
         self.parts, self.seen = None, 0
 
+# %% ../../nbs/use/03_hub.ipynb #b674237c
+def _next_labels(
+    labels: Tensor,  # (B, T) ids, -100 where nothing is scored
+    mask: Tensor | None = None,  # (B, T) bool, False is padding; none is no padding
+) -> Tensor:  # (B, T)
+    "What each position is scored on: the label of the next real token of its row, else -100."
+    if mask is None:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    shifted = torch.full_like(labels, IGNORE)
+    for row, real in enumerate(mask):
+        at = real.nonzero()[:, 0]  # (n,) positions of the row's tokens
+        shifted[row, at[:-1]] = labels[row, at[1:]]
+    return shifted
 
-class KimiNbForCausalLM(PreTrainedModel, GenerationMixin):
-    "A `KimiModel` (as `.model`) that transformers can load, save and generate with."
+# %% ../../nbs/use/03_hub.ipynb #42fb5c16
+def _counted_positions(
+    mask: Tensor,  # (B, T) bool, False is padding
+    seen: list[int],  # tokens of each row before these; one number is for all
+) -> Tensor:  # (B, T)
+    "The position of every token, counted from its row's first real one."
+    before = torch.tensor(seen, device=mask.device)[:, None]  # (B, 1) or (1, 1)
+    return mask.long().cumsum(1) - 1 + before
+
+
+def _refuse_positions(position_ids, mask, cache):
+    "Raises: HubError for positions other than those that are counted from the mask."
+    if position_ids is None:
+        return
+    seen = [part.length for part in cache.parts] if cache is not None and cache.parts else [0]
+    counted = _counted_positions(mask, seen)
+    given = position_ids.to(mask.device).expand_as(mask) if position_ids.dim() == 2 else None
+    if given is None or not torch.equal(given[mask], counted[mask]):
+        raise HubError(
+            "position_ids other than each row's own 0, 1, 2, … are not possible (texts packed in one row?): "
+            "leave them out, padding is told by attention_mask"
+        )
+
+
+def _refuse_unknown(arguments: dict):
+    "Raises: HubError for an argument that would have no effect."
+    for name, value in arguments.items():
+        empty = value is None or value is False
+        if empty or (name == "token_type_ids" and not value.any()):  # tokenizers give zeros unasked
+            continue
+        raise HubError(f"{name} is not possible: a kimi_nb model has no use for it, leave it out")
+
+
+def _checked_mask(
+    attention_mask,  # (B, at least T) or none
+    input_ids: Tensor,  # (B, T)
+) -> Tensor:  # (B, T) bool
+    "Which of these tokens are real.  Raises: HubError."
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.dim() != 2:
+        raise HubError(
+            f"an attention mask of {attention_mask.dim()} dimensions is not possible: "
+            "give one of shape (batch, tokens) that marks padding with 0"
+        )
+    mask = attention_mask[:, -input_ids.shape[1] :].bool()
+    if not bool(mask.any(1).all()):
+        raise HubError("a row is all padding: remove it")
+    return mask
+
+# %% ../../nbs/use/03_hub.ipynb #a3ec8275
+class _Wrapped(PreTrainedModel):
+    "A `KimiModel` (as `.model`) that transformers can load and save."
 
     config_class = KimiNbConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _tied_weights_keys = {"model.lm_head.weight": "model.embed_tokens.weight"}
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # steps of 0.001 vanish in bfloat16
+    _tied_weights_keys = {"model.lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012, transformers' own form
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012, steps of 0.001 vanish in bfloat16
     _supports_sdpa = _supports_flash_attn = True
 
     def __init__(self, config: KimiNbConfig, seed: int = 0):
@@ -142,25 +206,25 @@ class KimiNbForCausalLM(PreTrainedModel, GenerationMixin):
     def of(
         cls,
         model: KimiModel,  # is held, not copied
-        tokenizer: Tokenizer | None = None,  # for the end-of-text id
+        tokenizer: Tokenizer | None = None,  # for the end-of-text id; none is the one that the model carries
     ) -> "KimiNbForCausalLM":
         "A KimiModel as a transformers model, of the same mode."
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
         eot = tokenizer.eot_id if tokenizer else None
+        network, dtype = model.config.model_dump(mode="json"), next(model.parameters()).dtype
         with torch.device("meta"):
-            hf = cls(
-                KimiNbConfig(
-                    network=model.config.model_dump(mode="json"),
-                    eos_token_id=eot,
-                    pad_token_id=eot,
-                    dtype=next(model.parameters()).dtype,
-                )
-            )
+            hf = cls(KimiNbConfig(network=network, eos_token_id=eot, pad_token_id=eot, dtype=dtype))
         hf.model = model
         return hf.train(model.training)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        "As transformers does; then what is no weight is computed again."
+        "As transformers does; then what is no weight is computed again.  Raises: HubError for another kernel."
+        if kwargs.get("attn_implementation") is not None:
+            raise HubError(
+                "attn_implementation is not possible: the kernel stands in the folder's config.json, "
+                "network.attention.implementation"
+            )
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         device = next(model.parameters()).device
@@ -186,85 +250,178 @@ class KimiNbForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.model.lm_head = value
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        "The embedding.  Raises: HubError for another number of tokens."
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise HubError(
+                f"vocab_size {self.config.vocab_size} is fixed: make a model of {new_num_tokens} and train it"
+            )
+        return self.model.embed_tokens
+
+# %% ../../nbs/use/03_hub.ipynb #011052da
+_TRAINED = weakref.WeakSet()  # wrappers that were put in training mode
+
+
+class _Balanced(_Wrapped):
+    "The wrapper with routers that move their bias whoever trains it."
+
+    _counting = False  # a forward pass counted loads since the biases moved
+
+    def train(self, mode: bool = True):
+        if mode:
+            _TRAINED.add(self)
+        return super().train(mode)
+
+    def balanced_layers(self) -> list:
+        "The layers whose router moves its bias."
+        return [moe for moe in self.model.moe_layers().values() if moe.router.moves_bias]
+
+    @torch.no_grad()
+    def balance_routers(self):
+        "Move the routers' biases by the loads counted since the last time; torch's optimizers call it after a step."
+        self._counting = False
+        if layers := self.balanced_layers():
+            update_biases(layers)
+
+    def save_pretrained(self, *args, **kwargs):
+        "As transformers does; warns where an optimizer stepped that nobody heard of."
+        if self._counting and self.balanced_layers():
+            warnings.warn(
+                "the routers' biases have not moved since the last training pass: where the optimizer is none of "
+                "torch's, call balance_routers() after each step",
+                stacklevel=2,
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+
+def _balance_trained(optimizer, args, kwargs):
+    "After a step: move the biases of every wrapper whose weights the optimizer holds."
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for wrapper in list(_TRAINED):
+        if wrapper._counting and not held.isdisjoint(map(id, wrapper.parameters())):
+            wrapper.balance_routers()
+
+
+register_optimizer_step_post_hook(_balance_trained)
+
+# %% ../../nbs/use/03_hub.ipynb #26168650
+def _rows_alone(
+    model: KimiModel,
+    input_ids: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    cache: KimiCache | None,
+) -> tuple[Tensor, Tensor]:  # (B, T, V) logits, 0 at padding; (B,) balance losses
+    "Each row without its padding, at its own positions."
+    logits, balance = [], []
+    for row, real in enumerate(mask):
+        part = cache.parts[row if cache.ragged else 0] if cache is not None else None
+        out = model(input_ids[row : row + 1, real], cache=part)
+        spread = out.logits.new_zeros(len(real), out.logits.shape[-1])  # (T, V)
+        logits.append(spread.masked_scatter(real[:, None], out.logits[0]))
+        balance.append(out.aux_loss)
+    return torch.stack(logits), torch.stack(balance)
+
+
+def _shares(targets, mask) -> Tensor:  # (B,) that sum to 1
+    "The weight of each row: how many tokens it is scored on, or has where none is scored."
+    tokens = mask.sum(1)
+    if targets is not None and bool((targets != IGNORE).any()):
+        tokens = (targets != IGNORE).sum(1)
+    return tokens / tokens.sum()
+
+# %% ../../nbs/use/03_hub.ipynb #4ed40fda
+class KimiNbForCausalLM(_Balanced, GenerationMixin):
+    "A `KimiModel` (as `.model`) that transformers can load, save, train and generate with."
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = KimiCache(generation_config.max_length or 64)
 
-    def forward(
+    def _cache(self, given, use_cache, mask):
+        "The cache to read and extend, or none.  Raises: HubError for one that does not fit."
+        (B, T), apart = mask.shape, not bool(mask.all())
+        if given is not None and not isinstance(given, KimiCache) and given.get_seq_length():
+            raise HubError(
+                f"a {type(given).__name__} is not possible: "
+                "start with past_key_values=None and go on with what comes back"
+            )
+        cache = given if isinstance(given, KimiCache) else None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = KimiCache(T + 64)
+        if cache is None:
+            return None
+        if cache.parts is None:
+            cache.begin(self.model, B, T, apart)
+        elif apart and not cache.ragged and B > 1:
+            raise HubError(
+                "padding after unpadded text is not possible with a cache: pad from the start, or set use_cache=False"
+            )
+        return cache
+
+    def _loss(self, logits, targets, aux, num_items):
+        "Cross-entropy; in training with this micro-batch's share of the balance losses."
+        more = {} if num_items is None else dict(num_items_in_batch=num_items)
+        loss = self.loss_function(
+            logits=logits, labels=None, shift_labels=targets, vocab_size=self.config.vocab_size, **more
+        )
+        if not self.training:
+            return loss
+        share = 1.0 if num_items is None else (targets != IGNORE).sum() / num_items
+        return loss + share * aux
+
+    def forward(  # noqa: PLR0913, the arguments are transformers'
         self,
         input_ids: Tensor | None = None,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T), or (B, tokens seen + T) with a cache; 0 is padding
         past_key_values: KimiCache | None = None,
         labels: Tensor | None = None,  # (B, T), -100 where nothing is scored; shifted here
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,  # only the last so many positions; 0 is all
-        position_ids: Tensor | None = None,  # counted from the mask
-        inputs_embeds: Tensor | None = None,  # not possible
+        logits_to_keep: int | Tensor = 0,  # only the last so many positions, or these; 0 is all
+        position_ids: Tensor | None = None,  # (B, T), only as they are counted from the mask
         return_dict: bool | None = None,
-        **kwargs,
+        *,
+        shift_labels: Tensor | None = None,  # (B, T) instead of `labels`: shifted already
+        num_items_in_batch: int | Tensor | None = None,  # scored tokens of the whole batch, where this is a part of it
+        **others,  # only what is empty
     ) -> MoeCausalLMOutputWithPast:
-        "Logits; with labels the cross-entropy, in training mode with the routers' balance losses."
-        if input_ids is None or inputs_embeds is not None:
+        """Logits; with labels the cross-entropy, in training mode with the routers' balance losses.
+
+        Raises: HubError for what cannot be honoured: embeddings, hidden states, attention weights, other positions.
+        """
+        if input_ids is None or others.get("inputs_embeds") is not None:
             raise HubError("inputs_embeds is not possible: give input_ids")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise HubError(
-                f"an attention mask of {attention_mask.dim()} dimensions is not possible: give one of shape (batch, tokens) that marks padding with 0"
-            )
-        (B, T), cache = input_ids.shape, past_key_values
-        if cache is not None and not isinstance(cache, KimiCache):
-            if cache.get_seq_length():
-                raise HubError(
-                    f"a {type(cache).__name__} is not possible: start with past_key_values=None and go on with what comes back"
-                )
-            cache = None
-        if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
-            cache = KimiCache(T + 64)
-        mask = attention_mask[:, -T:].bool() if attention_mask is not None else None
-        padded = mask is not None and not bool(mask.all())
-        if padded and cache is not None and cache.parts is not None and not cache.ragged and B > 1:
-            raise HubError(
-                "padding after unpadded text is not possible with a cache: pad from the start, or set use_cache=False"
-            )
-        if padded and not bool(mask.any(1).all()):
-            raise HubError("a row is all padding: remove it")
-        if cache is not None and cache.parts is None:
-            cache.rows = B
-            cache.parts = (
-                [self.model.make_cache(1, max(cache.max_len, T)) for _ in range(B)]
-                if padded and B > 1
-                else [self.model.make_cache(B, max(cache.max_len, T))]
-            )
-        if padded or (cache is not None and cache.ragged):
-            rows, aux = [], 0.0
-            for i in range(B):  # each row without its padding, at its own positions
-                real = mask[i] if padded else torch.ones(T, dtype=torch.bool, device=input_ids.device)
-                out = self.model(
-                    input_ids[i : i + 1, real],
-                    cache=cache.parts[i if cache.ragged else 0] if cache is not None else None,
-                )
-                rows.append(out.logits.new_zeros(T, out.logits.shape[-1]).masked_scatter(real[:, None], out.logits[0]))
-                aux = aux + out.aux_loss / B
-            logits = torch.stack(rows)  # (B, T, V)
-        else:
+        asked = dict(
+            output_attentions=self.config.output_attentions, output_hidden_states=self.config.output_hidden_states
+        )
+        _refuse_unknown(asked | others)
+        mask = _checked_mask(attention_mask, input_ids)
+        cache = self._cache(past_key_values, use_cache, mask)
+        _refuse_positions(position_ids, mask, cache)
+        targets = None
+        if labels is not None or shift_labels is not None:
+            targets = _next_labels(labels, mask) if shift_labels is None else shift_labels.masked_fill(~mask, IGNORE)
+        logits, aux = self._through(input_ids, mask, cache, targets)
+        loss = None if targets is None else self._loss(logits, targets, aux, num_items_in_batch)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        out = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux, logits=logits[:, kept], past_key_values=cache)
+        by_name = self.config.return_dict if return_dict is None else return_dict
+        return out if by_name else out.to_tuple()
+
+    def _through(self, input_ids, mask, cache, targets):
+        "(B, T, V) logits and the balance losses, a number."
+        if self.training and torch.is_grad_enabled():
+            self._counting = True
+        if bool(mask.all()) and not (cache is not None and cache.ragged):
             out = self.model(input_ids, cache=cache.parts[0] if cache is not None else None)
             logits, aux = out.logits, out.aux_loss
+        else:
+            logits, balance = _rows_alone(self.model, input_ids, mask, cache)
+            aux = (balance * _shares(targets, mask)).sum()
         if cache is not None:
-            cache.seen += T
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels if mask is None else labels.masked_fill(~mask, -100),
-                vocab_size=self.config.vocab_size,
-            )
-            if self.training:
-                loss = loss + aux
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        elif logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
-        out = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux, logits=logits, past_key_values=cache)
-        return out if return_dict is not False else out.to_tuple()
+            cache.seen += input_ids.shape[1]
+        return logits, aux
 
 
 AutoConfig.register(KimiNbConfig.model_type, KimiNbConfig, exist_ok=True)
@@ -283,11 +440,14 @@ tags:
 
 # {title}
 
-A causal language model of {total:,} parameters ({active:,} active per token), made with kimi_nb to measure what the parts of Kimi K2 contribute at small scale.
+A causal language model of {total:,} parameters ({active:,} active per token), \
+made with kimi_nb to measure what the parts of Kimi K2 contribute at small scale.
 
 ## Intended use
 
-Research and teaching: comparing components under controlled conditions. It is far too small to state facts, follow instructions or be put in front of users, and it repeats what its training text holds{corpus}. Nothing was done to filter its output.
+Research and teaching: comparing components under controlled conditions. \
+It is far too small to state facts, follow instructions or be put in front of users, \
+and it repeats what its training text holds{corpus}. Nothing was done to filter its output.
 
 ## How to load it
 
@@ -312,14 +472,61 @@ print(Generator(load_pretrained("FOLDER")).generate_text("Once upon a time"))
 {config}
 {record}"""
 
+_RECORD = """
+## Record of the run
 
-def _markdown_table(head, rows):
-    cell = lambda v: str(v).replace("|", "\\|").replace("\n", " ")
-    return "\n".join(f"| {' | '.join(map(cell, r))} |" for r in (head, ["---"] * len(head), *rows))
+Run `{run_id}`, {status}.
 
+{metrics}
 
+### Training settings
+
+{settings}
+
+### Provenance
+
+{provenance}
+"""
+
+# %% ../../nbs/use/03_hub.ipynb #8eedb559
 def _shown(value):
-    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _markdown_table(head: tuple, rows: dict) -> str:
+    "Names and values as two columns."
+    cell = lambda value: str(_shown(value)).replace("|", "\\|").replace("\n", " ")
+    lines = [head, ("---", "---"), *rows.items()]
+    return "\n".join(f"| {cell(name)} | {cell(value)} |" for name, value in lines)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    "A tree of dictionaries with dotted names."
+    found = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+# %% ../../nbs/use/03_hub.ipynb #21118616
+def _record_text(record: Record) -> str:
+    "The card's chapter about the run."
+    metrics = {name: value for name, value in record.metrics.items() if not isinstance(value, (dict, list))}
+    training = {name: value for name, value in record.config.items() if name != "model"}
+    return _RECORD.format(
+        run_id=record.run_id,
+        status=record.status,
+        metrics=_markdown_table(("metric", "value"), metrics),
+        settings=_markdown_table(("setting", "value"), _flat(training)),
+        provenance=_markdown_table(("what", "value"), _flat(record.provenance)),
+    )
+
+
+def _corpus_of(record: Record | None) -> str:
+    "The text a run read, in brackets; nothing where the record does not say."
+    data = record.config.get("data") if record else None
+    return f" (`{data['corpus']}`)" if isinstance(data, dict) and "corpus" in data else ""
 
 
 def model_card(
@@ -329,57 +536,40 @@ def model_card(
     "README.md of a saved model: configuration, counts, metrics, provenance, use and how to load."
     c, n = model.config, count_parameters(model)
     asleep = c.dormant()
-    text = dict(
-        title=f"kimi_nb {c.attention.kind}-{c.norm.kind}-{c.moe.router if c.ffn.kind == 'moe' else 'dense'}"
-        + (f" {record.run_id}" if record else ""),
+    export = "`kimi_nb.use.hub.to_deepseek_v3(model)` makes a stock `DeepseekV3ForCausalLM` of it."
+    if obstacles := deepseek_obstacles(c):
+        export = f"`kimi_nb.use.hub.to_deepseek_v3` cannot export it: {', '.join(obstacles)}."
+    router = c.moe.router if c.ffn.kind == "moe" else "dense"
+    return _CARD.format(
+        title=f"kimi_nb {c.attention.kind}-{c.norm.kind}-{router}" + (f" {record.run_id}" if record else ""),
         attention=c.attention.kind,
         norm=c.norm.kind,
         ffn=c.ffn.kind,
         total=n["total"],
         active=n["active"],
-        corpus=f" (`{record.config['data']['corpus']}`)"
-        if record and isinstance(record.config.get("data"), dict) and "corpus" in record.config["data"]
-        else "",
-        config=_markdown_table(("setting", "value"), [(k, _shown(v)) for k, v in c.flat().items() if k not in asleep]),
-        record="",
+        corpus=_corpus_of(record),
+        deepseek=export,
+        config=_markdown_table(
+            ("setting", "value"), {name: value for name, value in c.flat().items() if name not in asleep}
+        ),
+        record=_record_text(record) if record else "",
     )
-    obstacles = deepseek_obstacles(c)
-    text["deepseek"] = (
-        f"`kimi_nb.use.hub.to_deepseek_v3` cannot export it: {', '.join(obstacles)}."
-        if obstacles
-        else "`kimi_nb.use.hub.to_deepseek_v3(model)` makes a stock `DeepseekV3ForCausalLM` of it."
+
+# %% ../../nbs/use/03_hub.ipynb #091f1d6c
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int):
+    "Our file, and beside a `tokenizer.json` what AutoTokenizer asks for."
+    tokenizer.save(folder)
+    if not isinstance(tokenizer, PairTokenizer):
+        return
+    eot = tokenizer.inner.id_to_token(tokenizer.eot_id) if tokenizer.eot_id is not None else None
+    asked = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token=eot,
+        pad_token=eot,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
     )
-    if record:
-        flat = lambda d, prefix="": [
-            r
-            for k, v in d.items()
-            for r in (flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, _shown(v))])
-        ]
-        text["record"] = "\n".join(
-            [
-                "",
-                "## Record of the run",
-                "",
-                f"Run `{record.run_id}`, {record.status}.",
-                "",
-                _markdown_table(
-                    ("metric", "value"),
-                    [(k, _shown(v)) for k, v in record.metrics.items() if not isinstance(v, (dict, list))],
-                ),
-                "",
-                "### Training settings",
-                "",
-                _markdown_table(
-                    ("setting", "value"), [r for r in flat({k: v for k, v in record.config.items() if k != "model"})]
-                ),
-                "",
-                "### Provenance",
-                "",
-                _markdown_table(("what", "value"), flat(record.provenance)),
-                "",
-            ]
-        )
-    return _CARD.format(**text)
+    (folder / "tokenizer_config.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
 
 
 def save_pretrained(
@@ -397,41 +587,26 @@ def save_pretrained(
         source = Path(model)
         model, saved, _ = load_model(source)
         tokenizer = tokenizer or saved
-        if record is None:
-            record = record_beside(source)
+        record = record_beside(source) if record is None else record
     if isinstance(model, KimiNbForCausalLM):
         model = model.model
     if not isinstance(model, KimiModel):
         raise HubError(
-            f"save_pretrained takes a KimiModel or the folder of a checkpoint, not {type(model).__name__}: for a DeepseekV3ForCausalLM use its own save_pretrained"
+            f"save_pretrained takes a KimiModel or the folder of a checkpoint, not {type(model).__name__}: "
+            "for a DeepseekV3ForCausalLM use its own save_pretrained"
         )
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if folder.exists() and not folder.is_dir():
         raise HubError(f"{folder} is a file: name a folder")
     KimiNbForCausalLM.of(model, tokenizer).save_pretrained(folder)
     if tokenizer:
-        tokenizer.save(folder)
-        if isinstance(tokenizer, PairTokenizer):  # what AutoTokenizer asks for beside tokenizer.json
-            eot = tokenizer.inner.id_to_token(tokenizer.eot_id) if tokenizer.eot_id is not None else None
-            (folder / "tokenizer_config.json").write_text(
-                json.dumps(
-                    dict(
-                        tokenizer_class="PreTrainedTokenizerFast",
-                        eos_token=eot,
-                        pad_token=eot,
-                        model_max_length=model.config.max_seq_len,
-                        clean_up_tokenization_spaces=False,
-                    ),
-                    indent=1,
-                ),
-                encoding="utf-8",
-            )
+        _save_tokenizer(tokenizer, folder, model.config.max_seq_len)
     if record:
         (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(model, record), encoding="utf-8")
     return folder
 
-
+# %% ../../nbs/use/03_hub.ipynb #dc216eaf
 def load_pretrained(
     folder: str | Path,  # from `save_pretrained`, or in DeepSeek-V3's format
     device="cpu",
@@ -448,10 +623,8 @@ def load_pretrained(
             model = KimiNbForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).model
         except KimiError:
             raise
-        except Exception as e:
-            raise HubError(
-                f"{folder} cannot be read: {' '.join(str(e).split())[:200]}"
-            ) from None  # whatever transformers or safetensors found wrong
+        except Exception as e:  # whatever transformers or safetensors found wrong
+            raise HubError(f"{folder} cannot be read: {' '.join(str(e).split())[:200]}") from None
     else:
         raise HubError(f"{folder} holds a model of type {kind!r}: one of {KimiNbConfig.model_type}, deepseek_v3")
     if any((Path(folder) / n).is_file() for n in ("tokenizer_kimi.json", "tokenizer.json", "vocab.json")):
