@@ -208,7 +208,7 @@ def test_what_failed_or_was_skipped_may_be_tried_again(tmp_path):
 def test_checkpoints_of_other_code_are_not_resumed(tmp_path, monkeypatch):
     store = Store(tmp_path)
     with monkeypatch.context() as m:
-        m.setattr(kimi_nb.study.ledger, "code_hash", lambda: OTHER_CODE)
+        m.setattr(kimi_nb.study.ledger, "code_hash", lambda run: OTHER_CODE)
         (store.begin(BASE, "norm") / "checkpoint").write_text("weights")
         assert (store.begin(BASE) / "checkpoint").exists()  # the same code goes on with it
     folder = store.begin(BASE)
@@ -451,7 +451,7 @@ def test_a_record_of_another_config_is_noticed(tmp_path):
             run_id="0" * 12,
             status="done",
             config=run.model_dump(mode="json"),
-            provenance={"code_hash": kimi_nb.study.ledger.code_hash()},
+            provenance={"code_hash": kimi_nb.study.ledger.code_hash(run)},
         )
     )
     assert [run.run_id in p for p in store.verify()] == [True]

@@ -620,7 +620,7 @@ def test_a_checkpoint_of_other_text_or_code_is_set_aside_under_the_right_name(tm
     (moved,) = (tmp_path / "run").glob("data-*")
     assert (moved / "checkpoints" / "step_00000004").is_dir()
     assert f"is in {moved}: data" in (tmp_path / "run" / "training_log.txt").read_text()
-    monkeypatch.setattr("kimi_nb.train.loop.code_hash", lambda: "f" * 16)
+    monkeypatch.setattr("kimi_nb.train.loop.code_hash", lambda run: "f" * 16)
     assert fit(run, tmp_path / "run", progress=False).metrics["steps"] == 8
     assert len(list((tmp_path / "run").glob("stale-*"))) == 1
 

@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
         tokenizer_folder
     """,
     schema="""
-        AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NormConfig
-        OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig data_identity
+        AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NEUTRAL NormConfig
+        OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig data_identity deciding
     """,
     profile="""
         PHASES Profile load_profile profile_names settings_path

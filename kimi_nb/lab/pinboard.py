@@ -169,10 +169,12 @@ def paired_statistics(
     mine = runs[runs["_arm"].isin([arms[baseline], arms[other]])].assign(
         arm=lambda f: f["_arm"].map({arms[baseline]: "baseline", arms[other]: "pinned"}), block=""
     )
+    states = mine.groupby("arm")["code_hash"].nunique().max() if "code_hash" in mine else 1  # arms use other parts
+    sets = mine["data"].nunique() if "data" in mine else 1
     notes = [
-        f"the runs come from {mine[c].nunique()} different {what}"
-        for c, what in (("code_hash", "states of the code"), ("data", "data sets"))
-        if c in mine and mine[c].nunique() > 1
+        f"the runs come from {n} different {what}"
+        for n, what in ((states, "states of the code"), (sets, "data sets"))
+        if n > 1
     ]
     done = mine[mine["status"].eq("done") & mine[metric].notna()] if metric in mine else mine[:0]
     seeds = set(done[done["arm"] == "baseline"]["seed"]) & set(done[done["arm"] == "pinned"]["seed"])

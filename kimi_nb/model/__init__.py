@@ -65,8 +65,11 @@ __getattr__, __dir__, __all__ = lazily(
     router_noaux_tc="""
         BiasRouter
     """,
+    routers="""
+        ROUTERS
+    """,
     moe="""
-        MoE ROUTERS RouterStats TopKGate update_biases
+        MoE RouterStats TopKGate update_biases
     """,
     feedforward="""
         FEED_FORWARDS build_feed_forward feed_forward_kind

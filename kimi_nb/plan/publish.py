@@ -202,6 +202,7 @@ def source_of(
 ) -> dict:  # device_name, device, cores, platform, versions, commit, dirty, code_hash, started, runs, statuses
     "Hardware, software and commit that most of the records come from; `others` counts the records of other ones."
     facts, runs = Counter(), Counter()
+    codes = set()
     for r in records:
         p = r.provenance
         git, v = p.get("git") or {}, p.get("versions") or {}
@@ -216,17 +217,20 @@ def source_of(
                     python=v.get("python"),
                     commit=git.get("commit"),
                     dirty=bool(git.get("dirty")),
-                    code_hash=p.get("code_hash"),
                 ),
                 sort_keys=True,
             )
         ] += 1
         runs[r.status.split(":")[0]] += 1
+        codes.add(str(p.get("code_hash")))
     if not facts:
         raise PublishError("there is no record to publish: run the plan first")
     (first, n), *_ = facts.most_common()
     return json.loads(first) | dict(
-        runs=sum(runs.values()), statuses=dict(sorted(runs.items())), others=sum(runs.values()) - n
+        code_hash=" ".join(sorted(codes)),  # arms of other parts have other code
+        runs=sum(runs.values()),
+        statuses=dict(sorted(runs.items())),
+        others=sum(runs.values()) - n,
     )
 
 

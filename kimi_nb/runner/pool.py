@@ -470,7 +470,7 @@ class _Team:
 # %% ../../nbs/runner/04_pool.ipynb #f031f9ae
 def _on_a_node(run_id, code, config, store, how):
     "One run as a task on a node; what became of it, as `_attempt`."
-    here, found = f"node {socket.gethostname()}", code_hash()
+    here, found = f"node {socket.gethostname()}", code_hash(config)
     refusal = ""
     if not (Path(store.path) / "studies").is_dir():
         refusal = f"does not see {store.path}: put the results into a folder that all nodes share"
@@ -522,7 +522,7 @@ class _OnCluster:
         how |= dict(hours=options.hours_per_run)
         if deterministic_asked():
             how |= dict(deterministic=True)  # nodes do not share the environment
-        return planned.run_id, code_hash(), planned.run.model_dump(mode="json"), self.store, how
+        return planned.run_id, code_hash(planned.run), planned.run.model_dump(mode="json"), self.store, how
 
     def run(self):
         "Do all of it.  Raises: PlanInterrupted, RunnerError, ClusterError."

@@ -4,9 +4,12 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
+    code="""
+        SETTINGS_FILES TABLES TRAINING_WINGS asked_for code_hash component_of definitions files_of
+        hash_definitions properties training_files without_docstrings
+    """,
     record="""
-        NUMBERS PROVENANCE RESERVED Record RecordError TRAINING_WINGS canonical code_hash
-        definitions digest_of hash_definitions plain seal training_files unseal without_docstrings
+        NUMBERS PROVENANCE RESERVED Record RecordError canonical digest_of plain seal unseal
     """,
     arms="""
         Arm Declaration LONGEST_NAME Planned Study

@@ -89,7 +89,7 @@ def run_identity(
     data: TokenData,
 ) -> dict[str, str]:
     "What a checkpoint must agree in to be gone on from."
-    return dict(run_id=run.run_id, fingerprint=data.fingerprint, code_hash=code_hash())
+    return dict(run_id=run.run_id, fingerprint=data.fingerprint, code_hash=code_hash(run))
 
 
 class Session:
