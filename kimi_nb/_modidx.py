@@ -2347,7 +2347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'kimi_nb/stats/inference.py'),
                                          'kimi_nb.stats.inference._chi_grid': ( 'stats/inference.html#_chi_grid',
                                                                                 'kimi_nb/stats/inference.py'),
-                                         'kimi_nb.stats.inference._signs': ('stats/inference.html#_signs', 'kimi_nb/stats/inference.py'),
+                                         'kimi_nb.stats.inference._holm': ('stats/inference.html#_holm', 'kimi_nb/stats/inference.py'),
                                          'kimi_nb.stats.inference.adjust': ('stats/inference.html#adjust', 'kimi_nb/stats/inference.py'),
                                          'kimi_nb.stats.inference.bca_interval': ( 'stats/inference.html#bca_interval',
                                                                                    'kimi_nb/stats/inference.py'),

@@ -5,9 +5,10 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     inference="""
-        BOOTSTRAP_FROM CORRECTIONS EXACT_FLIPS StatsError adjust bca_interval detectable_dz
-        detectable_ncp hedges_factor nct_cdf noncentrality_interval paired_power power_table
-        ppl_power seeds_needed sign_flip_pvalue t_interval t_power t_pvalue tost_pvalue welch
+        BOOTSTRAP_FROM CORRECTIONS DRAWN_FLIPS EXACT_FLIPS StatsError adjust bca_interval
+        detectable_dz detectable_ncp hedges_factor nct_cdf noncentrality_interval paired_power
+        power_table ppl_power seeds_needed sign_flip_pvalue t_interval t_power t_pvalue tost_pvalue
+        welch
     """,
     words="""
         NOTHING amount capital cell counted difference duration listed number p_words percent
@@ -25,8 +26,8 @@ __getattr__, __dir__, __all__ = lazily(
         WHOLE analysed claim comparisons to_target with_late with_targets
     """,
     design="""
-        AA_TESTS ScalingFit UNEQUAL aa_calibration component_contrasts correlations factorial
-        fit_power_law more_seeds pairing_gain
+        AA_TESTS ScalingFit Simulated TwoLevel UNEQUAL aa_calibration by_seed component_contrasts
+        correlations factorial fit_power_law more_seeds pairing_gain two_level
     """,
     plots="""
         BANDS COLORS LINES MARKERS P_COLUMNS STYLE Table Tables WORD_COLORS axis_label

@@ -30,7 +30,7 @@ from .judge import decide, not_in_table
 
 from ..study import metric_info
 
-# %% ../../nbs/stats/04_comparison.ipynb #5a8ea9a1
+# %% ../../nbs/stats/04_comparison.ipynb #db81c927
 @dataclass(frozen=True)
 class Rule:
     "Level, correction, family and margin of a comparison.  Raises: StatsError for values without meaning."
@@ -38,7 +38,7 @@ class Rule:
     alpha: float = 0.05  # two-sided level of tests and intervals
     margin: float | None = None  # differences within ± this count as none, in the metric's unit; gives p_tost
     correction: str = "holm"  # holm, bonferroni, fdr or none
-    family: str | None = None  # column whose values are families of their own, such as 'block'; None: one family
+    family: str | None = None  # column whose values are families of their own; None: all are one
     family_size: int | None = None  # comparisons declared, where more than are made
     min_effect: float = 0.0  # improvement that the column `verdict` asks for, in the metric's unit
 
