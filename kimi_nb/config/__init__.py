@@ -20,6 +20,6 @@ __getattr__, __dir__, __all__ = lazily(
         OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig data_identity deciding
     """,
     profile="""
-        PHASES Profile load_profile profile_names settings_path
+        LIKE PHASES Profile load_profile profile_names settings_path
     """,
 )

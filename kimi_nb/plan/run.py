@@ -25,7 +25,7 @@ from types import ModuleType
 from filelock import FileLock
 
 from ..config import KimiError, Profile, near, settings_path, write_file, writing
-from ..runner import distinct, pending, run_studies, share_of_cores, tuned, tuning_study
+from ..runner import distinct, first_tuning, pending, run_studies, share_of_cores, tuned
 from ..stats import say as words_of_finding
 from ..study import Finding, Outcome, Store, Study, outcomes_by_profile, read_outcome, write_outcome
 
@@ -141,7 +141,8 @@ def phase_studies(
     Raises: PlanError for a phase that does not exist, also where the profile has a grid for it.
     """
     check_grids(profile)
-    found = {"tuning": [first]} if (first := tuning_study(profile)) and not only else {}
+    first = None if only else first_tuning(profile)
+    found = {"tuning": [first]} if first else {}
     for name, module in phases(only).items():
         studies = module.studies(profile)
         found[name] = [s if seeds is None or len(s.seeds) == 1 else s.with_seeds(seeds) for s in studies]

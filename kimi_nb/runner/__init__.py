@@ -19,7 +19,8 @@ __getattr__, __dir__, __all__ = lazily(
         EXECUTORS Progress RunnerOptions Worker run_studies run_study
     """,
     tuning="""
-        TUNING_SEED best_rates tuned tuning_study
+        BESIDE Choice MOST_GROWN TUNING_SEEDS Tuning descend first_tuning fixed grown line_search
+        mean_losses search tuned tuning_arm tuning_study vertex
     """,
     apart="""
         ACTIVE Apart LiveError LiveRun live_runs start_run train_apart

@@ -132,7 +132,6 @@ def train_apart(
 ) -> int:
     "Train a run under the store's lock; while its pause file is there, wait. What `start_run` starts."
     from kimi_nb.runner.attempt import run_one
-
     from kimi_nb.train import Interrupted
 
     run, store, pause, stop, last = (

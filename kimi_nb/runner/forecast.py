@@ -18,9 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from .attempt import start_process
-
 from ..config import RunConfig, write_file
+from .attempt import start_process
 
 # %% ../../nbs/runner/03_forecast.ipynb #f06ba902
 def share_of_cores(workers: int) -> int:

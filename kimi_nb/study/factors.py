@@ -55,7 +55,7 @@ def factor_settings(
     if name == "norm":
         return {"model.norm.kind": kind}
     if name == "optimizer":
-        return {"train.optimizer.name": kind, "train.lr": profile.lr(kind)}
+        return profile.optimizer(kind)
     if name != "routing":
         raise ConfigError("factor", f"{name!r} is unknown: one of {', '.join(FACTORS)}")
     moe = base.model.moe
