@@ -88,7 +88,8 @@ check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, r
 
 # LINTED: what ruff checks
 LINTED := kimi_nb nbs tests docs
-lint: $(VENV)/.installed ## ruff: rules and format
+lint: $(VENV)/.installed ## ruff: rules and format; then how the code reads, beside others', for orientation
+	@$(PY) docs/measure.py
 	@$(BIN)/ruff check --quiet $(LINTED) && $(BIN)/ruff format --check --quiet nbs tests docs
 
 lab: $(VENV)/.installed ## open the workbench and the notebooks in JupyterLab

@@ -164,7 +164,7 @@ def test_nothing_found_is_said(tmp_path):
 
 
 def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
-    """Where MLA helps with AdamW and hurts with Muon both numbers stand everywhere; help that is only less is called so."""
+    """Where MLA helps with AdamW and hurts with Muon both numbers stand everywhere; less help is called less."""
     turns = factorial_results(tmp_path / "a", EFFECTS | dict(attention=-0.05), pair=0.1)
     abstract, conclusion, whole = words_of(turns)
     for text in (abstract, conclusion, whole.split("What the parts do.")[1]):
@@ -300,7 +300,7 @@ def tags_of(page):
 
 
 def test_text_of_records_is_text_in_every_form(tmp_path):
-    """What looks like HTML, a picture or a citation in a device's name, a question or a finding stands there as it is."""
+    """What looks like HTML, a picture or a citation in a name, a question or a finding stands there as it is."""
     write_report(odd_results(tmp_path / "a"), tmp_path / "out", say=lambda line: None)
     page = (tmp_path / "out" / "paper.html").read_text()
     assert tags_of(page) == [] and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
@@ -349,7 +349,7 @@ def test_no_sentence_is_read_back():
 
 
 def test_another_size_is_said_as_it_is(tmp_path, invented):
-    """The same effects at a larger size hold; opposite ones turn, and what one size decides alone is decided there only."""
+    """The same effects at a larger size hold; opposite ones turn; what one size decides is decided there only."""
     same = factorial_results(tmp_path / "same", EFFECTS, profile=larger_profile())
     other = factorial_results(
         tmp_path / "other", dict(attention=-0.10, norm=0.0, routing=0.05, optimizer=-0.20), profile=larger_profile()
@@ -440,6 +440,7 @@ def test_all_forms_hold_together(tmp_path, invented):
                     ext.get("cy")
                 ) <= int(frame[2]), n
         text = " ".join(z.read(n).decode() for n in made)
+        assert 'descr="Figure: ' in text and "data:image" not in text
         assert all(f"<a:t>{s.title}</a:t>" in text for s in build_slides(Evidence(store), {})) and any(
             "notesSlide" in n for n in z.namelist()
         )

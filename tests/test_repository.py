@@ -67,7 +67,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(node: ast.AST, importer: str) -> list[str]:
-    """Absolute dotted names that an import statement of module kimi_nb.`importer` may load; nbdev writes relative ones."""
+    """Absolute dotted names that an import in module kimi_nb.`importer` may load; nbdev writes relative ones."""
     if isinstance(node, ast.Import):
         return [a.name for a in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -205,8 +205,8 @@ def test_imports_point_up_the_list_only(name):
     """In its own wing a module uses those before it; of other wings, those above its own, through their face."""
     order, own = list(modules()), wing_of(name)
     above = WINGS[: WINGS.index(own)]
-    for used, line in loaded_by(name).items():
-        used = used.removeprefix(f"{PACKAGE}.")
+    for absolute, line in loaded_by(name).items():
+        used = absolute.removeprefix(f"{PACKAGE}.")
         if wing_of(used) != own:
             assert wing_of(used) in above or own == "plan", f"line {line}: {used} is not above {name}"
         home = next((m for m in order if used == m or used.startswith(m + ".")), None)
@@ -373,7 +373,7 @@ BY_VERSION = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # the build depends 
 
 
 def test_the_lock_is_that_of_the_constraints(project, pins):
-    """What set-up installs has hashes in requirements.lock, at the versions of constraints.txt; `make lock` writes it."""
+    """What set-up installs has hashes in requirements.lock, at the versions of constraints.txt."""
     lock = locked()
     assert {n: v for n, (v, _) in lock.items() if pins.get(n) != v} == {}
     assert sorted(n for n in set(reached(project, "dev")) - set(lock) if not BY_VERSION.fullmatch(n)) == []
@@ -447,7 +447,7 @@ def test_the_readme_has_a_line_for_each_wing():
 
 
 def test_the_course_lists_every_lesson():
-    """Each numbered notebook stands once on the page of the course, in the order in which modules may use one another."""
+    """Each numbered notebook stands once on the page of the course, in the order in which modules may use others."""
     from kimi_nb.report import course
 
     lessons = [lesson for chapter in course(REPO / "nbs").values() for lesson in chapter]
@@ -455,7 +455,8 @@ def test_the_course_lists_every_lesson():
 
 
 def test_the_usual_files_are_there():
-    wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt requirements.lock settings.ini .ci/run .pre-commit-config.yaml"
+    wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt requirements.lock"
+    wanted += " settings.ini .ci/run .pre-commit-config.yaml"
     empty = [name for name in wanted.split() if not (REPO / name).is_file() or not (REPO / name).stat().st_size]
     assert empty == []
     assert os.access(REPO / ".ci" / "run", os.X_OK)
@@ -527,7 +528,8 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
     done = make("setup", f"PYTHON={old}", cwd=tmp_path)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if not line.startswith("make")] == [
-        "kimi_nb needs Python 3.11 or newer, found Python 3.9.1: install one, or name it: make PYTHON=/path/to/python3.11"
+        "kimi_nb needs Python 3.11 or newer, found Python 3.9.1: "
+        "install one, or name it: make PYTHON=/path/to/python3.11"
     ]
     assert not (tmp_path / ".venv").exists()
 
@@ -544,14 +546,15 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
     ],
 )
 def test_set_up_installs_by_hash_where_the_index_has_the_files(tmp_path, hashes, fits, asked):
-    """By hash, but for torch and the package itself; where the hashes do not fit, `prefer` says so in a line and goes on, `require` does not."""
+    """By hash, but for torch and the package; where hashes do not fit, only `prefer` goes on."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
         shutil.copy(REPO / name, tmp_path)
     python = tmp_path / "python"  # makes an environment of itself, and a pip that only writes down what it is asked
     python.write_text(f"""#!/bin/sh
 case "$*" in
 *venv*) mkdir -p .venv/bin && cp "$0" .venv/bin/python;;
-*--require-hashes*) echo lock >> asked; [ {int(fits)} = 1 ] || {{ echo 'WARNING: x' >&2; echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES' >&2; exit 1; }};;
+*--require-hashes*) echo lock >> asked
+    [ {int(fits)} = 1 ] || {{ echo 'ERROR: THESE PACKAGES DO NOT MATCH THE HASHES' >&2; exit 1; }};;
 *torch*) echo torch >> asked;;
 *--no-deps*-e*) echo own >> asked;;
 *install*'[dev]'*) echo all >> asked;;

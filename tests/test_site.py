@@ -128,7 +128,7 @@ def test_no_link_or_picture_is_broken(site, pages):
 
 
 def test_what_is_published_is_whole_and_small():
-    """Every published bundle opens, fits the limit, and holds an outcome, a notebook and figures for each phase it names."""
+    """Every published bundle opens, fits the limit, and holds outcome, notebook and figures of each phase it names."""
     from kimi_nb.plan import LIMIT, published_profiles, read_bundle
 
     for profile in published_profiles(REPO):
@@ -147,7 +147,7 @@ def meaning(source: str) -> str:
 
 
 def test_phase_pages_show_the_published_results(pages):
-    """Where the reference run is published, its tables and figures stand on the phases' pages, and a line says where they are from."""
+    """Tables and figures of a published reference run stand on the phases' pages, with a line on where they are from."""
     folder, shown = REPO / "data" / "records" / "quick" / "notebooks", 0
     for phase in PHASES:
         page, executed = pages[f"{phase}.html"], folder / f"{Path(phase).name}.ipynb"
@@ -179,7 +179,7 @@ def test_phase_pages_show_the_published_results(pages):
 
 
 def test_phase_pages_show_other_published_sizes(pages):
-    """A phase that other profiles hold, too, has a section on each, with every claim and the main figures; no other phase has one."""
+    """A phase that other profiles hold has a section on each, with every claim and main figure; no other has one."""
     from kimi_nb.plan import published, published_profiles, read_bundle
     from kimi_nb.report import Evidence, main_figures
 
@@ -215,10 +215,9 @@ def conf(tmp_path, monkeypatch) -> dict:
 
 
 def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
-    """With one profile published there is no section; with a second one both verdicts stand in a row, and a word says how they go together."""
-    from kimi_nb.plan.publish import publish
-
+    """With one profile published there is no section; with a second, both verdicts stand in a row."""
     from kimi_nb.plan import open_published, published_profiles
+    from kimi_nb.plan.publish import publish
     from kimi_nb.study import Store, read_outcome, write_outcome
 
     if "quick" not in published_profiles(REPO):
@@ -352,7 +351,7 @@ def page(browser, address):
 
 
 def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
-    """Every page of the site, opened in Chromium: no error on the console, no picture that does not show, no sideways scrolling."""
+    """Every page of the site, opened in Chromium: no error on the console, all pictures, no sideways scrolling."""
     found = {}
     for name in pages:
         page.wrong.clear()

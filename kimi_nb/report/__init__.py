@@ -26,15 +26,16 @@ __getattr__, __dir__, __all__ = lazily(
         together_words turned
     """,
     across="""
-        Claim DECIDED agreement at_size changes_words claim_name claims_markdown claims_of
+        Claim DECIDED agreement at_size changes_words claim_name claims_at claims_markdown claims_of
         claims_table claims_words compared counts_words draw_sizes effect_changes effect_text
         how_large main_figures names_of others settings_apart shared_phases sizes_appendix
         sizes_figure sizes_section sizes_words what_ran
     """,
     paper="""
-        LONGEST METHOD_CHECKS PART_OF TITLE UNTESTED abstract all_comparisons answers appendices
-        build_paper caveats_of combined_tables conclusion further_figures grid_table in_turns
-        negative_results own_findings phase_section phase_tables reproducibility set_up threats
+        LONGEST METHOD_CHECKS PART_OF TITLE UNTESTED abstract all_comparisons answers answers_like
+        appendices build_paper caveats_of combined_tables conclusion further_figures grid_table
+        in_turns negative_results own_findings phase_section phase_tables reproducibility set_up
+        threats
     """,
     slides="""
         Notes PARTS_TABLE Slide build_slides bullets figure_of largest_pair redrawn reference_file

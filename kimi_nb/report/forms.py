@@ -67,12 +67,16 @@ def pandoc(
 _NUMBER = re.compile(r"([-+−–—±<>=≤≥\d.,e%×()/ ]|(?<=\d)[kMBT]| to | of )*")
 
 
+def _numbers(cells):
+    "Whether a column holds numbers, and at least one."
+    return all(map(_NUMBER.fullmatch, cells)) and "".join(cells).strip(" —") != ""
+
+
 def aligned(
     table: TableBlock,
 ) -> list[bool]:
     "True for the columns that hold numbers only."
-    columns = [[str(row[j]) for row in table.rows] for j in range(len(table.columns))]
-    return [all(map(_NUMBER.fullmatch, cells)) and any(c.strip(" —") for c in cells) for cells in columns]
+    return [_numbers([str(row[j]) for row in table.rows]) for j in range(len(table.columns))]
 
 
 def table_markdown(

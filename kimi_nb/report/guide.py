@@ -68,7 +68,7 @@ def course(
 ) -> dict[str, list[Lesson]]:
     "Chapter -> the notebooks of a wing, in the order in which they build on one another."
     found = {wing: sorted((Path(folder) / wing).glob("[0-9]*.ipynb")) for wing in CHAPTERS}
-    return {CHAPTERS[wing]: [read_lesson(path) for path in paths] for wing, paths in found.items() if paths}
+    return {CHAPTERS[wing]: list(map(read_lesson, paths)) for wing, paths in found.items() if paths}
 
 # %% ../../nbs/report/09_guide.ipynb #25e233bb
 HOWTO = (
@@ -135,6 +135,10 @@ PART_COSTS = {
 }
 
 
+def _median_step(turns):
+    return pd.Series([turn["step"] for turn in turns], dtype=float).median()
+
+
 def _step_times(store, arms):
     "Arm -> median seconds of a step measured alone; empty where that was not done."
     for path in sorted((Path(store.path) / "speed").glob("*.json")):
@@ -143,8 +147,7 @@ def _step_times(store, arms):
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(value, dict) and set(arms) <= set(value):
-            steps = {arm: [t["step"] for t in value[arm].get("train") or ()] for arm in arms}
-            times = {arm: pd.Series(seconds, dtype=float).median() for arm, seconds in steps.items()}
+            times = {arm: _median_step(value[arm].get("train") or ()) for arm in arms}
             if not any(map(math.isnan, times.values())):
                 return times
     return {}

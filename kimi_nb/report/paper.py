@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'METHOD_CHECKS', 'UNTESTED', 'PART_OF', 'TITLE', 'set_up', 'combined_tables', 'phase_tables',
-           'in_turns', 'own_findings', 'phase_section', 'abstract', 'conclusion', 'answers', 'negative_results',
-           'caveats_of', 'threats', 'reproducibility', 'grid_table', 'all_comparisons', 'further_figures', 'appendices',
-           'build_paper']
+           'in_turns', 'own_findings', 'phase_section', 'answers_like', 'abstract', 'conclusion', 'answers',
+           'negative_results', 'caveats_of', 'threats', 'reproducibility', 'grid_table', 'all_comparisons',
+           'further_figures', 'appendices', 'build_paper']
 
 # %% ../../nbs/report/07_paper.ipynb #36693da6
 import re
@@ -181,6 +181,14 @@ def phase_section(
 UNTESTED = (WORDS[3], NOT_RUN)  # words of a claim that nothing was found about
 
 
+def answers_like(
+    e: Evidence,
+    kind: str,  # regular expression of ids
+) -> list[Finding]:
+    "The plan's answers to questions of one kind."
+    return [finding for finding in e.answers if re.fullmatch(kind, finding.id)]
+
+
 def abstract(
     e: Evidence,
     also=(),  # the same at other sizes
@@ -189,7 +197,7 @@ def abstract(
     done = e.runs["status"] == "done"
     trained = int((done & (e.runs["train.steps"] > 0)).sum())
     untrained = int(done.sum()) - trained
-    hypotheses = [f for f in e.answers if re.fullmatch(r"H\d", f.id)]
+    hypotheses = answers_like(e, r"H\d")
     power = e.answer("power")
     whole = [*parts_words(e), *together_words(e), *pairs_words(e), *seeds_words(e, short=True)]
     return sentence(
@@ -212,13 +220,17 @@ def abstract(
 PART_OF = {"RQ1": "MLA", "RQ2": "RMSNorm", "RQ3": "loss-free routing", "RQ4": "Muon"}
 
 
+def _parts_with(word, findings):
+    return [PART_OF[f.id] for f in findings if f.word == word]
+
+
 def conclusion(
     e: Evidence,
 ) -> list[str]:  # sentences
     "The answer to the title, from the findings."
     questions = [f for f in map(e.answer, [*PART_OF, "RQ5", "H5"]) if f]
-    groups = {word: [PART_OF[f.id] for f in questions if f.word == word and f.id in PART_OF] for word in WORDS[:3]}
-    adopt, leave, open_ = groups.values()
+    parts = [f for f in questions if f.id in PART_OF]
+    adopt, leave, open_ = (_parts_with(word, parts) for word in WORDS[:3])
     together = [e.reading(f) for f in questions if f.id not in PART_OF]
     criteria = [f for f in e.answers if f.id.startswith("criterion") and f.word not in UNTESTED]
     text = sentence(
@@ -247,7 +259,7 @@ def answers(
         "Questions about scaling": r"scaling.*",
         "Success criteria": r"criterion.*",
     }
-    groups = [(title, [f for f in e.answers if re.fullmatch(kind, f.id)]) for title, kind in kinds.items()]
+    groups = [(title, answers_like(e, kind)) for title, kind in kinds.items()]
     words = dict(reading=e.reading, said=said, counted=counted, tally=tally, finding_table=finding_table)
     return written("answers.md.j2", groups=groups, **words)
 
@@ -256,8 +268,10 @@ def negative_results(
     e: Evidence,
 ) -> list:  # blocks
     "Everything that failed, was contradicted or stayed open, listed by machine."
-    every = [(phase, finding) for phase in e.phases for finding in own_findings(e, phase)]
-    of = {word: [(phase, f) for phase, f in every if f.word == word] for word in WORDS}
+    of = {word: [] for word in (*WORDS, NOT_RUN)}
+    for phase in e.phases:
+        for finding in own_findings(e, phase):
+            of[finding.word].append((phase, finding))
     seen = [[phase, f.id, f.claim, could_have_seen(f)] for phase, f in of["undecided"]]
     caption = (
         "Claims that the runs do not decide, with the smallest effect that the design finds in 80% of studies "

@@ -79,7 +79,9 @@ def parts_words(
         return []
     effects = e.factorial[1]
     main = sorted(effects[effects["order"] == 1].to_dict("records"), key=lambda row: -abs(row["diff"]))
-    groups = {word: [row for row in main if row["verdict"] == word] for word in WORDS}
+    groups = {word: [] for word in WORDS}
+    for row in main:
+        groups[row["verdict"]].append(row)
     out = []
     for row in groups["supported"]:
         out.append(f"{capital(effect_words(row, _named(row)))}: an improvement, by the rule declared beforehand.")

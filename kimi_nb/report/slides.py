@@ -22,7 +22,7 @@ from .across import at_size, claims_words, compared, names_of, sizes_figure, siz
 from .document import Figure, Manuscript, Marked, Section, TableBlock, Text, as_text, render, written
 from .evidence import Evidence, said
 from .forms import compile_typst, inline, pandoc, picture, svg_size, table_markdown, typst_head
-from .paper import METHOD_CHECKS, conclusion
+from .paper import METHOD_CHECKS, answers_like, conclusion
 from kimi_nb.report.sentences import (
     compute_words,
     effect_words,
@@ -258,8 +258,8 @@ def build_slides(
         size_sentences=sizes_words(sizes),
         size_claims="\n\n".join(claims_words(compared(sizes), names_of(sizes))) if also else "",
         missing=[e.about[phase].title for phase in e.phases if phase not in e.outcomes],
-        hypotheses=[f for f in e.answers if re.fullmatch(r"H\d", f.id)],
-        criteria=[f for f in e.answers if f.id.startswith("criterion")],
+        hypotheses=answers_like(e, r"H\d"),
+        criteria=answers_like(e, "criterion.*"),
         every=[f for phase in e.phases if phase != "stats" for f in e.findings(phase)],
         lost=f"{capital(counted(lost, 'run'))} did not finish" if lost else "Every run finished",
         how_many_sizes=f"{capital(counted(len(sizes)))} sizes" if also else "One size range, one corpus",
@@ -286,8 +286,9 @@ def _sized(text, size):
 
 def _table_typst(table):
     size = 20 if len(table.rows) < 6 else 17
-    longest = [max((len(str(row[j])) for row in table.rows), default=0) for j in range(len(table.columns))]
-    widths = ["1fr" if j == longest.index(max(longest)) else "auto" for j in range(len(table.columns))]
+    longest = [max(map(len, map(str, column)), default=0) for column in zip(*table.rows)]
+    widest = longest.index(max(longest)) if longest else 0
+    widths = ["1fr" if j == widest else "auto" for j in range(len(table.columns))]
     heads = [f"strong({inline(head)})" for head in table.columns]
     cells = [f"[#({inline(cell)})]" for row in table.rows for cell in row]
     return _raw(f"#[#set text({size}pt)\n#table(columns: ({', '.join(widths)},), {', '.join(heads + cells)})]")
@@ -375,7 +376,10 @@ _LEFT, _RIGHT, _END = '::::: {.columns}\n::: {.column width="40%"}', ':::\n::: {
 
 def _slide_markdown(slide, folder):
     parts = [f"## {slide.title}"]
-    shown = f"![]({picture(Path(folder) / f'{slide.figure.stem}.png')})" if slide.figure else ""
+    shown = ""
+    if slide.figure:
+        said_aloud = f"Figure: {slide.title}".replace('"', "'")  # without it a reader hears the picture's data
+        shown = f'![]({picture(Path(folder) / f"{slide.figure.stem}.png")} "{said_aloud}")'
     if slide.table:
         parts += [slide.text, table_markdown(slide.table)]
     elif shown and slide.text:

@@ -12,6 +12,7 @@ __all__ = ['WHOLE_LENGTH', 'BOUND', 'RUN_METRICS', 'REPEATED', 'WHOLE_TABLES', '
 import json
 import math
 from fnmatch import fnmatch
+from functools import partial
 
 import pandas as pd
 
@@ -295,7 +296,8 @@ def figure(
     id: str = "",
 ) -> Figure | None:
     "The figures of a phase that match, as one."
-    files = [f for f in e.figures(phase) if any(fnmatch(f.stem, pattern) for pattern in about.files.split())]
+    patterns = about.files.split()
+    files = [f for f in e.figures(phase) if any(map(partial(fnmatch, f.stem), patterns))]
     if not files:
         return None
     own = [name for name, study in e.studies.items() if study.phase == phase]

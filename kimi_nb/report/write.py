@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from ..config import write_file
 from kimi_nb.report.across import (
     at_size,
+    claims_at,
     claims_markdown,
-    claims_of,
     draw_sizes,
     names_of,
     others,
@@ -39,7 +39,7 @@ def short_report(
     names, phases = names_of(sizes), shared_phases(sizes) if also else []
     tables = []
     for phase in phases:
-        claims = claims_of(phase, [one.outcomes.get(phase) for one in sizes])
+        claims = claims_at(phase, sizes)
         if claims and not e.about[phase].needs_outcomes:
             tables.append((phase, " and ".join(names), claims_markdown(claims, names)))
     concluded = [(phase, outcome.findings) for phase, outcome in e.outcomes.items()]
@@ -50,7 +50,7 @@ def short_report(
         phases=[(p, findings) for p, findings in concluded if findings and not e.about[p].needs_outcomes],
         at_size=at_size(sizes) if also else "",
         sizes=sizes_words(sizes, short=False),
-        names=[(n, what_ran(one, [p for p in phases if p in one.outcomes])) for n, one in zip(names, sizes)],
+        names=[(name, what_ran(one, set(phases) & set(one.outcomes))) for name, one in zip(names, sizes)],
         tables=tables,
         capital=capital,
         say=said,
