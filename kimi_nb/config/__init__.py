@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     base="""
         Config ConfigError Count Float Fraction Int KimiError Positive near parse_value
-        setting_paths
+        setting_paths truth
     """,
     files="""
         ANOTHER FileError fsync write_file write_json writing

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Int', 'Float', 'Positive', 'Count', 'Fraction', 'KimiError', 'ConfigError', 'near', 'setting_paths',
-           'parse_value', 'Config']
+           'truth', 'parse_value', 'Config']
 
 # %% ../../nbs/config/01_base.ipynb #ca33f973
 import difflib
@@ -149,6 +149,12 @@ def _number(text):
     except ValueError:  # too many digits
         pass
     return text
+
+
+def truth(value):
+    "What a written switch means: true, yes and on, false, no and off; anything else stays what it is."
+    words = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def parse_value(text):

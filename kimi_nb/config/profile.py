@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 from typing import Annotated, get_args
 
+from pydantic import Field, ValidationError
+
 from .base import Config, ConfigError, Float, Positive, near, parse_value, setting_paths
 from .schema import OptimizerConfig, RunConfig
-from pydantic import Field, ValidationError
 
 # %% ../../nbs/config/05_profile.ipynb #c0f1a005
 PHASES = ("baseline", "attention", "norm", "moe", "optimizer", "rope", "combined", "scaling", "benchmarks", "stats")

@@ -16,6 +16,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
 from kimi_nb.config.base import (
     Config,
     ConfigError,
@@ -25,9 +27,9 @@ from kimi_nb.config.base import (
     Int,
     KimiError,
     Positive,
+    truth,
 )
 from .sources import SourceError, parse_sources, tokenizer_folder
-from pydantic import Field, model_validator
 
 # %% ../../nbs/config/04_schema.ipynb #a1e0c0d2
 NEUTRAL = Field(json_schema_extra={"neutral": True})  # beside a setting: its default is how things were without it
@@ -153,7 +155,7 @@ class ModelConfig(Config):
                 data[name] = data.pop(alias)
         if isinstance(moe := data.get("moe"), dict) and {"use_moe", "num_experts"} & moe.keys():
             moe = dict(moe)
-            use = moe.pop("use_moe", True)
+            use = truth(moe.pop("use_moe", True))
             if not isinstance(use, bool):
                 raise ConfigError("moe.use_moe", f"{use!r} is not true or false")
             if "num_experts" in moe:

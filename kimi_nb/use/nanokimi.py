@@ -20,7 +20,17 @@ from typing import Literal
 import numpy as np
 from pydantic import model_validator
 
-from ..config import BUILTIN, Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
+from kimi_nb.config import (
+    BUILTIN,
+    Config,
+    ConfigError,
+    KimiError,
+    Positive,
+    RunConfig,
+    settings_path,
+    truth,
+    write_file,
+)
 from ..config import DataConfig as RunData
 from ..data import DataError, TokenData, TokenDataset, bytes_of, cache_dir, prepare
 
@@ -56,9 +66,10 @@ def _put(node, section, name, value, alias):
 
 
 def _switch(section, name, value):
-    if not isinstance(value, bool):
+    switch = truth(value)
+    if not isinstance(switch, bool):
         raise ConfigError(f"{section}.{name}", f"{value!r} is not true or false")
-    return value
+    return switch
 
 
 def _section(data, name, as_name=None):
@@ -83,7 +94,7 @@ def from_nanokimi(
                 train,
                 "train",
                 "precision",
-                {True: "auto", False: "fp32"}.get(value, value) if isinstance(value, bool) else value,
+                {True: "auto", False: "fp32"}[truth(value)] if isinstance(truth(value), bool) else value,
                 name,
             )
         elif name in ("use_wandb", "use_trackio"):
