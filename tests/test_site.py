@@ -147,7 +147,7 @@ def meaning(source: str) -> str:
 
 
 def test_phase_pages_show_the_published_results(pages):
-    """Tables and figures of a published reference run stand on the phases' pages, with a line on where they are from."""
+    """Tables and figures of a published reference run stand on the phases' pages, with a line on their origin."""
     folder, shown = REPO / "data" / "records" / "quick" / "notebooks", 0
     for phase in PHASES:
         page, executed = pages[f"{phase}.html"], folder / f"{Path(phase).name}.ipynb"

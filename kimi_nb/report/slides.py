@@ -345,12 +345,22 @@ def _smaller(match):
     return f' sz="{max(1100, round(int(match[1]) * 0.62 / 100) * 100)}"'
 
 
-def _relaid(layout: bytes) -> bytes:
+def _relaid(name, data):
     "A layout of pandoc's with smaller letters, our places and titles to the left."
-    text = re.sub(r' sz="(\d{4})"', _smaller, layout.decode())
+    if not re.match(r"ppt/slide(Masters|Layouts)/[^/]+\.xml", name):
+        return data
+    text = re.sub(r' sz="(\d{4})"', _smaller, data.decode())
     for before, after in _PLACES.items():
         text = re.sub(_OLD_PLACE.format(*before), _NEW_PLACE.format(*after), text)
     return re.sub(r'(<p:titleStyle>.*?algn=)"ctr"', r'\1"l"', text, flags=re.S).encode()
+
+
+def _rewritten(old_file, new_file, change):
+    "A copy of a zip file with some of its files changed; the same bytes every time."
+    with zipfile.ZipFile(old_file) as old, zipfile.ZipFile(new_file, "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.infolist():
+            info = zipfile.ZipInfo(item.filename, (1980, 1, 1, 0, 0, 0))
+            new.writestr(info, change(item.filename, old.read(item)), zipfile.ZIP_DEFLATED)
 
 
 def reference_file(
@@ -362,13 +372,15 @@ def reference_file(
     command = [pypandoc.get_pandoc_path(), "--print-default-data-file", "reference.pptx"]
     plain_file = Path(path).with_suffix(".default.pptx")
     plain_file.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
-    with zipfile.ZipFile(plain_file) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for item in old.infolist():
-            layout = re.match(r"ppt/slide(Masters|Layouts)/[^/]+\.xml", item.filename)
-            data = old.read(item)
-            info = zipfile.ZipInfo(item.filename, (1980, 1, 1, 0, 0, 0))
-            new.writestr(info, _relaid(data) if layout else data, zipfile.ZIP_DEFLATED)
+    _rewritten(plain_file, path, _relaid)
     plain_file.unlink()
+
+
+def _without_data(name, data):
+    "A slide whose pictures are described by their titles alone: pandoc adds where they came from, here their data."
+    if not name.startswith("ppt/slides/"):
+        return data
+    return re.sub(rb'(descr="[^"]*?)\s*data:image[^"]*"', rb'\1"', data)
 
 # %% ../../nbs/report/08_slides.ipynb #1a1873d6
 _LEFT, _RIGHT, _END = '::::: {.columns}\n::: {.column width="40%"}', ':::\n::: {.column width="60%"}', ":::\n:::::"
@@ -432,5 +444,9 @@ def write_slides(
     with TemporaryDirectory() as tmp:
         reference_file(Path(tmp) / "reference.pptx")
         options += ["--slide-level=2", "--columns=60", f"--reference-doc={tmp}/reference.pptx"]
-        pandoc(talk_markdown(talk, folder / "figures"), "pptx", *options, out=pptx)
+        made = Path(tmp) / "slides.pptx"
+        pandoc(talk_markdown(talk, folder / "figures"), "pptx", *options, out=made)
+        _rewritten(made, Path(tmp) / "tidy.pptx", _without_data)
+        with writing(pptx):
+            shutil.copyfile(Path(tmp) / "tidy.pptx", pptx)
     return [pdf, pptx]
