@@ -643,3 +643,46 @@ def test_options_are_one_value(tmp_path):
     with pytest.raises(TrainError, match="two names"):
         fit(run, tmp_path / "c", out_dir=tmp_path / "d")
     assert not (tmp_path / "c").exists()
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["adamw", "muonclip"])
+def test_a_step_on_a_gpu_waits_where_it_asks_and_nowhere_else(name, monkeypatch):
+    """PyTorch itself refuses to wait, but for the one transfer."""
+    run = tiny(KIMI, {"train.optimizer.name": name, "train.precision": "bf16", "train.batch_size": 16})
+    t = Trainer(run, prepare(run.data), pick_device("cuda"))
+    for step in range(2):
+        t.step(step)
+    read = trainer._Asked.read
+
+    def allowed(self):
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return read(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(trainer._Asked, "read", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lines = [t.step(step) for step in (2, 3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(line["train_loss"]) for line in lines)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("changes", [{}, KIMI], ids=["plain", "kimi"])
+def test_compiled_layers_train_as_written_ones_do(changes):
+    """To rounding; the time for compiling stands apart, and evaluation counts every expert's load."""
+    base = tiny(changes, {"train.steps": 20, "train.precision": "bf16", "model.dropout": 0.0, "train.eval_every": 10})
+    written, compiled = (fit(base.override({"train.compile": c}), progress=False) for c in (False, "auto"))
+    assert compiled.status == "done" and compiled.provenance["compiled"] and compiled.metrics["compile_seconds"] > 1
+    assert compiled.metrics["training_seconds"] < compiled.metrics["compile_seconds"]
+    assert compiled.metrics["val_loss"] == pytest.approx(written.metrics["val_loss"], rel=0.02)
+    if changes:
+        for load in compiled.curves["val_expert_load"]["value"]:
+            assert [sum(layer) for layer in load] == [sum(load[0])] * len(load) and sum(load[0]) > 0

@@ -94,7 +94,7 @@ def metrics_text(
 def cmd_train(args):
     from kimi_nb.model import check_shard, first_rank_first, joined, rank_and_size
     from kimi_nb.runner import run_one
-    from kimi_nb.train import fit
+    from kimi_nb.train import TrainOptions, fit
 
     run = chosen_run(args)
     if run.train.steps == 0:
@@ -108,25 +108,24 @@ def cmd_train(args):
         rank, ranks = rank_and_size()
         if args.shard:
             check_shard(run.train.compile is True, run.train.precision)
-        options = dict(
+        options = TrainOptions(
             device=device,
             threads=args.threads,
             progress=not args.quiet,
             on_step=tracker(args, run, rank == 0),
+            shard=args.shard,
         )
-        if args.shard:
-            options["shard"] = True
         if args.out:
             folder = Path(args.out)
-            record = fit(run, folder, resume=not args.fresh, **options)
+            record = fit(run, folder, options, resume=not args.fresh)
         else:
             store = results_store(args)
             if ranks == 1:
-                record = run_one(run, store, args.name, **options)
+                record = run_one(run, store, args.name, options)
             else:
                 with first_rank_first():
                     place = store.begin(run, args.name)
-                record = fit(run, place, **options)
+                record = fit(run, place, options)
             folder = store.folder(run.run_id)
     if rank > 0:
         return 0

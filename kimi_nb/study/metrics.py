@@ -102,6 +102,7 @@ COST = (
     Metric("step_seconds", "time per step", "s", "lower", 4, "median, warm-up left out"),
     Metric("seconds", "training time", "s", "lower", 1, "wall time with evaluation"),
     Metric("training_seconds", "training time", "s", "lower", 1, "sum of the steps' times"),
+    Metric("compile_seconds", "compile time", "s", "lower", 1, "before the steps' clock, where layers are compiled"),
     Metric("inference_tokens_per_second", "inference speed", "tokens/s", "higher", 0, "decoding with a cache, batch 1"),
     Metric("peak_memory_mb", "peak memory", "MiB", "lower", 0, "of the whole process, or of the GPU's allocator"),
     Metric("peak_memory_bytes", "peak memory", "bytes", "lower", 0, "of the whole process, or of the GPU's allocator"),

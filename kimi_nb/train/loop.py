@@ -62,7 +62,7 @@ from .journal import Journal, Writer, disk_of
 from .optim import describe_groups
 from .trainer import Trainer
 
-# %% ../../nbs/train/08_loop.ipynb #cfe536cf
+# %% ../../nbs/train/08_loop.ipynb #5641ce45
 @dataclass(frozen=True)
 class TrainOptions:
     "How a run is trained: nothing here changes what is asked."
@@ -78,6 +78,8 @@ class TrainOptions:
     deterministic: bool = False  # the same bits each time on a GPU too, or a refusal; False: the environment's word
 
     def __post_init__(self):
+        if self.threads is not None and self.threads < 1:
+            raise TrainError(f"threads {self.threads} is out of range: at least 1")
         if self.weights not in ("last", "none"):
             raise TrainError(f"weights {self.weights!r} is unknown: one of last, none")
         if self.keep < 1:
