@@ -1,10 +1,12 @@
 """The store under what happens to it: kills, other writers, full and read-only disks, edits by hand, damaged files."""
 
+import ast
 import errno
 import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,9 +23,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+import kimi_nb.study.folder
 import kimi_nb.study.ledger
-from kimi_nb.config import KimiError, RunConfig
-from kimi_nb.study import RESERVED, Arm, Record, RecordError, Store, Study, seal, unseal
+from kimi_nb.config import FileError, KimiError, RunConfig
+from kimi_nb.study import (
+    RESERVED,
+    Arm,
+    Record,
+    RecordError,
+    RunBusy,
+    RunFolder,
+    Store,
+    Study,
+    canonical,
+    digest_of,
+    read_sealed,
+    seal,
+    unseal,
+    write_sealed,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 BASE = RunConfig().override({"train.steps": 50})
@@ -328,7 +346,10 @@ def test_curves_have_steps_of_their_own(tmp_path):
 
 
 def test_a_table_of_a_thousand_runs_takes_little_more_than_reading_their_files(tmp_path):
-    """About a second; in turns with reading them, since other programs share the machine. Records are put down without the store, whose writes wait for the disk."""
+    """About a second; in turns with reading them, since other programs share the machine.
+
+    Records are put down without the store, whose writes wait for the disk.
+    """
     config = BASE.model_dump(mode="json")
     for i in range(1000):
         folder = tmp_path / "experiments" / f"norm_{i:012x}"
@@ -1050,3 +1071,158 @@ def test_the_code_hash_is_the_same_in_another_process():
     from kimi_nb.study import hash_definitions, training_files
 
     assert shown == hash_definitions(training_files())
+
+
+# --- what strangers send ------------------------------------------------------------------------------------------
+
+
+def sent(path: Path, *lines: dict) -> Path:
+    """A file of records as `export` would have written it, whatever the lines hold."""
+    body = "".join(canonical(line) + "\n" for line in lines)
+    head = dict(format="kimi_nb records 1", records=len(lines), studies=0, checksum=digest_of(body))
+    path.write_text(json.dumps(head) + "\n" + body)
+    return path
+
+
+def record_line(**changes) -> dict:
+    fields = {**RECORD.to_dict(), **changes}
+    return dict(name="x", record={**fields, "digest": digest_of(fields)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(config={**RECORD.config, "seed": "<img src=x onerror=alert(1)>"}), ("config.seed", "not a number")),
+        (dict(config={**RECORD.config, "train": {"lr": "<b>"}}), ("config.train.lr", "not a number")),
+        (dict(provenance=dict(code_hash=[1])), ("provenance.code_hash", "type str")),
+        (dict(provenance=dict(device={"a": 1}, git="x")), ("provenance.device", "type str")),
+        (dict(provenance=dict(error=5)), ("provenance.error", "type str")),
+    ],
+)
+def test_a_record_whose_values_are_of_other_kinds_is_refused(tmp_path, changes, words):
+    """Text where a run has a number, or a list where a table expects text, never enters a store."""
+    store = Store(tmp_path / "s")
+    with refused("line 2", *words):
+        store.import_records(sent(tmp_path / "records.jsonl", record_line(**changes)))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_that_no_file_can_be_named_for_is_refused_before_anything_is_written(tmp_path):
+    definition = {**study().to_dict(), "name": "x" * 300}
+    file = sent(tmp_path / "records.jsonl", record_line(), dict(study=definition, rows=[]))
+    with refused("line 3", "300 characters", "at most"):
+        Store(tmp_path / "s").import_records(file)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_unpacks_to_more_than_any_export_is_refused(tmp_path, monkeypatch):
+    """A small file that unpacks to gigabytes is read up to a limit; one that is no export, to its first line."""
+    import kimi_nb.study.store
+
+    monkeypatch.setattr(kimi_nb.study.store, "LARGEST", 1 << 20)
+    plain = sent(tmp_path / "records.jsonl", record_line()).read_bytes()
+    for name, data, words in (
+        ("bomb.gz", gzip.compress(plain + b" " * (2 << 20)), "more than 1 MB"),
+        ("zeros.gz", gzip.compress(bytes(8 << 20)), "not a file of exported records"),
+        ("long.jsonl", plain + b" " * (2 << 20), "more than 1 MB"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with refused(name, words):
+            Store(tmp_path / "s").import_records(tmp_path / name)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.timeout(20)
+def test_what_never_ends_is_no_file(tmp_path):
+    """A pipe that nobody writes to, and a device: refused at once, whatever a shell puts in the place of a file."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/full")):
+        with refused(str(place), "no ordinary file"):
+            Store(tmp_path / "s").import_records(place)
+
+
+def test_an_import_that_fails_has_changed_nothing(tmp_path, monkeypatch):
+    """The disk is full when the last of three records is written: none is there, and nothing is left behind."""
+    there, incoming = Store(tmp_path / "a"), Store(tmp_path / "b")
+    fill(there)
+    there.export(tmp_path / "records.jsonl")
+    incoming.put(result(BASE.override(seed=9)))
+    before, written = contents(tmp_path / "b"), []
+    real = kimi_nb.study.folder.write_file
+
+    def full(path, *more, **how):
+        written.append(path)
+        if len(written) > 8:
+            raise FileError(f"{path} cannot be written (No space left on device)", OSError(errno.ENOSPC, "full"))
+        return real(path, *more, **how)
+
+    monkeypatch.setattr(kimi_nb.study.folder, "write_file", full)
+    with refused("No space left"):
+        incoming.import_records(tmp_path / "records.jsonl")
+    monkeypatch.undo()
+    assert contents(tmp_path / "b") == before and incoming.verify() == []
+    assert incoming.import_records(tmp_path / "records.jsonl")["added"] == 6
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_start(tmp_path):
+    """Half an import, a half-written record and study; a file that a living process is at stays."""
+    store = Store(tmp_path)
+    folder = store.put(result(BASE))
+    store.record_study(study())
+    half = tmp_path / ".import-999999999" / "x_0123456789ab"
+    half.mkdir(parents=True)
+    left = [half / "half", folder / ".result.json.999999999.tmp", tmp_path / "studies" / ".norm.json.999999999.tmp"]
+    mine = tmp_path / f".paper.md.{os.getpid()}.tmp"
+    for path in (*left, mine):
+        path.write_text("half")
+    assert Store(tmp_path).verify() == [] and all(path.exists() for path in left)  # looking changes nothing
+    Store(tmp_path).rebuild()
+    assert [path for path in (*left, half.parent, mine) if path.exists()] == [mine]
+
+
+@pytest.mark.parametrize("folder", ["speed", "benchmarks"])
+def test_measurements_beside_the_runs_are_verified(tmp_path, folder):
+    """What was timed or scored is sealed as a record is; an edit, or a file without a seal, is named."""
+    store = Store(tmp_path)
+    store.put(result(BASE))
+    write_sealed(tmp_path / folder / "a.json", dict(seconds=0.25, score=float("nan")))
+    assert store.verify() == [] and read_sealed(tmp_path / folder / "a.json") == dict(seconds=0.25, score=None)
+    file = tmp_path / folder / "a.json"
+    file.write_text(file.read_text().replace("0.25", "0.20"))
+    (tmp_path / folder / "b.json").write_text('{"seconds": 0.25}')
+    changed, unsealed = store.verify()
+    assert "a.json was changed" in changed and "b.json has no digest" in unsealed
+
+
+# --- one owner of a run's folder -----------------------------------------------------------------------------------
+
+
+def test_one_module_spells_the_names_of_a_runs_files():
+    """`RunFolder` knows how the files of a run are called; models of transformers have a config.json of their own."""
+    names = ("result.json", "metrics.jsonl", "training_log.txt", ".code_hash", "config.json")
+    others = {"config.json": {"use/deepseek.py", "evals/harness.py"}}
+    for name in names:
+        spelled = set()
+        for path in (REPO / "kimi_nb").rglob("*.py"):
+            strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+            if any(isinstance(s, str) and re.search(rf"(^|/){re.escape(name)}$", s) for s in strings):
+                spelled.add(path.relative_to(REPO / "kimi_nb").as_posix())
+        assert spelled - others.get(name, set()) == {"study/folder.py"}, name
+
+
+def test_a_run_has_one_lock(tmp_path):
+    """Whoever trains in a folder of a store holds the lock that plans ask for, and a plan's lock keeps `fit` out."""
+    store = Store(tmp_path)
+    folder = RunFolder(store.begin(BASE, "x"))
+    with folder.lock():
+        with store.lock(BASE.run_id, wait=False) as held:
+            assert not held
+        assert store.run_folder(BASE.run_id).status() == "running" and not folder.busy()
+        with RunFolder(folder, shares=folder).lock():
+            pass
+        with store.lock(BASE.run_id, wait=False) as held:
+            assert not held  # leaving the inner one has not freed it
+    with store.lock(BASE.run_id) as held, pytest.raises(RunBusy):
+        assert held
+        with folder.lock():
+            pass

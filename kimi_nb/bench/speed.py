@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import KimiError, RunConfig, write_file, writing
+from ..config import KimiError, RunConfig, writing
 from ..stats import COLORS, LINES, MARKERS, axis_label, compare, need, panels, short_number, styled
-from ..study import code_hash
+from ..study import code_hash, read_sealed, write_sealed
 
 # %% ../../nbs/bench/01_speed.ipynb #88178ee7
 class SpeedError(KimiError):
@@ -61,16 +61,11 @@ def remembered(
 
     def kept():
         try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):
+            found = read_sealed(file)
+        except KimiError:  # none, or altered: it is measured again
             return None
-        return (
-            found
-            if isinstance(found, dict)
-            and found.get("identity") == json.loads(json.dumps(identity))
-            and "value" in found
-            else None
-        )
+        asked = json.loads(json.dumps(identity))
+        return found if found.get("identity") == asked and "value" in found else None
 
     if found := kept():
         return found["value"]
@@ -81,15 +76,8 @@ def remembered(
             if found := kept():
                 return found["value"]
             value = json.loads(json.dumps(make()))
-            write_file(
-                file,
-                json.dumps(
-                    dict(identity=identity, value=value, made=datetime.now(timezone.utc).isoformat(timespec="seconds")),
-                    indent=1,
-                    sort_keys=True,
-                ),
-                sync=False,
-            )
+            made = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            write_sealed(file, dict(identity=identity, value=value, made=made))
     return value
 
 # %% ../../nbs/bench/01_speed.ipynb #a70649ce

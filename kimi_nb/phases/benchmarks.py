@@ -129,13 +129,13 @@ def score_runs(
     from kimi_nb.evals import score_tasks
 
     from kimi_nb.evals import load_any
-    from kimi_nb.config import write_json
+    from kimi_nb.study import write_sealed
 
     results, samples = {}, {}
     for run_id in frame[frame["status"] == "done"]["run_id"]:
         r = score_tasks(*load_any(store.folder(run_id)), tasks, data_dir, limit)
         results[run_id], samples[run_id] = r, r.samples
-        write_json(store.path / "benchmarks" / f"{run_id}.json", dict(r))
+        write_sealed(store.path / "benchmarks" / f"{run_id}.json", dict(r))
     return results, samples
 
 

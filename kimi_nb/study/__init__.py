@@ -20,13 +20,15 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     folder="""
         EXPERIMENTS JournalReader LOCKS RUN_FOLDER RunBusy RunFiles RunFolder RunPlace StoreError
-        journal_line list_folder pretty read_stored readable_name record_beside
+        journal_line list_folder pretty read_sealed read_stored readable_name record_beside
+        remove_if_left write_sealed
     """,
     ledger="""
-        Ledger Runs RunsBase gives_way in_order read_manifest same_comparison
+        Ledger Runs RunsBase gives_way in_order read_manifest same_comparison why_aside
+        with_more_seeds
     """,
     store="""
-        Store
+        LARGEST MEASURED Store
     """,
     metrics="""
         COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
