@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from .record import Record, code_hash, plain, seal, unseal
+from .code import code_hash
+from .record import Record, plain, seal, unseal
 
 from ..config import KimiError, RunConfig, fsync, write_file, writing
 
@@ -261,7 +262,7 @@ class RunFiles(RunPlace):
         if not self.config_file.exists() or read_stored(self.config_file) != text:
             write_file(self.config_file, text, sync=False)
         if not self.code_file.exists():
-            write_file(self.code_file, (code or code_hash()) + "\n", sync=False)
+            write_file(self.code_file, (code or code_hash(run)) + "\n", sync=False)
 
     def read_config(self) -> RunConfig:
         "What is trained here.  Raises: ConfigError that names the file."

@@ -26,7 +26,8 @@ from kimi_nb.study.folder import (
     remove_if_left,
 )
 from .arms import Study
-from .record import Record, code_hash, digest_of, seal, unseal
+from .code import code_hash
+from .record import Record, digest_of, seal, unseal
 
 from ..config import KimiError, RunConfig, near, write_file, writing
 
@@ -189,10 +190,10 @@ class Runs(RunsBase):
             if old is not None:
                 if old.stale or not _final(old):
                     folder.set_aside(why_aside(old))
-            elif began is not None and began != code_hash():
+            elif began is not None and began != code_hash(run):
                 mark = re.sub(r"[^0-9a-z]", "0", began).ljust(8, "0")[:8]
                 folder.set_aside(f"stale-{mark}")
-            folder.write_config(run, code_hash())
+            folder.write_config(run, code_hash(run))
             return folder.path
 
     def get(
