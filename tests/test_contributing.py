@@ -34,6 +34,20 @@ def recipes() -> dict[str, list[tuple[str, str, str]]]:
     }
 
 
+def whole_notebook(text: str) -> dict:
+    """The notebook of a block whose cells are divided by `# %%`."""
+    cells = []
+    for i, part in enumerate(re.split(r"^# %%", text, flags=re.M)[1:]):
+        kind, _, body = part.partition("\n")
+        cell = dict(cell_type="code", id=f"toy-{i:02d}", metadata={}, execution_count=None, outputs=[])
+        if "markdown" in kind:
+            cell = dict(cell_type="markdown", id=f"toy-{i:02d}", metadata={})
+            body = re.sub(r"^# ?", "", body, flags=re.M)
+        cells.append(cell | dict(source=body.strip("\n").splitlines(keepends=True)))
+    spec = dict(display_name="python3", language="python", name="python3")
+    return dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)
+
+
 class Copy:
     """A copy of the checkout, and what CONTRIBUTING tells one to do in it."""
 
@@ -88,6 +102,10 @@ class Copy:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
+        if place == "new":
+            assert not path.exists(), f"CONTRIBUTING makes {name}, which is there"
+            path.write_text(json.dumps(whole_notebook(text), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
         notebook = json.loads(path.read_text(encoding="utf-8"))
         sources = ["".join(c["source"]) for c in notebook["cells"]]
         if kind == "diff":
@@ -130,7 +148,7 @@ def test_recipes_name_notebooks_and_cells_that_exist():
     for title, blocks in recipes().items():
         for kind, where, text in blocks:
             name, _, place = where.partition(" ")
-            if not name.endswith(".ipynb"):
+            if not name.endswith(".ipynb") or place == "new":
                 continue
             sources = ["".join(c["source"]) for c in json.loads((REPO / name).read_text(encoding="utf-8"))["cells"]]
             wanted = (

@@ -16,8 +16,9 @@ __getattr__, __dir__, __all__ = lazily(
         tokenizer_folder
     """,
     schema="""
-        AttentionConfig DataConfig FFNConfig KimiConfig MoEConfig ModelConfig NEUTRAL NormConfig
-        OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig data_identity deciding
+        AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig MoEConfig ModelConfig
+        NEUTRAL Needs NormConfig OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig
+        data_identity deciding mla_sizes needs sleeping
     """,
     profile="""
         LIKE PHASES Profile load_profile profile_names settings_path

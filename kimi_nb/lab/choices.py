@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.schema import _mla_sizes
+from ..config import mla_sizes
 
 from ..config import PRESETS, Config, ConfigError, RunConfig
 
@@ -173,7 +173,7 @@ def change(
             raise
         missing = {
             f"model.attention.{k}": v
-            for k, v in _mla_sizes(run.model.d_model, run.model.n_heads).items()
+            for k, v in mla_sizes(run.model.d_model, run.model.n_heads).items()
             if getattr(run.model.attention, k) is None
         }
         if not missing:
