@@ -179,7 +179,7 @@ def studies(
 def speed_runs(
     profile: Profile,
 ) -> dict:  # (arm, context) -> RunConfig
-    "What is measured alone: every kernel and kind at every context of `attention.train.seq_len`, with the base run's tokens per step."
+    "What is measured alone: every kernel and kind at every context, with the base run's tokens per step."
     arms = [
         *(kernel_arm(profile, k) for k in KERNELS),
         *(
@@ -251,7 +251,7 @@ def analyse(
     study,  # as it was run
     costs,  # of `measured`
 ) -> tuple:
-    "The frame with targets, the training comparisons with the baseline and with eager, the speed comparisons with eager."
+    "The frame with targets, comparisons with the baseline and with eager, and of speed with eager."
     import pandas as pd
 
     from kimi_nb.bench import speed_comparison
@@ -383,8 +383,9 @@ TEXTS = {
 }
 FORMS.update(
     {
-        "attention.memory": "At {context} tokens the step with eager adds {eager:.0f} MiB, with {kernel} {fused:.0f} MiB, "
-        "{less:.0%} less; the peaks of the whole process are {eager_peak:.0f} and {fused_peak:.0f} MiB.",
+        "attention.memory": "At {context} tokens the step with eager adds {eager:.0f} MiB, with {kernel} "
+        "{fused:.0f} MiB, {less:.0%} less; the peaks of the whole process are {eager_peak:.0f} and {fused_peak:.0f} "
+        "MiB.",
         "attention.cache": "At {context} tokens the cache of one sequence holds {mla:,.0f} bytes against {mha:,.0f}, "
         "a factor of {factor:.2f}; it writes {mla_rate:.0f} tokens/s against {mha_rate:.0f}.",
     }

@@ -7,7 +7,6 @@ __all__ = ['ABOUT', 'TIERS', 'TEXTS', 'study', 'studies', 'score_runs', 'score_t
            'score_along', 'along_figure', 'judge']
 
 # %% ../../nbs/phases/09_benchmarks.ipynb #6c83b03c
-import json
 import math
 
 from ..config import Profile
@@ -143,7 +142,7 @@ def score_table(
     frame,  # of the study
     results,  # of `score_runs`
 ):
-    "One row a run: the score of each task that was scored, of the tinyworld halves together, and the overall score per million parameters and per hour."
+    "One row a run: each task's score, that of the tinyworld halves, and the overall one by size and by time."
     import pandas as pd
 
     from kimi_nb.evals import overall_score
@@ -281,7 +280,7 @@ def score_along(
     limit=None,  # items of each task
     data_dir=None,  # folder of local rows
 ):  # run_id, seed, step, task, score, chance; one row a task and checkpoint
-    "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0 and its final model the end."
+    "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0, its final model the end."
     import pandas as pd
     from kimi_nb.evals import score_tasks
 
@@ -292,7 +291,8 @@ def score_along(
     rows, done = [], frame[frame["run_id"].isin(results)]
     for r in done[done["arm"] == "trained"].to_dict("records"):
         start = done[(done["arm"] == "untrained") & (done["seed"] == r["seed"])]["run_id"]
-        found = {0: results[i] for i in start} | {int(r["steps"]): results[r["run_id"]]}
+        found = dict.fromkeys([0], results[start.iloc[-1]]) if len(start) else {}
+        found[int(r["steps"])] = results[r["run_id"]]
         for place in checkpoints(store.folder(r["run_id"]) / "checkpoints"):
             whose = dict(
                 run=r["run_id"],
@@ -303,7 +303,10 @@ def score_along(
                 data_dir=str(data_dir),
             )
             found[whose["step"]] = remembered(
-                store, "benchmarks-along", whose, lambda: dict(score_tasks(*load_any(place), tasks, data_dir, limit))
+                store,
+                "benchmarks-along",
+                whose,
+                lambda place=place: dict(score_tasks(*load_any(place), tasks, data_dir, limit)),
             )
         for step, scored in sorted(found.items()):
             for task in tasks:

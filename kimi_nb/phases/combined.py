@@ -259,8 +259,8 @@ FORMS.update(
     {
         "combined.never": "None of the {runs} runs with all parts reached the baseline's final loss; they trained for "
         "{seconds:.1f} s, the baseline for {baseline:.1f} s.",
-        "combined.at-once": "All {runs} runs with all parts were below the baseline's final loss after {seconds:.1f} s, "
-        "the baseline after {baseline:.1f} s.",
+        "combined.at-once": "All {runs} runs with all parts were below the baseline's final loss after "
+        "{seconds:.1f} s, the baseline after {baseline:.1f} s.",
         "combined.memory": "Training adds {best:.1f} MiB against {baseline:.1f} MiB, {change:+.1%}.",
         "combined.memory-peak": "Training adds {best:.1f} MiB against {baseline:.1f} MiB, {change:+.1%}. The whole "
         "process peaked at {best_peak:.0f} against {baseline_peak:.0f} MiB.",

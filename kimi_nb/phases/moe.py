@@ -8,6 +8,8 @@ __all__ = ['ABOUT', 'ROUTERS', 'LABELS', 'METRICS', 'LOAD', 'BALANCE', 'QUALITY'
            'load_curve', 'recounted', 'bias_reach', 'judge']
 
 # %% ../../nbs/phases/04_moe.ipynb #bfaeed81
+import re
+
 from ..config import Profile
 from ..stats import claim, comparisons, with_targets
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study, factor_settings
@@ -110,7 +112,7 @@ def router_delta(
     scaling: float | None = None,  # routed_scaling_factor; none is the base run's
     shared: bool | None = None,  # with a shared expert at equal cost; none: all but `standard`
 ) -> dict:  # dotted name -> value
-    "What a router of this size changes in the base run; routed and shared experts together cost what the routed ones of `standard` do."
+    "What a router of this size changes in the base run; its active experts cost what those of `standard` do."
     sizes = {"model.moe.n_experts": n_experts, "model.moe.top_k": top_k, "model.moe.routed_scaling_factor": scaling}
     sizes = {k: v for k, v in sizes.items() if v is not None}
     resized = profile.model_copy(update=dict(base=profile.base.override(sizes)))
@@ -222,7 +224,7 @@ def contrasts(
     frame,  # of a study
     study,  # as it was run
 ):
-    "One comparison a metric; of load among arms that have experts, so that the controls do not count in its correction."
+    "One comparison a metric; of load among arms with experts, so that the controls do not count in its correction."
     import pandas as pd
 
     return pd.concat(
@@ -380,7 +382,7 @@ def _around(sizes):
     "Arms with fewer and with more experts than the baseline at its top-k."
 
     def read(name):
-        return tuple(int(part.strip("top- experts")) for part in name.split(","))
+        return tuple(int(number) for number in re.findall(r"\d+", name))
 
     experts, top_k = read(sizes["baseline"].iloc[0])
     names = [name for name in sizes["arm"].unique() if read(name)[1] == top_k]

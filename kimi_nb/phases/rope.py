@@ -153,7 +153,7 @@ def past_context(
 ) -> list[
     dict
 ]:  # factor, yarn, context, losses: nats per token along a span of four contexts, in parts of a sixteenth of one
-    "How a trained model fares in longer windows, plain and with YaRN; empty where the test text is shorter than four contexts."
+    "How a trained model fares in longer windows, plain and with YaRN; empty where the test text is too short."
     from kimi_nb.data import prepare
     from kimi_nb.model import KimiModel
     from kimi_nb.train import load_model, pick_device
@@ -188,7 +188,7 @@ def past_contexts(
     store,  # with the study's records and checkpoints
     study,  # as it was run
     max_tokens: int,  # of test text that each model scores
-):  # a row per run, factor and YaRN: loss, ppl; `test_loss` past the trained context (all of it at factor 1); losses by part
+):  # a row per run, factor and YaRN: loss, ppl; `test_loss` past the trained context; losses by part
     "`past_context` of every finished run whose weights are still there; what was scored once is kept."
     import numpy as np
     import pandas as pd
@@ -211,7 +211,7 @@ def past_contexts(
             bins=BINS,
         )
         for found in remembered(
-            store, "past_context", identity, lambda: past_context(folder, max_tokens, r["precision"])
+            store, "past_context", identity, lambda folder=folder, r=r: past_context(folder, max_tokens, r["precision"])
         ):
             losses = np.array(found["losses"])
             windows = losses.reshape(-1, len(losses) * found["factor"] // max(FACTORS_OF_LENGTH))  # (windows, parts)
@@ -256,7 +256,7 @@ def position_figure(
     past,  # of `past_contexts`
     block="",  # which block
 ):  # matplotlib Figure
-    "What the longest windows change, by position: loss minus that of the same tokens in windows of the trained context; mean over seeds, band from lowest to highest."
+    "Loss by position in the longest windows, minus that of the same tokens in windows of the trained context."
     import numpy as np
 
     data = past[past["block"] == block]
@@ -358,7 +358,7 @@ def analyse(
 def theta_effect_by_context(
     frame,  # of the study
     study,  # as it was run
-):  # a row of `compare`: the shortest context as baseline, the longest as arm, the effect of the largest theta as the metric; None with one context
+):  # a row of `compare`: the effect of the largest theta at the longest context against the shortest; None with one
     "Whether the effect of the largest theta differs between the longest and the shortest context, paired by seed."
     import pandas as pd
 

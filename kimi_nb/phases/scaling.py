@@ -11,7 +11,6 @@ import math
 
 from ..config import Profile
 from .baseline import chance_bpb
-from .combined import with_costs
 from ..stats import FORMS, StatsError, capital, claim, compare, fit_power_law
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study, not_testable
 
@@ -111,7 +110,7 @@ def base_run(
     profile: Profile,
 ):  # RunConfig
     "The base run with Muon, at the first learning rate of the grid."
-    grid = lambda key, default=None: profile.grid("scaling", key, default)[0]  # noqa: E731
+    grid = lambda key, default=None: profile.grid("scaling", key, default)[0]
     return profile.base.override(
         {
             "train.optimizer.name": "muon",
@@ -128,9 +127,9 @@ def studies(
 ) -> list[Study]:
     "What this phase runs."
     base, by_size, ref, n = base_run(profile), sizes(profile), reference(profile), profile.n_seeds("scaling")
-    more = lambda key: profile.grid("scaling", key)  # noqa: E731
+    more = lambda key: profile.grid("scaling", key)
     common = dict(phase="scaling", base=base, question_ids=("scaling",))
-    smallest, *larger = by_size
+    smallest = next(iter(by_size))
     found = [
         Study(
             name="scaling",
@@ -296,7 +295,7 @@ def dynamics(
     curves,  # of the store, with val_loss
     arm: str,  # the reference size
     share: float = 0.1,  # returns have diminished where an interval gains less than this share of the first
-):  # (DataFrame: seed, step, loss, gain per 1000 steps, share of the first gain; the step from which on returns have diminished, or None)
+):  # (table: seed, step, loss, gain per 1000 steps, share of the first gain; step of diminished returns or None)
     "The returns of training, interval by interval."
     import pandas as pd
 
@@ -325,7 +324,7 @@ def dynamics(
 def transfer(
     frame,  # of the study `scaling-lr`
     metric: str = "val_loss",  # tuning looks at validation
-):  # DataFrame, one row per size: its best rate, its loss there, its loss at the smallest size's best rate, and the regret
+):  # one row per size: its best rate, its loss there and at the smallest size's best rate, and the regret
     "How well the best learning rate of the smallest size serves the others."
     import pandas as pd
 

@@ -190,7 +190,7 @@ def _lost(runs):
 
 # %% ../../nbs/stats/04_comparison.ipynb #1acf8659
 def _one_arm(part, names, lost, places, numbers):
-    "One row: `names` holds arm, block, baseline and metric, `part` the values of the block, seeds down and arms across."
+    "One row: `names` has arm, block, baseline and metric, `part` the block's values, seeds down and arms across."
     arm, block, baseline = names["arm"], names["block"], names["baseline"]
     x, y = part[baseline].to_numpy(), part[arm].to_numpy()
     both = ~(np.isnan(x) | np.isnan(y))
