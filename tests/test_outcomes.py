@@ -4,12 +4,12 @@ import ast
 import json
 from pathlib import Path
 
-import kimi_nb.plan.run
 import numpy as np
 import pandas as pd
 import pytest
 from tiny import Workplace, in_process, settings_text
 
+import kimi_nb.plan.run
 from kimi_nb.cli import main
 from kimi_nb.config import load_profile
 from kimi_nb.stats import FORMS, claim, compare, decide, judge, plots, say, to_target, with_late
@@ -75,7 +75,7 @@ def test_no_field_of_a_finding_holds_its_sentence():
 
 
 def test_another_language_changes_no_finding_and_no_number_of_a_table(monkeypatch, tmp_path):
-    """`say` is the only place that knows English: with another one the stored outcome is the same to the byte, words and numbers too."""
+    """Only `say` knows English: with another one the stored outcome is the same to the byte, words and numbers too."""
 
     def tables():
         table = plots.findings_table([found(), found(0.05)])
@@ -93,9 +93,9 @@ def test_another_language_changes_no_finding_and_no_number_of_a_table(monkeypatc
     assert all("gegen" in sentence for sentence in other[3]) and english[3] != other[3]
 
 
-@pytest.mark.parametrize("wing", ["stats", "phases", "plan", "lab"])
+@pytest.mark.parametrize("wing", ["stats", "phases", "plan", "lab", "report"])
 def test_nothing_parses_a_sentence(wing):
-    """No regular expression and no string method that takes text apart is given what `say` said, or a `sentence`."""
+    """No regular expression and no method that takes text apart is given what `say` said, or a `sentence`."""
     apart = {"search", "match", "fullmatch", "sub", "split", "findall", "finditer", "partition", "startswith", "find"}
     wrong = []
     for file in sorted((REPO / "kimi_nb" / wing).glob("*.py")):
@@ -175,7 +175,7 @@ def test_a_form_that_nobody_knows_is_still_said():
 
 
 def test_runs_that_never_got_there_count_alike_everywhere():
-    """One definition of steps to a target: a run that did not arrive counts with its whole length, and the verdict says how many."""
+    """A run that did not arrive counts with its whole length, in means and tests; the finding says how many."""
     frame = pd.DataFrame(
         [
             dict(arm=arm, block="", seed=seed, status="done", steps=300, steps_to_target=steps)

@@ -1,4 +1,4 @@
-"""Figures: what they must say, that they are the same bytes each time, and that they leave the caller's settings alone."""
+"""Figures: what they must say, the same bytes each time, the caller's settings left alone."""
 
 import itertools
 import os
@@ -171,11 +171,57 @@ def test_the_front_holds_what_nothing_beats():
     assert not plots.front([np.nan, 1], [1, 1])[0]
 
 
+def test_no_head_of_a_table_is_a_raw_column_name():
+    result = compare(made_up(), "test_bpb", "base", margin=0.01)
+    frame = result.assign(of_first=0.5, saved_per_million=0.1, p_next=0.2, active_non_embedding_parameters=10)
+    heads = plots.table(frame).columns
+    assert [head for head in heads if "_" in head] == [] and len(set(heads)) == len(heads)
+    assert "active parameters without embeddings" in heads and "nats saved per million parameters" in heads
+    assert {row[list(heads).index("metric")] for row in plots.table(frame).rows} == {"test bits per byte"}
+
+
+def test_one_far_effect_does_not_squeeze_the_others():
+    """An effect ten times the others' leaves the frame with an arrow, and its number stands at the side."""
+    rows = [
+        dict(
+            arm=arm,
+            baseline="none",
+            metric="test_bpb",
+            diff=diff,
+            ci_low=diff - 0.02,
+            ci_high=diff + 0.02,
+            p=0.01,
+            n=48,
+        )
+        for arm, diff in dict(optimizer=-0.36, attention=-0.02, norm=0.01, routing=0.015).items()
+    ]
+    ax = plots.forest(pd.DataFrame(rows)).axes[0]
+    left, right = ax.get_xlim()
+    assert -0.1 < left < -0.04 and 0.035 < right < 0.1
+    assert "off the axis" in texts(ax.figure) and any(text.startswith("−0.3600") for text in texts(ax.figure))
+    arrows = [line for line in ax.lines if line.get_marker() == "<"]
+    assert len(arrows) == 1 and np.isclose(arrows[0].get_xdata()[0], left)
+
+
+def test_the_bars_of_an_interaction_are_the_designs_own_error():
+    """A third factor's large effect is no error of the two that are drawn: the half-width is the model's."""
+    rng = np.random.default_rng(0)
+    cells = itertools.product(("ln", "rms"), ("mha", "mla"), ("adamw", "muon"), range(5))
+    rows = [
+        dict(norm=a, attention=b, optimizer=c, seed=s, status="done", test_bpb=2 - (c == "muon") + rng.normal(0, 0.01))
+        for a, b, c, s in cells
+    ]
+    found = pictures.cell_intervals(pd.DataFrame(rows), "test_bpb", ("norm", "attention"), ["optimizer"])
+    assert (found["n"] == 10).all() and found["half"].between(0.003, 0.012).all()
+    blind = pictures.cell_intervals(pd.DataFrame(rows), "test_bpb", ("norm", "attention"))
+    assert (blind["half"] > 0.2).all()  # the third factor left in
+
+
 def test_tables_round_and_show_what_is_missing():
     result = compare(made_up(), "test_bpb", "base")
     out = plots.table(result, ["arm", "block", "diff", "p_adj", "verdict"])
     rows = [line.strip("| ").split(" | ") for line in out.splitlines()]
-    assert len(rows) == 2 + len(result) and rows[0] == ["arm", "block", "diff", "p_adj", "verdict"]
+    assert len(rows) == 2 + len(result) and rows[0] == ["arm", "block", "difference", "p (corrected)", "verdict"]
     gone = next(r for r in rows if r[:2] == ["mla", "1024"])
     assert gone[2:4] == ["—", "—"] and gone[4] == "not testable here"
     assert out._repr_markdown_() == out
@@ -204,7 +250,10 @@ def test_a_figure_that_cannot_be_drawn_says_why_in_one_line(draw):
 
 
 def test_figures_need_no_screen():
-    code = "from kimi_nb.stats import power_curve; from kimi_nb.stats import save; import tempfile; print(save(power_curve(), tempfile.mkdtemp() + '/p')[0].stat().st_size > 1000)"
+    code = (
+        "from kimi_nb.stats import power_curve, save; import tempfile; "
+        "print(save(power_curve(), tempfile.mkdtemp() + '/p')[0].stat().st_size > 1000)"
+    )
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.strip()

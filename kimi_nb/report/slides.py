@@ -80,7 +80,8 @@ def largest_pair(
 
 def _pair(e):
     first, second = largest_pair(e)["term"].split(":")
-    return interaction(e.factorial[0], first, second, "test_bpb")
+    others = [factor for factor in e.crossed if factor not in (first, second)]
+    return interaction(e.factorial[0], first, second, "test_bpb", others)
 
 
 def redrawn(

@@ -30,11 +30,12 @@ __getattr__, __dir__, __all__ = lazily(
         correlations factorial fit_power_law more_seeds pairing_gain two_level
     """,
     plots="""
-        BANDS COLORS LINES MARKERS P_COLUMNS STYLE Table Tables WORD_COLORS axis_label
-        findings_table finished forest front heatmap ink level_label loss_curves lr_sensitivity need
-        panels pareto save styled table
+        BANDS COLORS FAR HEADS LINES MARKERS OF_ITS_ROW P_COLUMNS STYLE Table Tables WORD_COLORS
+        axis_label better_arrow column_head error_band findings_table finished forest frame_of front
+        heatmap ink level_label look loss_curves lr_sensitivity need panels pareto save styled table
     """,
     pictures="""
-        correlation_matrix expert_load factorial_effects interaction power_curve scaling_fit spectra
+        cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve
+        scaling_fit spectra
     """,
 )

@@ -536,7 +536,7 @@ def _law_remarks(law, sizes, need, offset, least):
     notes = []
     if need == len(sizes):
         notes.append(f"{need} numbers from {need} sizes: the law passes through them and is not tested")
-    if law.alpha > 4.9 or law.alpha < 2e-3 or (offset and law.E < 1e-6 * least):
+    if law.alpha > 4.9 or law.alpha < 2e-3 or (offset and 1e-6 * least > law.E):
         notes.append("a limit of the fit was reached: the sizes do not determine the law")
     return notes
 
