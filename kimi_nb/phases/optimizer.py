@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'OPTIMIZERS', 'LABELS', 'ORIGINAL_RATES', 'METRICS', 'CLAIMS', 'optimizer_delta', 'study',
-           'rate_study', 'variants', 'studies', 'at_edge', 'update_spectra', 'optimizer_state_bytes', 'censored',
+           'rate_study', 'variants', 'studies', 'regrets', 'update_spectra', 'optimizer_state_bytes', 'censored',
            'analyse', 'speedups', 'clip_report', 'judge']
 
 # %% ../../nbs/phases/05_optimizer.ipynb #e71b4815
 from ..config import Profile
-from ..runner import TUNING_SEED
+from ..runner import TUNING_SEEDS, Tuning
 from ..stats import FORMS, claim, comparisons, with_targets
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study
 
@@ -90,9 +90,9 @@ def optimizer_delta(
     **settings,  # of train.optimizer
 ) -> dict:  # dotted name -> value
     "What training with this optimizer changes in the base run."
-    wanted = {"train.optimizer.name": name, "train.lr": profile.lr(name) if rate is None else rate} | {
-        f"train.optimizer.{k}": v for k, v in settings.items()
-    }
+    wanted = profile.optimizer(name) | {f"train.optimizer.{k}": v for k, v in settings.items()}
+    if rate is not None:
+        wanted["train.lr"] = rate
     return _base(profile).differing(wanted)
 
 
@@ -100,9 +100,8 @@ def study(
     profile: Profile,
 ) -> Study:
     "Every optimizer at its tuned rate."
-    arms = [
-        Arm(name, optimizer_delta(profile, name), f"{LABELS[name]}, lr {profile.lr(name):g}") for name in OPTIMIZERS
-    ]
+    names = profile.grid("optimizer", "train.optimizer.name", OPTIMIZERS)
+    arms = [Arm(name, optimizer_delta(profile, name), f"{LABELS[name]}, lr {profile.lr(name):g}") for name in names]
     return Study(
         name="optimizer",
         phase="optimizer",
@@ -141,7 +140,7 @@ def rate_study(
         base=_base(profile),
         arms=arms,
         baseline=arms[0].name,
-        seeds=(TUNING_SEED,),
+        seeds=TUNING_SEEDS[:1],
         metric="val_loss",
     )
 
@@ -188,23 +187,15 @@ def studies(
     return [s for s in (study(profile), rate_study(profile), *variants(profile)) if s]
 
 # %% ../../nbs/phases/05_optimizer.ipynb #1f677ecd
-def at_edge(
-    frame,  # of the tuning study
+def regrets(
+    tuning: Tuning,  # of the profile
 ) -> dict[str, str]:  # optimizer -> sentence
-    "Which optimizers were best at the end of their grid, so that the comparison may do them wrong."
-    done, found = frame[(frame["status"] == "done") & frame["val_loss"].notna()], {}
-    for name, part in frame.groupby("train.optimizer.name", sort=False):
-        mean, tried = (
-            done[done["train.optimizer.name"] == name].groupby("train.lr")["val_loss"].mean(),
-            part["train.lr"],
-        )
-        if not len(mean) or tried.nunique() < 2:
-            continue
-        best = float(mean.idxmin())
-        if best in (tried.min(), tried.max()):
-            end = "lowest" if best == tried.min() else "highest"
-            found[name] = f"{LABELS.get(name, name)} was best at {best:g}, the {end} rate it was tried at."
-    return found
+    "What a finer search might still gain an optimizer, where it is worth a word: over a thousandth of a nat."
+    return {
+        name: f"{LABELS.get(name, name)} might gain {choice.regret:.4f} nats at values between those tried."
+        for name, choice in tuning.choices.items()
+        if choice.point and choice.regret > 1e-3
+    }
 
 # %% ../../nbs/phases/05_optimizer.ipynb #961cdc55
 def update_spectra(
@@ -399,7 +390,7 @@ def judge(
     comparison,  # from `analyse`, against Adam
     against_adamw,  # the same against AdamW
     clips,  # from `clip_report`
-    edges=None,  # from `at_edge`
+    edges=None,  # from `regrets`
     timing=(),  # sentences of `speed_caveats`
 ) -> list[Finding]:
     "H4 on steps, RQ4 on quality, stability and time, and what MuonClip was."

@@ -65,7 +65,7 @@ STYLE = {
 def styled(
     draw,  # function that returns a matplotlib Figure
 ):  # the same function; matplotlib is imported when it is called
-    "Draw in seaborn's white grid and the project's colours; leave the caller's settings and pyplot's figures as they were."
+    "Draw in seaborn's white grid and our colours; leave the caller's settings and pyplot's figures as they were."
 
     @functools.wraps(draw)
     def wrapped(*args, **kw):
