@@ -384,7 +384,7 @@ def measure(
     identity = dict(
         format=1,
         machine=machine,
-        code=code_hash(),
+        code=sorted({code_hash(run) for run in runs.values()}),
         steps=steps,
         warmup=warmup,
         what=sorted(what),

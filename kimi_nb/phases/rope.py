@@ -205,7 +205,7 @@ def past_contexts(
             format=2,
             run=r["run_id"],
             digest=store.get(r["run_id"]).digest,
-            code=code_hash(),
+            code=code_hash(store.get(r["run_id"]).config),
             tokens=max_tokens,
             factors=FACTORS_OF_LENGTH,
             bins=BINS,
