@@ -269,14 +269,14 @@ def api_index() -> str:
     lessons = [lesson for chapter in course(NBS).values() for lesson in chapter if lesson.module]
     lines = []
     for lesson in lessons:
-        module, doc = lesson.module, f"/{lesson.path.relative_to(NBS).with_suffix('').as_posix()}"
+        module, page = lesson.module, f"../{lesson.path.relative_to(NBS).as_posix()}"  # the page itself is in howto/
         parsed, exported, _ = exports(module)
         found = [n for n in parsed.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in exported]
         if found:
             lines += [
                 f"## `kimi_nb.{module}`",
                 "",
-                f"{{doc}}`{lesson.title} <{doc}>`",
+                f"[{lesson.title}]({page})",
                 "",
                 "| name | what it is |",
                 "|---|---|",
@@ -318,6 +318,12 @@ def code_cells(notebook: dict) -> list[dict]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+def shows(source: str) -> bool:
+    """Whether a cell ends in an expression, so that it would show something."""
+    body = ast.parse(source).body
+    return bool(body) and isinstance(body[-1], ast.Expr)
+
+
 def restore(notebook: dict, executed: dict) -> int:
     """Give cells the outputs of an executed copy where they still do the same; how many visible ones have changed."""
     ran = code_cells(executed)
@@ -329,7 +335,7 @@ def restore(notebook: dict, executed: dict) -> int:
             cell["outputs"] = by_meaning[now]["outputs"]
         elif now and tidy(cell, NBS / "phases"):
             former = by_id.get(cell.get("id"))
-            changed += former is None or bool(former["outputs"])
+            changed += bool(former["outputs"]) if former else shows("".join(cell["source"]))
     return changed
 
 
