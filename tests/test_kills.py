@@ -118,7 +118,7 @@ def kill_a_run(tmp_path, kills, steps, seed, train=train):
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    """A run killed at random moments and started again ends with the weights, metrics and log lines of one that was never stopped."""
+    """Killed at random moments and started again, a run ends with the weights, metrics and lines of an unbroken one."""
     kill_a_run(tmp_path, kills=3, steps=60, seed=0)
 
 
@@ -192,7 +192,7 @@ def compare_stores(whole, broken, study):
 
 
 def test_a_killed_plan_ends_with_the_same_records(tmp_path):
-    """A plan with two workers, killed (itself or a worker) at random moments, ends with every record once and the weights of an unbroken one."""
+    """Two workers, they or their plan killed at random moments: every record once, with an unbroken one's weights."""
     kill_a_plan(tmp_path, kills=3, seeds=1, steps=80, seed=3)
 
 
@@ -203,7 +203,7 @@ def test_a_plan_killed_twenty_times_ends_with_the_same_records(tmp_path):
 
 
 def test_a_killed_worker_is_replaced(tmp_path):
-    """A worker that is killed while the plan lives is replaced; its run goes on from its checkpoint, the other worker's is not disturbed."""
+    """A worker killed while the plan lives is replaced: its run goes on, the other's is not disturbed."""
     study = small_study(1, 600, save_every=40)
     process = start(plan, study, tmp_path / "s", 2)
     store = Store(tmp_path / "s")
@@ -282,11 +282,9 @@ def test_a_stopped_plan_saves_and_says_how_to_go_on(tmp_path, number):
     assert process.returncode == 130
     assert err.count("\n") == 1 and "run the same command again to go on" in err, err
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    begun = [
-        f
-        for f in place.results.glob("experiments/*")
-        if not (f / "result.json").exists() and "starts at" in (f / "training_log.txt").read_text()
-    ]
+    unfinished = [f for f in place.results.glob("experiments/*") if not (f / "result.json").exists()]
+    logs = [f / "training_log.txt" for f in unfinished]  # none where the stop came before the first step
+    begun = [log.parent for log in logs if log.exists() and "starts at" in log.read_text()]
     assert begun and all(list((f / "checkpoints").glob("step_*")) for f in begun)
 
 

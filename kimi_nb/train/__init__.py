@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazily(
         LOAD_POINTS Trainer counted_load pick_micro_batch with_vocabulary
     """,
     journal="""
-        Journal Writer disk_of known_part parse_journal
+        Journal Lines Writer disk_of known_part parse_journal
     """,
     loop="""
         Interrupted Session TrainOptions advance curve_metrics evaluate_now finish_run fit

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['DTYPES', 'autocast', 'ids_on', 'score_windows', 'eval_batch', 'held_out_scores']
 
-# %% ../../nbs/train/04_evaluate.ipynb #3ffbbe69
+# %% ../../nbs/train/04_evaluate.ipynb #bfc7da9b
 import contextlib
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 

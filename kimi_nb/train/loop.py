@@ -85,7 +85,7 @@ class TrainOptions:
         if self.keep < 1:
             raise TrainError(f"keep {self.keep} is out of range: at least 1 checkpoint, or the run could not go on")
 
-# %% ../../nbs/train/08_loop.ipynb #7b4a0d1c
+# %% ../../nbs/train/08_loop.ipynb #291f5f1f
 def run_identity(
     run: RunConfig,
     data: TokenData,
@@ -93,7 +93,19 @@ def run_identity(
     "What a checkpoint must agree in to be gone on from."
     return dict(run_id=run.run_id, fingerprint=data.fingerprint, code_hash=code_hash(run))
 
+# %% ../../nbs/train/08_loop.ipynb #687cb703
+def _begin() -> dict:
+    "The state of a run that has not begun."
+    return dict(
+        step=0,
+        seconds=0.0,
+        compile_seconds=0.0,
+        threads=torch.get_num_threads(),
+        deterministic=True,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
+# %% ../../nbs/train/08_loop.ipynb #1106471d
 class Session:
     "A run under way: what every part of the loop needs."
 
@@ -141,18 +153,6 @@ class Session:
         "Since the run began, in all the processes that took part."
         return self.before + time.perf_counter() - self.clock
 
-
-def _begin() -> dict:
-    "The state of a run that has not begun."
-    return dict(
-        step=0,
-        seconds=0.0,
-        compile_seconds=0.0,
-        threads=torch.get_num_threads(),
-        deterministic=True,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
 # %% ../../nbs/train/08_loop.ipynb #760f8640
 def advance(session: Session) -> dict:
     "Take a step; the line that says what it gave."
@@ -183,7 +183,7 @@ def evaluate_now(session: Session) -> dict:
         session.status = "diverged"
     return scores
 
-# %% ../../nbs/train/08_loop.ipynb #8ff687ad
+# %% ../../nbs/train/08_loop.ipynb #b7607578
 def _state(session: Session) -> dict:
     "What a checkpoint says beside its tensors."
     trainer, run = session.trainer, session.run
@@ -200,9 +200,9 @@ def _state(session: Session) -> dict:
         seconds=session.seconds(),
     )
 
-
+# %% ../../nbs/train/08_loop.ipynb #866f7ee5
 def _copies(tensors: dict) -> dict:
-    "Of every tensor, on the host: the next step changes the originals."
+    "Of every tensor, on the host."
     copied = {}
     for group, named in tensors.items():
         copied[group] = {name: t.to("cpu", copy=True) for name, t in named.items()}
@@ -390,7 +390,7 @@ def size_metrics(session: Session) -> dict:
         found["diverged_at_step"] = session.step
     return found
 
-# %% ../../nbs/train/08_loop.ipynb #97461f6b
+# %% ../../nbs/train/08_loop.ipynb #e90c1134
 def curve_metrics(session: Session) -> dict:
     "What the journal's columns come to."
     column = session.journal.column
@@ -407,7 +407,7 @@ def curve_metrics(session: Session) -> dict:
         found["qk_max_logit"] = float(np.max(column("qk_max_logit")))
     return found
 
-
+# %% ../../nbs/train/08_loop.ipynb #afc20728
 def time_metrics(session: Session) -> dict:
     "How long it took; the first tenth of the steps is left out of a step's time."
     times = session.journal.column("seconds")
@@ -513,7 +513,7 @@ def _keep(session: Session, record: Record, tensors: dict):
         for old in checkpoints(folder.checkpoints):
             shutil.rmtree(old)
 
-# %% ../../nbs/train/08_loop.ipynb #b3f00e07
+# %% ../../nbs/train/08_loop.ipynb #45a31b3f
 @contextlib.contextmanager
 def _alone(folder: RunFolder):
     "One process at a time trains in a folder; the system frees the lock when its holder dies."
@@ -527,7 +527,7 @@ def _alone(folder: RunFolder):
             raise TrainError(str(e)) from None
         yield
 
-
+# %% ../../nbs/train/08_loop.ipynb #793bc2b9
 @contextlib.contextmanager
 def _threads(n: int):
     "Within it PyTorch has so many threads, or as many as a checkpoint asks for; as before afterwards."
@@ -540,7 +540,7 @@ def _threads(n: int):
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
 
-# %% ../../nbs/train/08_loop.ipynb #2f9ebe32
+# %% ../../nbs/train/08_loop.ipynb #817395ac
 def _result(folder: RunFolder, run: RunConfig) -> Record | None:
     "The record that is there already.  Raises: TrainError for that of another run or of other code."
     record = folder.read_result()
@@ -550,7 +550,7 @@ def _result(folder: RunFolder, run: RunConfig) -> Record | None:
         f"{folder.path} holds the record of another run or of other code ({record.run_id}): name another folder"
     )
 
-
+# %% ../../nbs/train/08_loop.ipynb #6f130a4e
 def _same_settings(folder: RunFolder, run: RunConfig):
     "Raises: TrainError where an unfinished run of other settings lies."
     if not checkpoints(folder.checkpoints):
@@ -630,7 +630,7 @@ def _train(session: Session, stop) -> Record:
         take_steps(session, stop)
         return finish_run(session, memory())
 
-# %% ../../nbs/train/08_loop.ipynb #355395b6
+# %% ../../nbs/train/08_loop.ipynb #b816332c
 _AS_USUAL = TrainOptions()
 
 
@@ -664,7 +664,7 @@ def fit(
     with deterministically(options.deterministic or deterministic_asked(), options.device):
         return _fit_in(folder if isinstance(folder, RunFolder) else RunFolder(folder), run, options, resume)
 
-
+# %% ../../nbs/train/08_loop.ipynb #7ba00a3e
 def _fit_in(folder: RunFolder, run: RunConfig, options: TrainOptions, resume: bool) -> Record:
     "`fit` in a folder."
     pick_device(options.device)

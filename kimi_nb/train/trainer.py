@@ -287,7 +287,18 @@ def _shaped(numbers: list, shape):
         return numbers if shape else numbers[0]
     return [numbers[i : i + shape[1]] for i in range(0, len(numbers), shape[1])]
 
-# %% ../../nbs/train/06_trainer.ipynb #11bdd8b4
+# %% ../../nbs/train/06_trainer.ipynb #8ebbc839
+def _as_line(numbers: dict, lr: float) -> dict:
+    "What a step says, in the order of the journal."
+    line = dict(train_loss=numbers.pop("train_loss"), grad_norm=numbers.pop("grad_norm"), lr=lr)
+    if "clip" in numbers:
+        n_clipped, max_logit, min_gamma = numbers.pop("clip")
+        line |= dict(qk_clipped_heads=int(n_clipped), qk_max_logit=max_logit, qk_min_gamma=min_gamma)
+    if "expert_load" in numbers:
+        numbers["expert_load"] = [[int(n) for n in layer] for layer in numbers["expert_load"]]
+    return line | numbers
+
+# %% ../../nbs/train/06_trainer.ipynb #af5a9da5
 class _Steps(_Retries):
     "Steps."
 
@@ -340,6 +351,10 @@ class _Steps(_Retries):
         if step == 0 or (step + 1) % max(1, self.run.train.steps // LOAD_POINTS) == 0:
             asked.add("expert_load", counts)
 
+# %% ../../nbs/train/06_trainer.ipynb #58787e99
+class _WarmUp(_Steps):
+    "What happens once, before the first step."
+
     def warm_up(self) -> float:  # seconds
         "Compile what a step compiles, before the clock of the steps starts; nothing is learnt and nothing is drawn."
         if not self.compiled:
@@ -354,20 +369,9 @@ class _Steps(_Retries):
         self._start_over(random)
         return time.perf_counter() - start
 
-
-def _as_line(numbers: dict, lr: float) -> dict:
-    "What a step says, in the order of the journal."
-    line = dict(train_loss=numbers.pop("train_loss"), grad_norm=numbers.pop("grad_norm"), lr=lr)
-    if "clip" in numbers:
-        n_clipped, max_logit, min_gamma = numbers.pop("clip")
-        line |= dict(qk_clipped_heads=int(n_clipped), qk_max_logit=max_logit, qk_min_gamma=min_gamma)
-    if "expert_load" in numbers:
-        numbers["expert_load"] = [[int(n) for n in layer] for layer in numbers["expert_load"]]
-    return line | numbers
-
-# %% ../../nbs/train/06_trainer.ipynb #2fdf12fa
-class Trainer(_Steps):
-    "Model, optimizer and data of one run, and how they take a step."
+# %% ../../nbs/train/06_trainer.ipynb #900893f2
+class _Scores(_WarmUp):
+    "Scores on held-out text."
 
     def evaluate(
         self,
@@ -413,6 +417,10 @@ class Trainer(_Steps):
                 count.copy_(before)
 
         return compute
+
+# %% ../../nbs/train/06_trainer.ipynb #6c1beb5f
+class Trainer(_Scores):
+    "Model, optimizer and data of one run, and how they take a step."
 
     def tensors(self) -> tuple[dict, dict]:
         """What a checkpoint holds: tensors by file, and JSON-able state.
