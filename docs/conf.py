@@ -320,7 +320,10 @@ def code_cells(notebook: dict) -> list[dict]:
 
 def shows(source: str) -> bool:
     """Whether a cell ends in an expression, so that it would show something."""
-    body = ast.parse(source).body
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic line
+        return True
     return bool(body) and isinstance(body[-1], ast.Expr)
 
 

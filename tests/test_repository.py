@@ -164,7 +164,7 @@ def test_only_the_title_is_a_heading_of_the_first_level(path):
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, REPO / "nbs" / "index.ipynb"], ids=name_of)
 def test_links_of_a_notebook_lead_somewhere(path):
-    """Relative links of the prose name files that are there, so no page of the site and no lesson points into the void."""
+    """Relative links of the prose name files that are there, so no page and no lesson points into the void."""
     wrong = []
     for cell in cells(path, "markdown"):
         prose = re.sub(r"^```.*?^```|`[^`]*`|\$\$.*?\$\$", "", source(cell), flags=re.M | re.S)

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazily(
         table_markdown to_html to_markdown to_typst typst_head write_document
     """,
     evidence="""
-        Evidence ReportError abouts said span_of with_arrival
+        Compared Evidence OnMachines Ran ReportError abouts machine_name said span_of with_arrival
     """,
     tables="""
         BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES
