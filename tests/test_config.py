@@ -84,6 +84,7 @@ WALK = {
     "train.compile": ({}, True),
     "train.eval_every": ({}, 1),
     "train.eval_tokens": ({}, 64),
+    "train.test_tokens": ({}, 64),
     "train.save_every": ({}, 1),
     "train.optimizer.name": ({}, "adam"),
     "train.optimizer.weight_decay": ({}, 1.0),
@@ -122,6 +123,7 @@ def tiny(changes=()):
         "train.steps": 4,
         "train.batch_size": 4,
         "train.eval_tokens": 200,
+        "train.test_tokens": 200,
         "train.lr": 1e-2,
     }
     return RunConfig().changed(base | dict(changes))

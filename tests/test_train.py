@@ -37,6 +37,7 @@ TINY = {
     "train.steps": 8,
     "train.batch_size": 4,
     "train.eval_tokens": 300,
+    "train.test_tokens": 300,
     "train.lr": 1e-2,
 }
 KIMI = {
@@ -231,7 +232,7 @@ def test_the_record_and_the_folder(tmp_path):
 
 
 def test_bits_per_byte_of_bytes_is_loss_in_bits(tmp_path):
-    m = fit(tiny({"train.eval_tokens": None}), progress=False).metrics
+    m = fit(tiny({"train.eval_tokens": None, "train.test_tokens": None}), progress=False).metrics
     assert m["test_bpb"] == pytest.approx(
         m["test_loss"] / math.log(2), rel=0.02
     )  # only the ends of documents are no bytes
@@ -467,7 +468,7 @@ def test_a_step_waits_for_the_device_once(name, fires, monkeypatch):
 
 def test_evaluation_asks_the_device_once(monkeypatch):
     """However many batches there are."""
-    run = tiny({"train.eval_tokens": None})
+    run = tiny({"train.eval_tokens": None, "train.test_tokens": None})
     data, asked, real = prepare(run.data), [], torch.Tensor.tolist
     model = Trainer(run, data, pick_device("cpu")).model
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(tuple(self.shape)) or real(self))

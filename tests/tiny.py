@@ -11,7 +11,7 @@ import nbformat
 RUN = {
     "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 2, "model.d_ff": 32, "model.max_seq_len": 32,
     "data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60,
-    "train.batch_size": 4, "train.steps": 12, "train.eval_every": 6, "train.eval_tokens": 256, "train.save_every": 3, "train.lr": 1e-3, "train.warmup_steps": 0,
+    "train.batch_size": 4, "train.steps": 12, "train.eval_every": 6, "train.eval_tokens": 256, "train.test_tokens": 256, "train.save_every": 3, "train.lr": 1e-3, "train.warmup_steps": 0,
 }  # fmt: skip
 
 SETTINGS = "[tiny]\nbudget_minutes = 1\nmax_epochs = 1000\nseeds = 2\nmodel.attention.kv_lora_rank = 8\nmodel.attention.qk_nope_head_dim = 4\nmodel.attention.qk_rope_head_dim = 4\nmodel.attention.v_head_dim = 8\nmodel.moe.d_expert = 16\n"

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazily(
     single="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
         cmd_data cmd_eval cmd_generate cmd_trace cmd_train converse metrics_text print_pieces
-        score_number score_tasks score_text tracker
+        print_task_scores score_number score_text tracker
     """,
     many="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN_METRICS', 'SAMPLING', 'add_train', 'add_setting_named', 'tracker', 'metrics_text', 'cmd_train',
-           'add_trace', 'cmd_trace', 'add_eval', 'cmd_eval', 'score_number', 'score_text', 'score_tasks',
+           'add_trace', 'cmd_trace', 'add_eval', 'cmd_eval', 'score_number', 'score_text', 'print_task_scores',
            'add_generate', 'print_pieces', 'converse', 'cmd_generate', 'add_data', 'cmd_data']
 
 # %% ../../nbs/cli/02_single.ipynb #8bd754fd
@@ -185,7 +185,7 @@ def add_eval(commands, with_settings: bool = True):
 
 def cmd_eval(args):
     if args.tasks:
-        score_tasks(args)
+        print_task_scores(args)
         return
     for name in ("data_dir", "limit", "batch_size"):
         if getattr(args, name) is not None:
@@ -230,17 +230,17 @@ def score_text(
     return scores
 
 
-def score_tasks(args):
+def print_task_scores(args):
     "Benchmarks: a table, or JSON; a task that cannot be scored says why."
     from kimi_nb.evals import load_any, overall_score, pick_tasks
-    from kimi_nb.evals import score_tasks
+    from kimi_nb.evals import print_task_scores
     from kimi_nb.train import pick_device
 
     pick_tasks(args.tasks)
     if given_settings(args, "data.") or args.seq_len:
         raise KimiError("--data settings and --seq-len belong to held-out text, not to --tasks: leave one of them out")
     model, tokenizer = load_any(args.checkpoint, pick_device(args.device))
-    results = score_tasks(model, tokenizer, args.tasks, args.data_dir, args.limit, args.batch_size)
+    results = print_task_scores(model, tokenizer, args.tasks, args.data_dir, args.limit, args.batch_size)
     overall = overall_score(results)
     if args.json:
         print(json.dumps(dict(checkpoint=str(args.checkpoint), tasks=results, overall=overall), indent=1))

@@ -369,7 +369,15 @@ class OptimizerConfig(Config):
 
 # %% ../../nbs/config/04_schema.ipynb #ea660893
 _Rate, _DECAY = Annotated[Float, Field(ge=0)], needs("schedule", "cosine", "linear")
-_UNTRAINED = ("steps", "seq_len", "precision", "eval_tokens", "batch_size", "micro_batch_size")  # what scoring reads
+_UNTRAINED = (
+    "steps",
+    "seq_len",
+    "precision",
+    "eval_tokens",
+    "test_tokens",
+    "batch_size",
+    "micro_batch_size",
+)  # what scoring reads
 
 
 class TrainConfig(Config):
@@ -387,7 +395,10 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     compile: bool | Literal["auto"] = False  # torch.compile, a layer at a time; auto: on CUDA
     eval_every: Count = 0  # steps between evaluations; 0 only at the end
-    eval_tokens: Positive | None = None  # held-out tokens scored, spread over the split; none is all
+    eval_tokens: Positive | None = None  # validation tokens scored, spread over the split; none is all
+    test_tokens: Annotated[Positive | None, Field(json_schema_extra={"neutral": True})] = (
+        None  # scored once; none is all
+    )
     save_every: Count = 0  # steps between checkpoints; 0 only at the end
     optimizer: OptimizerConfig = OptimizerConfig()
 

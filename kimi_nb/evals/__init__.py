@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazily(
         specialisation token_kind token_losses worst_documents worst_tokens
     """,
     counts="""
-        CONSTANTS COUNTED Table as_numbers count_baselines count_table interpolated looked_up
+        CONSTANTS COUNTED CountTable as_numbers count_baselines count_table interpolated looked_up
         scored_pairs table_losses trained_windows
     """,
 )

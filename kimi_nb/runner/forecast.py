@@ -101,7 +101,17 @@ def _shape_key(run, *more):
 
     machine = f"{platform.node()}/{platform.processor() or platform.machine()}/{torch.cuda.get_device_name() if torch.cuda.is_available() else os.cpu_count()}/{'/'.join(map(str, more))}/{torch.__version__}"
     shape = run.model_dump(mode="json")
-    for name in ("steps", "lr", "min_lr", "warmup_steps", "eval_every", "eval_tokens", "save_every", "schedule"):
+    for name in (
+        "steps",
+        "lr",
+        "min_lr",
+        "warmup_steps",
+        "eval_every",
+        "eval_tokens",
+        "test_tokens",
+        "save_every",
+        "schedule",
+    ):
         del shape["train"][name]
     return hashlib.sha256(
         json.dumps([machine, shape["model"], shape["train"], shape["data"]["tokenizer"]], sort_keys=True).encode()
@@ -187,7 +197,8 @@ def predict_seconds(
     def seconds(run):
         k, t = key(run), run.train
         step = known.get(k, flops[k] / rate)
-        scored = (t.eval_tokens or 60_000) * ((t.steps // t.eval_every if t.eval_every else 1) + 1)
+        scored = (t.eval_tokens or 60_000) * (t.steps // t.eval_every if t.eval_every else 1)
+        scored += t.test_tokens or 60_000
         return 0.5 + 1.1 * t.steps * step + step / 3 * scored / run.tokens_per_step
 
     return {run.run_id: seconds(run) for run in runs}
@@ -211,7 +222,8 @@ def expect_h100(
             known[shape] = step_flops(run, _vocab(run))
         t, step = run.train, known[shape]
         seconds = max(step / (H100["flops"] * H100["utilisation"]), H100["step"])
-        scored = (t.eval_tokens or 60_000) * ((t.steps // t.eval_every if t.eval_every else 1) + 1)
+        scored = (t.eval_tokens or 60_000) * (t.steps // t.eval_every if t.eval_every else 1)
+        scored += t.test_tokens or 60_000
         found[run.run_id] = step * t.steps, t.steps * seconds + seconds / 3 * scored / run.tokens_per_step
     return found
 

@@ -378,14 +378,14 @@ class _Scores(_WarmUp):
         split: str,  # val or test
     ) -> dict[str, float]:
         "Loss, perplexity, bits per byte and accuracy; `expert_load` (L, E) where there are experts."
-        data = self.data
+        data, train = self.data, self.run.train
         with self._undisturbed(), counted_load(self.moe.values()) as load:
             scores = held_out_scores(
                 self.model,
                 getattr(data, split),
                 self.run.seq_len,
                 bytes_of(data, split),
-                max_tokens=self.run.train.eval_tokens,
+                max_tokens=train.test_tokens if split == "test" else train.eval_tokens,
                 precision=self.precision,
                 idle=self._idle(load) if self.shard else None,
             )
