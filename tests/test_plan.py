@@ -68,7 +68,7 @@ def test_only_what_changed_is_executed_again(place, capsys):
     call(capsys, *PLAN)
     for change in (
         (place.results / "notebooks" / "03_norm.ipynb").unlink,
-        lambda: place.phase("norm", then="# another line"),
+        lambda: place.phase("norm", then="another = 1"),
         (place.results / "phases" / "tiny" / "norm.json").unlink,
     ):
         change()
@@ -76,6 +76,72 @@ def test_only_what_changed_is_executed_again(place, capsys):
         assert code == 0 and executed(out) == ["norm"] and ", 0 to train" in out
         assert (place.results / "notebooks" / "03_norm.ipynb").exists()
     assert executed(call(capsys, *PLAN)[1]) == []
+
+
+def test_words_and_formatting_redo_nothing(place, capsys):
+    """A comment, other spacing, prose and hidden cells are not what a phase does; what it uses of the package is."""
+    import nbformat
+
+    call(capsys, *PLAN)
+    notebook = place.path / "nbs" / "phases" / "03_norm.ipynb"
+    node = nbformat.read(notebook, as_version=4)
+    node.cells[1].source = "# a word\n" + node.cells[1].source.replace("[Finding(", "[ Finding(")
+    node.cells += [nbformat.v4.new_markdown_cell("More prose."), nbformat.v4.new_code_cell("#| hide\nassert False")]
+    nbformat.write(node, notebook)
+    assert executed(call(capsys, *PLAN)[1]) == []
+
+
+def test_a_phase_is_redone_for_what_it_uses(tmp_path):
+    """The files behind a notebook's imports, through the faces of the wings, and those that these import."""
+    from kimi_nb.plan import used_files
+
+    uses = lambda text: {f"{file.parent.name}.{file.stem}" for file in used_files(text)}  # noqa: E731
+    found = uses("from kimi_nb.phases.norm import study\nfrom kimi_nb import KimiModel\nfrom kimi_nb.plan import open_phase")
+    assert {"phases.norm", "model.network", "config.base", "study.store"} <= found
+    assert not {name for name in found if name.split(".")[0] in ("report", "lab", "cli")}
+    assert uses("import math, json") == set() and "stats.plots" in uses("from kimi_nb.stats import plots")
+    assert "config.base" in uses("def f():\n    from kimi_nb.config import near")
+
+
+def test_phases_are_discovered(place, monkeypatch):
+    """In the order of their notebooks, with the modules they export; one that was never exported is named in a line."""
+    from kimi_nb.plan import PlanError, phases
+
+    assert list(phases()) == ["baseline", "norm"] and phases(["norm"])["norm"].__name__ == "kimi_nb.phases.norm"
+    with pytest.raises(PlanError, match="did you mean norm"):
+        phases(["nrm"])
+    (place.path / "nbs" / "phases" / "12_mine.ipynb").write_text("{}")
+    with pytest.raises(PlanError, match="has no module kimi_nb.phases.mine: run nbdev-export"):
+        phases()
+
+
+def test_the_plans_own_interpreter_and_package_execute(place, monkeypatch, tmp_path):
+    """Whatever kernel is called python3, in results whose name holds braces, and nothing is left in the temporary folder."""
+    import tempfile
+
+    monkeypatch.undo()
+    for k, v in place.environment().items():
+        monkeypatch.setenv(k, v)
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = dict(argv=["false", "{connection_file}"], display_name="Python 3", language="python")
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (temporary / "knb-999999999-left").mkdir()
+    seen = tmp_path / "seen.txt"
+    then = f"import sys, kimi_nb\nopen({str(seen)!r}, 'w').write(sys.executable + '\\n' + kimi_nb.__file__)"
+    notebook = place.phase("norm", then=then)
+    store = Store(tmp_path / "{seed} and {profile}")
+    from kimi_nb.config import load_profile
+    from kimi_nb.plan import execute_phase
+
+    outcome = execute_phase("norm", notebook, store, load_profile("tiny"))
+    assert [f.word for f in outcome.findings] == ["not testable here"]
+    assert seen.read_text().splitlines() == [sys.executable, str(REPO / "kimi_nb" / "__init__.py")]
+    assert (store.path / "notebooks" / "03_norm.ipynb").is_file() and not list(temporary.glob("knb-*"))
 
 
 def test_only_some_phases(place, capsys):

@@ -5,9 +5,10 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     run="""
-        ANALYSIS PlanError PlanReport check_grids check_parameters execute_phase phase_key
-        phase_notebooks phase_studies phases pick_phases plan_table reads_outcomes run_plan spoken
-        spoken_finding spoken_outcome summary takes_long time_by_part timing
+        ANALYSIS PlanError PlanReport check_grids check_kernel check_parameters execute_phase
+        kernel_command phase_key phase_notebooks phase_studies phases pick_phases plan_table
+        reads_outcomes run_plan spoken spoken_finding spoken_outcome summary takes_long time_by_part
+        timing used_files
     """,
     phase="""
         Phase open_phase

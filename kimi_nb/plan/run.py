@@ -5,16 +5,22 @@
 # %% auto #0
 __all__ = ['ANALYSIS', 'PlanError', 'spoken_outcome', 'spoken_finding', 'spoken', 'phase_notebooks', 'pick_phases',
            'phases', 'reads_outcomes', 'takes_long', 'check_grids', 'phase_studies', 'plan_table', 'check_parameters',
-           'execute_phase', 'time_by_part', 'phase_key', 'PlanReport', 'run_plan', 'timing', 'summary']
+           'execute_phase', 'kernel_command', 'check_kernel', 'time_by_part', 'used_files', 'phase_key', 'PlanReport',
+           'run_plan', 'timing', 'summary']
 
 # %% ../../nbs/plan/01_run.ipynb #d99e69b0
+import ast
 import contextlib
+import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
 import re
+import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +33,7 @@ from filelock import FileLock
 from ..config import KimiError, Profile, near, settings_path, write_file, writing
 from ..runner import distinct, first_tuning, pending, run_studies, share_of_cores, tuned
 from ..stats import say as words_of_finding
+from ..study import hash_definitions, without_docstrings
 from ..study import Finding, Outcome, Store, Study, outcomes_by_profile, read_outcome, write_outcome
 
 # %% ../../nbs/plan/01_run.ipynb #fccb10e3
@@ -107,15 +114,15 @@ def reads_outcomes(
 ) -> bool:
     "Whether a phase reads what the others left: it is executed last, and again when one of those was."
     about = getattr(phase, "ABOUT", None)
-    return about.needs_outcomes if about else bool(getattr(phase, "READS_OUTCOMES", False))
+    return bool(about and about.needs_outcomes)
 
 
 def takes_long(
     phase: ModuleType,
 ) -> bool:
-    "Whether a phase's notebook takes much longer than the others: it is begun first, so that nothing waits for it at the end."
+    "Whether a phase's notebook takes longest: it is begun first, so that nothing waits for it at the end."
     about = getattr(phase, "ABOUT", None)
-    return about.long if about else bool(getattr(phase, "TAKES_LONG", False))
+    return bool(about and about.long)
 
 
 def check_grids(
@@ -188,7 +195,7 @@ def plan_table(
             )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/plan/01_run.ipynb #f5df0d18
+# %% ../../nbs/plan/01_run.ipynb #3f8b30f9
 def check_parameters(
     notebook: Path,
     parameters: dict,  # that it will be given
@@ -197,22 +204,19 @@ def check_parameters(
     import nbformat
 
     try:
-        cells = [
-            (c.source, c.get("metadata", {}).get("tags") or []) for c in nbformat.read(notebook, as_version=4).cells
-        ]
+        cells = nbformat.read(notebook, as_version=4).cells
+        tagged = [str(c.source) for c in cells if "parameters" in (c.get("metadata", {}).get("tags") or [])]
     except Exception as e:  # nbformat has no error of its own for most of what can be wrong
         raise PlanError(f"{notebook} is no notebook: {' '.join(str(e).split())[:100]}") from None
-    tagged = [source for source, tags in cells if "parameters" in tags]
     if len(tagged) != 1:
         raise PlanError(f"{notebook} has {len(tagged)} cells tagged parameters: it needs exactly one")
-    known = set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", str(tagged[0]), re.M))
+    known = set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", tagged[0], re.M))
     for name in parameters:
         if name not in known:
-            raise PlanError(
-                f"{notebook} has no parameter {name!r}: its parameters cell sets {', '.join(sorted(known)) or 'nothing'}"
-            )
+            sets = ", ".join(sorted(known)) or "nothing"
+            raise PlanError(f"{notebook} has no parameter {name!r}: its parameters cell sets {sets}")
 
-
+# %% ../../nbs/plan/01_run.ipynb #bb22c8f9
 def execute_phase(
     phase: str,
     notebook: Path,
@@ -221,18 +225,19 @@ def execute_phase(
     seeds: int | None = None,  # runs per arm, instead of the profile's
     cwd=None,  # the kernel's working folder; none is the checkout
 ) -> Outcome:
-    """The outcome of a phase notebook executed with this profile; its executed copy is in `notebooks/` of the results folder.
+    """The outcome of a phase notebook executed with this profile; the executed copy is in `notebooks/` of the results.
 
     Raises: PlanError when it fails (naming the cell), or recorded another profile than it was given.
     """
     import nbformat
     from papermill.exceptions import PapermillExecutionError
 
-    parameters = dict(profile=profile.name, results=str(Path(store.path).resolve())) | (
-        dict(seeds=seeds) if seeds else {}
-    )
+    parameters = dict(profile=profile.name, results=str(Path(store.path).resolve()))
+    if seeds:
+        parameters["seeds"] = seeds
     check_parameters(notebook, parameters)
-    target, lock = Path(store.path) / "notebooks" / notebook.name, Path(store.path) / ".locks" / f"phase-{phase}.lock"
+    target = Path(store.path) / "notebooks" / notebook.name
+    lock = Path(store.path) / ".locks" / f"phase-{phase}.lock"
     with writing(target):
         for folder in (target.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,13 +246,13 @@ def execute_phase(
             try:
                 _execute(notebook, target, parameters, cwd or settings_path().parent)
             except PapermillExecutionError as e:
+                why = " ".join(str(e.evalue).split())[:300]
                 raise PlanError(
-                    f"phase {phase} failed in cell {e.exec_count}: {e.ename}: {' '.join(str(e.evalue).split())[:300]} (the executed notebook is {target})"
+                    f"phase {phase} failed in cell {e.exec_count}: {e.ename}: {why} (the executed notebook is {target})"
                 ) from None
             except (RuntimeError, nbformat.ValidationError) as e:
-                raise PlanError(
-                    f"phase {phase} could not be executed: {type(e).__name__}: {' '.join(str(e).split())[:200]} (as far as it came: {target})"
-                ) from None
+                why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                raise PlanError(f"phase {phase} could not be executed: {why} (as far as it came: {target})") from None
             after = outcomes_by_profile(store, phase)
     fresh = {name: outcome for name, outcome in after.items() if outcome.mark != before.get(name)}
     if not fresh:
@@ -259,14 +264,88 @@ def execute_phase(
         )
     return fresh[profile.name]
 
+# %% ../../nbs/plan/01_run.ipynb #d73fdb6b
+def kernel_command() -> tuple[list[str], dict[str, str]]:  # arguments, and what its environment has besides ours
+    "What starts a kernel of this interpreter with this package."
+    home = str(Path(importlib.import_module("kimi_nb").__file__).parents[1])
+    path = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH", "")) if part)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
+    return argv, {"PYTHONPATH": path.replace("$", "$$")}  # the value is a template to jupyter_client
 
+
+def _kernel_manager():
+    "The class of kernel managers that start `kernel_command`, whatever kernels are installed."
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self):
+            argv, env = kernel_command()
+            return KernelSpec(argv=argv, env=env, language="python", display_name="Python 3")
+
+    return OwnKernel
+
+
+def check_kernel():
+    "Raises: PlanError where this interpreter cannot start a kernel: better before the training than after."
+    if importlib.util.find_spec("ipykernel") is None:
+        raise PlanError(f"{sys.executable} has no ipykernel, which executes the notebooks: pip install ipykernel")
+
+
+def _tidy_folders():
+    "Remove the private folders of plans that were killed; their names hold the process."
+    import psutil
+
+    for folder in Path(tempfile.gettempdir()).glob("knb-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(path):
+    "A path for papermill, which takes braces in paths for parameters to fill in."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _execute(notebook, target, parameters, cwd):
+    "papermill, without what it would print: we report ourselves."
+    import logging
+
+    import nbformat
+    import papermill
+    from traitlets.config import Config as Traits
+
+    logging.getLogger("papermill").addHandler(logging.NullHandler())
+    _tidy_folders()
+    with tempfile.TemporaryDirectory(prefix=f"knb-{os.getpid()}-", ignore_cleanup_errors=True) as private:
+        place = f"{private}/k"
+        more = {}
+        if os.name == "posix" and len(place) < 90:  # a socket's path has at most about 100 characters
+            more["config"] = Traits(KernelManager=dict(transport="ipc", ip=place))
+        made = papermill.execute_notebook(
+            _plain(_shown(notebook, private)),
+            _plain(target),
+            parameters,
+            progress_bar=False,
+            log_output=False,
+            kernel_name="python3",  # for the translation of parameters; what is started is ours
+            kernel_manager_class=_kernel_manager(),
+            cwd=str(cwd),
+            **more,
+        )
+    made.metadata["papermill"]["input_path"] = str(notebook)
+    write_file(target, nbformat.writes(made) + "\n", sync=False)
+
+# %% ../../nbs/plan/01_run.ipynb #dffba289
 def _shown(notebook, folder):
-    "A copy of the notebook without its hidden cells: they test the phase's functions, which is nbdev-test's business."
+    "A copy of the notebook without its hidden cells, which test the phase's functions: nbdev-test's business."
     import nbformat
 
     node = nbformat.read(notebook, as_version=4)
     node.cells = [c for c in node.cells if not re.match(r"#\s*\|\s*hide\b", c.source)]
-    nbformat.write(node, copy := Path(folder) / Path(notebook).name)
+    copy = Path(folder) / Path(notebook).name
+    nbformat.write(node, copy)
     return copy
 
 
@@ -285,15 +364,19 @@ def time_by_part(
     import nbformat
 
     node = nbformat.read(notebook, as_version=4)
-    took = lambda meta: float((meta.get("papermill") or {}).get("duration") or 0.0)
     spent = dict.fromkeys([*ANALYSIS.values(), _CELLS], 0.0)
     for cell in node.cells:
-        spent[next((ANALYSIS[t] for t in cell.metadata.get("tags") or () if t in ANALYSIS), _CELLS)] += took(
-            cell.metadata
-        )
-    return spent | {_KERNELS: max(0.0, took(node.metadata) - sum(spent.values()))}
+        tags = cell.metadata.get("tags") or ()
+        part = next((ANALYSIS[tag] for tag in tags if tag in ANALYSIS), _CELLS)
+        spent[part] += _duration(cell.metadata)
+    return spent | {_KERNELS: max(0.0, _duration(node.metadata) - sum(spent.values()))}
 
 
+def _duration(metadata):
+    "Seconds that papermill noted."
+    return float((metadata.get("papermill") or {}).get("duration") or 0.0)
+
+# %% ../../nbs/plan/01_run.ipynb #e66258de
 @contextlib.contextmanager
 def _threads(kernels):
     "Kernels started within it share the cores: two that take them all wait for each other."
@@ -305,37 +388,6 @@ def _threads(kernels):
         yield
     finally:
         del os.environ["OMP_NUM_THREADS"]
-
-
-def _execute(notebook, target, parameters, cwd):
-    "papermill, with the kernel on sockets in a private folder: nobody else can listen, and there is nothing to warn of."
-    import logging
-
-    import nbformat
-    import papermill
-    from traitlets.config import Config as Traits
-
-    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it would print, we report ourselves
-    with tempfile.TemporaryDirectory(prefix="knb-", ignore_cleanup_errors=True) as private:
-        place = f"{private}/k"
-        own = (
-            dict(config=Traits(KernelManager=dict(transport="ipc", ip=place)))
-            if os.name == "posix" and len(place) < 90
-            else {}
-        )  # a socket's path has at most about 100 characters
-        made = papermill.execute_notebook(
-            str(_shown(notebook, private)),
-            str(target),
-            parameters,
-            progress_bar=False,
-            log_output=False,
-            kernel_name="python3",
-            cwd=str(cwd),
-            extra_arguments=["--log-level=50"],
-            **own,
-        )
-    made.metadata["papermill"]["input_path"] = str(notebook)
-    write_file(target, nbformat.writes(made) + "\n", sync=False)
 
 
 @contextlib.contextmanager
@@ -352,13 +404,85 @@ def _no_kernel_left():
                     child.kill()
         raise
 
-# %% ../../nbs/plan/01_run.ipynb #6313d4bb
-def _package_hash():
-    h, home = hashlib.sha256(), Path(importlib.import_module("kimi_nb").__file__).parent
-    for p in sorted(home.rglob("*.py")):
-        if p.parent.name != "phases":
-            h.update(p.name.encode() + p.read_bytes())
-    return h.hexdigest()
+# %% ../../nbs/plan/01_run.ipynb #5c5b60e7
+@functools.cache
+def _face(file):
+    "Name -> module, as the `__init__` of a wing hands its names on."
+    homes = {}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazily":
+            for keyword in node.keywords:
+                homes |= dict.fromkeys(ast.literal_eval(keyword.value).split(), keyword.arg)
+    return homes
+
+
+def _imports(source, module):
+    "(module, names) of every import in a text; `module` is the dotted name of the text."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            yield ".".join([*above, *([node.module] if node.module else [])]), tuple(a.name for a in node.names)
+
+
+def _homes(name, names, root):
+    "The files of the package that define what is imported from a module or a wing."
+    path = root.joinpath(*name.split("."))
+    if path.with_suffix(".py").is_file():
+        return {path.with_suffix(".py")}
+    if not (path / "__init__.py").is_file() or name.split(".")[0] != "kimi_nb":
+        return set()
+    found = set()
+    for wanted in names:
+        module = _face(path / "__init__.py").get(wanted, wanted)
+        inner = path / module
+        if (inner / "__init__.py").is_file() and module != wanted:
+            found |= _homes(f"{name}.{module}", (wanted,), root)
+        elif inner.with_suffix(".py").is_file():
+            found.add(inner.with_suffix(".py"))
+    return found
+
+
+def used_files(
+    source: str,  # of a notebook or a module
+    module: str = "",  # its dotted name
+) -> set[Path]:
+    "The files of the package that a text uses, and those that these use, down to the tensors."
+    root = Path(importlib.import_module("kimi_nb").__file__).parents[1]
+    found, waiting = set(), [(source, module)]
+    while waiting:
+        text, name = waiting.pop()
+        for imported, names in _imports(text, name):
+            for file in _homes(imported, names, root) - found:
+                found.add(file)
+                dotted = ".".join(file.relative_to(root).with_suffix("").parts)
+                waiting.append((file.read_text(encoding="utf-8"), dotted))
+    return found
+
+
+def _code_of(notebook):
+    "What the cells of a notebook do, hidden ones left out: neither prose nor formatting."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    sources = [s for s in sources if not re.match(r"#\s*\|\s*hide\b", s)]
+    parsed = []
+    for source in sources:
+        try:
+            parsed.append(ast.dump(without_docstrings(ast.parse(source))))
+        except SyntaxError:  # a magic
+            parsed.append(source)
+    return sources, parsed
+
+
+def _key_of_code(notebook):
+    "A hash over what a phase's notebook does and what it uses of the package."
+    sources, parsed = _code_of(notebook)
+    files = set()
+    for source in sources:
+        with contextlib.suppress(SyntaxError):
+            files |= used_files(source)
+    return [parsed, hash_definitions(files)]
 
 
 def phase_key(
@@ -374,15 +498,10 @@ def phase_key(
         names = [name for name, module in every.items() if not reads_outcomes(module)]
         left = {name: read_outcome(store, name, profile.name) for name in names}
         records += [(name, o.finished.isoformat(), o.mark) for name, o in left.items() if o]
-    return hashlib.sha256(
-        json.dumps(
-            [notebook.read_text(), _package_hash(), profile.to_json(), [s.to_dict() for s in studies], records],
-            sort_keys=True,
-            default=str,
-        ).encode()
-    ).hexdigest()
+    facts = [*_key_of_code(notebook), profile.to_json(), [s.to_dict() for s in studies], records]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-
+# %% ../../nbs/plan/01_run.ipynb #a76f32d6
 @dataclass
 class PlanReport:
     "How a plan went."
@@ -437,6 +556,7 @@ def run_plan(
     say(
         f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, {report.trained} to train; results in {store.path}"
     )
+    check_kernel()
     for name, notebook in notebooks.items():
         check_parameters(
             notebook, dict(profile=0, results=0) | (dict(seeds=0) if seeds else {})
