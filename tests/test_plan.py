@@ -95,8 +95,10 @@ def test_a_phase_is_redone_for_what_it_uses(tmp_path):
     """The files behind a notebook's imports, through the faces of the wings, and those that these import."""
     from kimi_nb.plan import used_files
 
-    uses = lambda text: {f"{file.parent.name}.{file.stem}" for file in used_files(text)}  # noqa: E731
-    found = uses("from kimi_nb.phases.norm import study\nfrom kimi_nb import KimiModel\nfrom kimi_nb.plan import open_phase")
+    uses = lambda text: {f"{file.parent.name}.{file.stem}" for file in used_files(text)}
+    found = uses(
+        "from kimi_nb.phases.norm import study\nfrom kimi_nb import KimiModel\nfrom kimi_nb.plan import open_phase"
+    )
     assert {"phases.norm", "model.network", "config.base", "study.store"} <= found
     assert not {name for name in found if name.split(".")[0] in ("report", "lab", "cli")}
     assert uses("import math, json") == set() and "stats.plots" in uses("from kimi_nb.stats import plots")

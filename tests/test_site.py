@@ -216,8 +216,7 @@ def conf(tmp_path, monkeypatch) -> dict:
 
 def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     """With one profile published there is no section; with a second, both verdicts stand in a row."""
-    from kimi_nb.plan import open_published, published_profiles
-    from kimi_nb.plan.publish import publish
+    from kimi_nb.plan import open_published, publish_records, published_profiles
     from kimi_nb.study import Store, read_outcome, write_outcome
 
     if "quick" not in published_profiles(REPO):
@@ -234,7 +233,7 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     other = [f.changed(word=words.get(f.word, f.word), reason="It was | so.") for f in old.findings]
     new = old.changed(profile="standard", findings=tuple(other))
     write_outcome(results, new)
-    publish(Store(results), "standard", home, stale=True, only=["norm"])
+    publish_records(Store(results), "standard", home, stale=True, only=["norm"])
     first, claims, *figures = conf["other_sizes"]("norm")
     assert (
         first["source"].startswith("## The same at another size (profile standard)")

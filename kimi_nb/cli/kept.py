@@ -87,7 +87,7 @@ def refuse_a_name(args):
 def publish_profile(store, args):
     "A finished plan's records, figures and pages into data/records and figures."
     from kimi_nb.plan import where_from
-    from kimi_nb.plan.publish import publish as publish_records
+    from kimi_nb.plan import publish_records
 
     refuse_a_name(args)
     about = publish_records(store, args.profile, stale=args.stale, only=args.only)

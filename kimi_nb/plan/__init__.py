@@ -11,14 +11,11 @@ __getattr__, __dir__, __all__ = lazily(
         timing used_files
     """,
     phase="""
-        Phase open_phase
-    """,
-    template="""
-        TemplateError export_notebooks new_phase
+        Phase TemplateError export_notebooks new_phase open_phase
     """,
     publish="""
         COLOURS FORMAT LIMIT POINTS PublishError SHOWN bundle check_finished headline open_published
-        published published_profiles read_bundle records_of slim_notebook small_png small_svg
-        source_of studies_of where_from
+        publish_records published published_profiles read_bundle records_of slim_notebook small_png
+        small_svg source_of studies_of where_from
     """,
 )

@@ -33,8 +33,17 @@ from filelock import FileLock
 from ..config import KimiError, Profile, near, settings_path, write_file, writing
 from ..runner import distinct, first_tuning, pending, run_studies, share_of_cores, tuned
 from ..stats import say as words_of_finding
-from ..study import hash_definitions, without_docstrings
-from ..study import Finding, Outcome, Store, Study, outcomes_by_profile, read_outcome, write_outcome
+from kimi_nb.study import (
+    Finding,
+    Outcome,
+    Store,
+    Study,
+    hash_definitions,
+    outcomes_by_profile,
+    read_outcome,
+    without_docstrings,
+    write_outcome,
+)
 
 # %% ../../nbs/plan/01_run.ipynb #fccb10e3
 class PlanError(KimiError):
