@@ -1,5 +1,6 @@
 """Which parts of Kimi K2 make a small language model better? See `nbs/` for the source."""
 
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -18,7 +19,7 @@ def lazily(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{home_of[name]}"), name)
 
-    return load, lambda: sorted(home_of), list(home_of)
+    return load, lambda: sorted({*vars(sys.modules[package]), *home_of}), list(home_of)
 
 
 # What is used first, without loading torch before it is asked for: `from kimi_nb import KimiModel, Generator`.

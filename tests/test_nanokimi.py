@@ -37,9 +37,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 # as nanoKimi's description has it, but for the first line's package
 SNIPPET = """import torch
-from kimi_nb import KimiModel
-from kimi_nb import KimiConfig
-from kimi_nb import Generator
+from kimi_nb import KimiModel, KimiConfig, Generator
 
 # Create model configuration
 config = KimiConfig(
