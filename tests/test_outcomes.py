@@ -110,7 +110,7 @@ def test_nothing_parses_a_sentence(wing):
 
 @pytest.mark.parametrize("change", ["a word", "a number", "half", "empty"])
 def test_an_altered_outcome_is_refused_and_made_again(place, capsys, change):
-    """A verdict that somebody turned is noticed: it is not read, `records verify` names it, and the plan makes it again."""
+    """A verdict that somebody turned is not read, `records verify` names it, and the plan makes it again."""
     assert main(PLAN) == 0
     file = outcome_file(place.results, "norm", "tiny")
     before, text = load_outcome(file), file.read_text()

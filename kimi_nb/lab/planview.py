@@ -19,10 +19,10 @@ from .picker import View
 from .svg import hue, page
 
 from ..config import KimiError, load_profile, profile_names
-from ..plan import phase_studies, spoken_outcome
+from ..plan import phase_studies
 from ..runner import Apart, distinct, tuned
 from ..stats import duration
-from ..study import Store, results_folder
+from ..study import Store, read_outcome, results_folder
 
 # %% ../../nbs/lab/08_planview.ipynb #b32cef9b
 class PlanState:
@@ -61,7 +61,7 @@ class PlanState:
             state = [there.get(p.run.run_id, ("", False, None)) for p in mine]
             final = [s in ("done", "diverged") and not old for s, old, _ in state]
             left = [p.run for p, f in zip(mine, final) if not f]
-            outcome = spoken_outcome(self.store, phase, self.name)
+            outcome = read_outcome(self.store, phase, self.name)
             rows.append(
                 dict(
                     phase=phase,
@@ -75,7 +75,7 @@ class PlanState:
                     left=len(left),
                     stale=sum(old for _, old, _ in state),
                     seconds=sum(self._estimate(r, frame) for r in left),
-                    outcome=outcome if outcome and outcome["profile"] == self.name else None,
+                    outcome=outcome,
                 )
             )
         return rows
@@ -151,7 +151,7 @@ def plan_html(
             return '<span class="soft">chooses the learning rates</span>'
         if r.get("outcome") is None:
             return '<span class="soft">no verdict yet</span>' if "phase" in r else ""
-        return escape("; ".join(f"{v['id']} {v['word']}" for v in r["outcome"]["verdicts"]) or "no claim")
+        return escape("; ".join(f"{finding.id} {finding.word}" for finding in r["outcome"].findings) or "no claim")
 
     def line(name, r):
         return (

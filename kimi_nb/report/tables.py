@@ -18,7 +18,7 @@ import pandas as pd
 
 from .document import Figure, Marked, TableBlock
 from .evidence import Evidence
-from ..stats import amount, capital, listed, number, p_words
+from ..stats import amount, capital, listed, number, p_words, to_target
 from ..study import FigureAbout, Finding, metric_info
 
 # %% ../../nbs/report/04_tables.ipynb #a3fa964c
@@ -70,8 +70,8 @@ def mean_sd(
 
 # %% ../../nbs/report/04_tables.ipynb #64793d12
 WHOLE_LENGTH = (
-    "Steps to target: mean over the runs that reached it, with how many did; "
-    "in the comparisons a run that never got there counts with its whole length."
+    "Steps to target: a run that never got there counts with its whole length, here and in the comparisons; "
+    "≥ marks such a mean, and the bracket says how many runs did get there."
 )
 BOUND = "≤: the target was already reached at the first evaluation, so the number is a bound, not a measurement."
 
@@ -79,12 +79,13 @@ BOUND = "≤: the target was already reached at the first evaluation, so the num
 def reached(
     done: pd.DataFrame,  # finished runs of an arm, of `Evidence.frame`
     metric: str,  # steps, tokens or seconds to target
-    text: str,  # mean and sd over the runs that reached it
-) -> str:  # '≤ 60', '279 (1 of 3)'
-    "What a mean over the runs that reached their target leaves out."
+) -> str:  # '≤ 60', '≥ 279 ± 36 (1 of 3)'
+    "Mean and sd over all finished runs; one that never got there counts with its whole length."
+    text = mean_sd(to_target(done, metric)[metric], metric)
     count, early = int(done[metric].notna().sum()), bool(done["target_at_first"].any())
-    counted = f" ({count} of {len(done)})" if count < len(done) else ""
-    return f"{'≤ ' if early else ''}{text}{counted}"
+    if count < len(done):
+        return f"≥ {text} ({count} of {len(done)})"
+    return f"≤ {text}" if early else text
 
 # %% ../../nbs/report/04_tables.ipynb #c6085b6c
 RUN_METRICS = ("test_bpb", "test_loss", "loss_residual_sd", "steps_to_target")
@@ -100,8 +101,8 @@ def _worth_showing(frame, own, metrics):
 def _run_cells(done, metrics):
     cells = []
     for metric in metrics:
-        text = mean_sd(done[metric], metric)
-        cells.append(reached(done, metric, text) if metric.endswith("_to_target") else text)
+        late = metric.endswith("_to_target")
+        cells.append(reached(done, metric) if late else mean_sd(done[metric], metric))
     return cells
 
 

@@ -62,8 +62,11 @@ def to_target(
     "A finished run that never got to its target counts with its whole length."
     if metric not in WHOLE or WHOLE[metric] not in frame or metric not in frame:
         return frame
-    late = frame[metric].isna() & (frame["status"] == "done")
-    return frame.assign(**{metric: frame[metric].where(~late, frame[WHOLE[metric]])}, late=late)
+    late = frame[metric].isna()
+    if "reached" in frame:  # a phase that has filled them already says which
+        late |= ~frame["reached"].astype(bool)
+    late &= frame["status"] == "done"
+    return frame.assign(**{metric: frame[metric].fillna(frame[WHOLE[metric]].where(late))}, late=late)
 
 
 def with_late(
