@@ -309,3 +309,26 @@ def test_a_stopped_plan_on_ray_saves_and_says_how_to_go_on(place):
     }
     assert stopped and unsaved == {}
     assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+OWN_CLUSTER = """
+import os, psutil, ray
+from kimi_nb.runner import connected
+with connected() as ray:
+    task = ray.remote(lambda: os.environ.get("RAY_AUTH_MODE"))
+    mode, token = ray.get(task.remote()), len(os.environ["RAY_AUTH_TOKEN"])
+    mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listens = {c.laddr.ip.removeprefix("::ffff:") for p in mine for c in p.net_connections() if c.status == "LISTEN"}
+print(mode, token, *sorted(listens))
+print("RAY_AUTH_TOKEN" in os.environ, ray.is_initialized())
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine_is_nobody_elses():
+    """It listens on the loopback interface alone and asks for a token; nothing of it stays in the environment."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    shown = subprocess.run(
+        [sys.executable, "-c", OWN_CLUSTER], env=clean, capture_output=True, text=True, check=True, timeout=240
+    ).stdout.splitlines()
+    assert shown == ["token 64 127.0.0.1", "False False"]

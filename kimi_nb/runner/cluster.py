@@ -7,8 +7,10 @@ __all__ = ['ClusterError', 'connected', 'has_gpus', 'room', 'spread']
 
 # %% ../../nbs/runner/02_cluster.ipynb #de711fd2
 import contextlib
+import functools
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
@@ -26,85 +28,125 @@ def _import_ray():
         import ray
     except ImportError:
         raise ClusterError(
-            "executor 'ray' needs the package ray, which is not installed: pip install 'kimi_nb[scale]', or use executor process"
+            "executor 'ray' needs the package ray, which is not installed: "
+            "pip install 'kimi_nb[scale]', or use executor process"
         ) from None
     return ray
 
 
 def _answers(address):
     "Raises: ClusterError for HOST:PORT where nobody listens."
-    if not (m := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)):
-        if address == "auto":
-            return
+    if address == "auto":
+        return
+    parts = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
+    if not parts:
         raise ClusterError(
-            f"address {address!r} is not one of a Ray cluster: HOST:PORT as `ray start --head` shows it, or auto for the one of this machine"
+            f"address {address!r} is not one of a Ray cluster: HOST:PORT as `ray start --head` shows it, "
+            "or auto for the one of this machine"
         )
     try:
-        socket.create_connection((m[1], int(m[2])), timeout=5).close()
+        socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
     except (OSError, OverflowError) as e:
         raise ClusterError(
-            f"no Ray cluster answers at {address} ({getattr(e, 'strerror', None) or e}): start one there with `ray start --head`, or leave --address out for one of this machine's own"
+            f"no Ray cluster answers at {address} ({getattr(e, 'strerror', None) or e}): "
+            "start one there with `ray start --head`, or leave --address out for one of this machine's own"
         ) from None
 
+# %% ../../nbs/runner/02_cluster.ipynb #e9e80467
+@functools.cache
+def _token():
+    "This process's own; Ray reads it once."
+    return secrets.token_hex(32)
 
+
+@contextlib.contextmanager
+def _for_this_machine_alone(ray):
+    "Within it, a cluster that is started listens on the loopback interface and wants a token."
+    wanted = dict(
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=_token(),
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # what makes Ray take the loopback address, as it does on a Mac
+    )
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    constants = ray._private.ray_constants  # read when Ray was imported
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _start(ray, address):
+    "Connect, or start a cluster.  Raises: ClusterError."
+    own = {}
+    if not address:
+        own = dict(num_cpus=_cores(), object_store_memory=100 * 2**20, include_dashboard=False)
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="CRITICAL", **own)
+    except Exception as e:  # of many kinds
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise ClusterError(f"no connection to the Ray cluster {address or 'of this machine'}: {why}") from None
+
+# %% ../../nbs/runner/02_cluster.ipynb #4be89ff8
+@contextlib.contextmanager
 def _quiet(ray):
-    "Ray prints the last lines of a lost node's log, in the middle of a progress bar; the function that undoes it."
+    "Within it, nothing of a node's log is printed."
     worker = ray._private.worker
     before = getattr(worker, "print_to_stdstream", None)
     worker.print_to_stdstream = lambda *_, **__: None
-
-    def undo():
+    try:
+        yield
+    finally:
         worker.print_to_stdstream = before
 
-    return undo
+
+@contextlib.contextmanager
+def _own_sigterm():
+    "A function that gives SIGTERM back to whoever had it; done at the end in any case."
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    give_back = functools.partial(signal.signal, signal.SIGTERM, before)
+    try:
+        yield give_back
+    finally:
+        give_back()
 
 
 @contextlib.contextmanager
 def connected(
-    address: str
-    | None = None,  # HOST:PORT of a running cluster, or auto; none is RAY_ADDRESS, else one of this machine's own, ended afterwards
+    address: str | None = None,  # HOST:PORT, or auto; none: RAY_ADDRESS, else one of this machine's own, for the while
 ):
     """The module `ray`, connected; a connection that was there before is used and left.
 
     Raises: ClusterError where ray is missing or no cluster answers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
-    wanted = {} if address else dict(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
-    added = {k: os.environ.setdefault(k, v) for k, v in wanted.items() if k not in os.environ}
-    before = signal.getsignal(signal.SIGTERM) if threading.current_thread() is threading.main_thread() else None
-    mine = False
-    try:
-        ray = _import_ray()
-        if not ray.is_initialized():
-            if address:
-                _answers(address)
-            own = (
-                {}
-                if address
-                else dict(
-                    num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                    object_store_memory=100 * 2**20,
-                    include_dashboard=False,
-                )
-            )
-            try:
-                ray.init(address=address or "local", log_to_driver=False, logging_level="CRITICAL", **own)
-            except Exception as e:  # of many kinds
-                raise ClusterError(
-                    f"no connection to the Ray cluster {address or 'of this machine'}: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
-                ) from None
-            mine, printing = True, _quiet(ray)
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)  # Ray puts its own there
+    ray = _import_ray()
+    if ray.is_initialized():
         yield ray
-    finally:
-        if mine:
-            ray.shutdown()
-            printing()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        for k in added:
-            os.environ.pop(k, None)
+        return
+    if address:
+        _answers(address)
+    with contextlib.ExitStack() as stack:
+        give_back_sigterm = stack.enter_context(_own_sigterm())
+        if not address:
+            stack.enter_context(_for_this_machine_alone(ray))
+        stack.callback(ray.shutdown)
+        _start(ray, address)
+        stack.enter_context(_quiet(ray))
+        give_back_sigterm()
+        yield ray
 
 # %% ../../nbs/runner/02_cluster.ipynb #ee9bd35d
 def has_gpus(ray) -> bool:
@@ -118,11 +160,13 @@ def room(
     gpus: float = 0,  # of a job, a part of one below 1
 ) -> int:
     "Jobs that the living nodes can run at a time."
-    there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    fits = lambda r: min(
-        [int(r.get(name, 0) / wanted + 1e-9) for name, wanted in (("CPU", cpus), ("GPU", gpus)) if wanted], default=1
-    )
-    return sum(map(fits, there))
+    wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    found = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            fits = [int(node["Resources"].get(name, 0) / amount + 1e-9) for name, amount in wanted.items()]
+            found += min(fits, default=1)
+    return found
 
 # %% ../../nbs/runner/02_cluster.ipynb #f7f98e9d
 def spread(
@@ -134,16 +178,12 @@ def spread(
     at_once: int | None = None,  # jobs under way; none leaves it to the cluster, which may grow when much is waiting
     tries: int = 3,  # of a job whose worker dies
     stop=lambda: False,  # asked between events
-    patience: float = 30.0,  # seconds that jobs have to save when all is stopped
-    tick: float = 0.25,  # seconds between two events at most
 ):
-    """Yields (key, 'done', result), (key, 'lost', why) when it will be tried again, (key, 'failed', why) when not, and (None, 'waiting', None).
+    """Yields (key, event, what): 'done' with a result, 'lost' and why when it will be tried again, 'failed' and why.
 
+    Also (None, 'waiting', None), so that whoever drives it can look at other things.
     Raises: ClusterError when a node cannot run `work` at all.
     """
-    gone = tuple(
-        getattr(ray.exceptions, n) for n in ("NodeDiedError", "LocalRayletDiedError") if hasattr(ray.exceptions, n)
-    )
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=0, scheduling_strategy="SPREAD")(work)
     left, under_way, died = list(jobs), {}, Counter()
     try:
@@ -151,26 +191,47 @@ def spread(
             while left and (at_once is None or len(under_way) < at_once):
                 under_way[task.remote(*jobs[left[0]])] = left[0]
                 del left[0]
-            ready, _ = ray.wait(list(under_way), timeout=tick)
+            ready, _ = ray.wait(list(under_way), timeout=_TICK)
             if not ready:
                 yield None, "waiting", None
             for ref in ready:
                 key = under_way.pop(ref)
-                try:
-                    event = "done", ray.get(ref)
-                except ray.exceptions.RayTaskError as e:
-                    raise ClusterError(
-                        f"a node of the cluster cannot run {key}: {' '.join(str(e).split())[-300:]}: install the same kimi_nb, Python and ray on every node"
-                    ) from None
-                except ray.exceptions.RayError as e:
-                    died[key] += not isinstance(e, gone)
-                    event = "lost" if died[key] < tries else "failed", " ".join(str(e).split())[:200]
-                    if event[0] == "lost":
-                        left.insert(0, key)
-                yield key, *event
+                event, what = _ended(ray, ref, key)
+                if event == "done":
+                    yield key, event, what
+                    continue
+                died[key] += event == "died"
+                event = "lost" if died[key] < tries else "failed"
+                if event == "lost":
+                    left.insert(0, key)
+                yield key, event, what
     finally:
-        for ref in under_way:
-            ray.cancel(ref)
-        if under_way:
-            for ref in ray.wait(list(under_way), num_returns=len(under_way), timeout=patience)[1]:
-                ray.cancel(ref, force=True)
+        _cancel(ray, list(under_way))
+
+
+_TICK = 0.25  # seconds between two events at most
+_PATIENCE = 30.0  # seconds that jobs have to save when all is stopped
+
+
+def _ended(ray, ref, key):
+    "('done', result), ('died', why) of its worker, ('gone', why) with its node.  Raises: ClusterError."
+    names = ("NodeDiedError", "LocalRayletDiedError")
+    gone = tuple(getattr(ray.exceptions, name) for name in names if hasattr(ray.exceptions, name))
+    try:
+        return "done", ray.get(ref)
+    except ray.exceptions.RayTaskError as e:
+        raise ClusterError(
+            f"a node of the cluster cannot run {key}: {' '.join(str(e).split())[-300:]}: "
+            "install the same kimi_nb, Python and ray on every node"
+        ) from None
+    except ray.exceptions.RayError as e:
+        return "gone" if isinstance(e, gone) else "died", " ".join(str(e).split())[:200]
+
+
+def _cancel(ray, refs):
+    "Ask what is under way to stop, and insist after some patience."
+    for ref in refs:
+        ray.cancel(ref)
+    if refs:
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=_PATIENCE)[1]:
+            ray.cancel(ref, force=True)
