@@ -64,12 +64,11 @@ def _for_this_machine_alone(ray):
     "Within it, a cluster that is started listens on the loopback interface and wants a token."
     wanted = dict(
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=_token(),
+        RAY_AUTH_TOKEN=_token(),  # Ray itself sets RAY_AUTH_MODE to token where nobody has set it
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # what makes Ray take the loopback address, as it does on a Mac
     )
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
+    mine = {*wanted, "RAY_AUTH_MODE"} - set(os.environ)
+    os.environ.update({name: value for name, value in wanted.items() if name in mine})
     constants = ray._private.ray_constants  # read when Ray was imported
     before = constants.ENABLE_RAY_CLUSTER
     constants.ENABLE_RAY_CLUSTER = False
@@ -77,7 +76,7 @@ def _for_this_machine_alone(ray):
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
-        for name in added:
+        for name in mine:
             os.environ.pop(name, None)
 
 
