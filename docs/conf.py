@@ -12,7 +12,6 @@ import ast
 import atexit
 import base64
 import functools
-import io
 import json
 import os
 import re
@@ -21,13 +20,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tokenize
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
 sys.path.insert(0, str(REPO))
 
+from kimi_nb.lab import trailing_comments
 from kimi_nb.plan import published as published_store
 from kimi_nb.plan import published_profiles, read_bundle, where_from
 from kimi_nb.report import (
@@ -165,12 +164,6 @@ def tidy(cell: dict, folder: Path) -> dict | None:
     tags = [t for t in cell["metadata"].get("tags", []) if t.startswith(("remove-", "hide-"))]
     tags += ["remove-input"] if directives.get("echo") == "false" else []
     return cell | {"source": text, "metadata": {"tags": tags}}
-
-
-def trailing_comments(code: str) -> dict[int, str]:
-    """Line number -> the comment that ends that line."""
-    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
-    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 
 def described(kind: str, name: str, node: ast.AST, notes: dict[int, str], depth: int = 0) -> list[str]:

@@ -176,9 +176,8 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         )
         live, steps, shown = LiveRun(store, chosen.run_id), 0, 0
         for _ in range(2):  # the run is held twice: however slow the page, it has to follow
-            wait_until(
-                lambda: live.apart.alive and live.status() == "training" and steps_of(live) > steps, 60, "a step"
-            )  # noqa: B023
+            on = lambda past=steps: live.apart.alive and live.status() == "training" and steps_of(live) > past
+            wait_until(on, 60, "a step")
             live.pause()
             wait_until(lambda: live.status() == "paused", 60, "the pause")
             steps = steps_of(live)
@@ -211,8 +210,15 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
 def test_a_run_outlives_the_kernel_that_started_it(tmp_path):
     run, store = tiny_run(train__steps=1500, train__save_every=0), Store(tmp_path / "results")
     code = f"""
-from kimi_nb.runner import start_run; from kimi_nb.config import RunConfig; from kimi_nb.study import Store; import time
-start_run(Store({str(store.path)!r}), RunConfig.load({str(tmp_path / "run.json")!r}), threads=1); print("started", flush=True); time.sleep(60)"""
+import time
+from kimi_nb.config import RunConfig
+from kimi_nb.runner import start_run
+from kimi_nb.study import Store
+
+run = RunConfig.load({str(tmp_path / "run.json")!r})
+start_run(Store({str(store.path)!r}), run, threads=1)
+print("started", flush=True)
+time.sleep(60)"""
     run.save(tmp_path / "run.json")
     kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert kernel.stdout.readline() == b"started\n"
@@ -263,7 +269,7 @@ def test_a_plan_is_started_from_the_notebook_and_followed(tmp_path, monkeypatch)
 
 
 def test_toggling_answers_at_once():
-    """Every choice of every kind, at a size with many layers and experts: the counts are there within a fifth of a second."""
+    """Every choice of every kind, with many layers and experts: the counts are there within a fifth of a second."""
     from kimi_nb.config import RunConfig
     from kimi_nb.lab import Picker
 
@@ -279,19 +285,19 @@ def test_toggling_answers_at_once():
 
 
 def test_without_a_front_end_there_is_a_page_and_no_control(tmp_path, monkeypatch):
-    from kimi_nb.lab.workbench import workbench
+    from kimi_nb.lab import open_workbench
 
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
     for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "KIMI_NB_WIDGETS"):
         monkeypatch.delenv(name, raising=False)
-    shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
+    shown = open_workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
     assert (
         set(shown) == {"text/html", "text/plain"}
         and "<svg" in shown["text/html"]
         and "no record" not in shown["text/plain"]
     )
     monkeypatch.setenv("JPY_SESSION_NAME", "workbench.ipynb")
-    shown = workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
+    shown = open_workbench(str(tmp_path), profile="smoke")._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown
 
 

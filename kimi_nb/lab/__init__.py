@@ -6,21 +6,25 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     choices="""
         Setting change command_line estimate_seconds field_comments python_code quick_costs
-        section_help setting_help settings_of vocabulary why_not
+        section_help setting_help settings_of trailing_comments typed_value vocabulary why_not
+    """,
+    markup="""
+        HUES View error_html error_words hue interactive page style_sheet table_of table_row tag
+        together
     """,
     svg="""
-        HUES STYLE_TAG block_svg chart_svg hue load_svg nice_ticks page thin_points
+        block_svg chart_svg load_svg nice_ticks svg_drawing svg_text thin_points
     """,
     picker="""
-        Picker SUGGESTED View cost_html cost_rows factors_of factors_page interactive phase_picker
-        picker_page
+        PickedRun Picker SUGGESTED arms_html cost_html cost_rows elsewhere_html factors_of
+        factors_page keeping_quiet phase_picker pick_config picker_page
     """,
     live="""
         Follower LiveView curves_html follow_record live_page live_view progress_html smooth
     """,
     pinboard="""
-        CURVES Pinboard RESULTS arm_keys compare_html difference_table find_runs legend_html
-        overlay_svg paired_statistics pinboard_page setting_columns short_name unlike_most
+        CURVES Pinboard arm_keys compare_html difference_table find_runs legend_html overlay_svg
+        paired_finding pinboard_page setting_columns short_name show_pinboard unlike_most
     """,
     views="""
         CARD KINDS TINTS attention_figure example_model matrices next_token next_token_figure
@@ -31,10 +35,7 @@ __getattr__, __dir__, __all__ = lazily(
         ALL EXPLORERS Subject TEXT WHATS attention_explorer explorer_pictures explorers note panel
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
-    planview="""
-        PlanState PlanView plan_html plan_page plan_view
-    """,
     workbench="""
-        TABS Workbench workbench_page
+        PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
     """,
 )

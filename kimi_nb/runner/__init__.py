@@ -12,8 +12,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     forecast="""
         H100 SHARING default_workers expect_h100 measure_sharing pick_sharing pick_workers
-        predict_seconds read_sharing read_timings share_of_cores step_flops time_step visible_gpus
-        weight
+        predict_seconds product_rate read_sharing read_timings share_of_cores step_flops time_step
+        visible_gpus weight
     """,
     pool="""
         EXECUTORS Progress RunnerOptions Worker run_studies run_study

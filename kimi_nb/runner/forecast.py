@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['H100', 'SHARING', 'share_of_cores', 'default_workers', 'weight', 'read_timings', 'step_flops', 'time_step',
-           'predict_seconds', 'expect_h100', 'visible_gpus', 'measure_sharing', 'read_sharing', 'pick_sharing',
-           'pick_workers']
+           'product_rate', 'predict_seconds', 'expect_h100', 'visible_gpus', 'measure_sharing', 'read_sharing',
+           'pick_sharing', 'pick_workers']
 
 # %% ../../nbs/runner/03_forecast.ipynb #b2ca31dc
 import contextlib
@@ -143,7 +143,9 @@ def time_step(
     return min(times[1:])
 
 
-def _product_rate(threads):
+def product_rate(
+    threads: int,  # of the CPU
+) -> float:
     "FLOP/s of a matrix product of the width of a small model's layers."
     import torch
 
@@ -189,7 +191,7 @@ def predict_seconds(
     timed = {k: known[k] for k in flops if k in known}
     dear = any(k not in known for k in flops)
     rate = max(
-        [*(flops[k] / s for k, s in timed.items()), *([0.6 * _product_rate(share_of_cores(workers))] if dear else [])],
+        [*(flops[k] / s for k, s in timed.items()), *([0.6 * product_rate(share_of_cores(workers))] if dear else [])],
         default=0.0,
     )  # FLOP/s: what the timed reach, or a large matrix product's, less overhead
     write_file(path, json.dumps(known), parents=True)
