@@ -295,8 +295,8 @@ def _shown(summary):
 
 
 def _cell(text):
-    "A text that breaks no table of Markdown."
-    return " ".join(str(text).split()).replace("|", "\\|")
+    "A text that somebody wrote, in which nothing is Markdown, HTML or the end of a cell."
+    return re.sub(r"[\\`*<>|\[\]!]", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def _line(cells):
