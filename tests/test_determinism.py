@@ -274,7 +274,7 @@ def test_flash_attn_is_told():
 
 def test_spread_sees_a_difference(monkeypatch):
     """The measurement of repeats is 0 for equal bits, and not for others."""
-    from kimi_nb.bench import repeats
+    from kimi_nb.bench import step as repeats
 
     run, real, seeds = tiny_run(train__steps=2, train__eval_every=0, train__save_every=0), repeats.fit, iter((0, 0, 1))
     zero = repeats.repeat_spread(run, 2, "cpu", True, threads=1)

@@ -39,6 +39,8 @@ KINDS = dict(
     learned=dict(position=dict(kind="learned")),
     latent=dict(attention=dict(kind="latent", n_latents=2, chunk_size=4)),
     mla=dict(attention=MLA, norm=dict(kind="rmsnorm")),
+    odd=dict(attention=MLA | dict(kv_lora_rank=5, qk_nope_head_dim=3), norm=dict(kind="rmsnorm")),
+    flash=dict(attention=MLA | dict(kv_lora_rank=5, implementation="flash"), norm=dict(kind="rmsnorm")),
     kimi=dict(
         attention=MLA,
         norm=dict(kind="rmsnorm"),

@@ -23,6 +23,7 @@ from kimi_nb.use import (
     ArrayDataset,
     Generator,
     ModelEvaluator,
+    TextConfig,
     TextDataProcessor,
     Tracking,
     dataset_settings,
@@ -31,7 +32,6 @@ from kimi_nb.use import (
     track,
     train_on,
 )
-from kimi_nb.use.nanokimi import DataConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -194,6 +194,13 @@ def test_a_file_that_is_nowhere_is_refused_by_name(capsys):
     assert capsys.readouterr().err == "kimi-nb: error: nanno.yaml cannot be read: No such file or directory\n"
 
 
+def test_a_file_in_the_projects_own_names_is_not_translated(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("train: {steps: 7, optimizer: {name: muon}}\ntracking: {tool: wandb}\n")
+    monkeypatch.setattr("kimi_nb.use.nanokimi.from_nanokimi", lambda data: pytest.fail("translated"))
+    run, tracking = read_config(tmp_path / "own.yaml")
+    assert (run.train.steps, run.train.optimizer.name, tracking.tool) == (7, "muon", "wandb")
+
+
 def test_nanokimis_file_is_read_and_every_switch_does_something(tmp_path):
     def read(text):
         (tmp_path / "c.yaml").write_text(text)
@@ -308,7 +315,7 @@ def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp
 
 
 def test_validation_is_the_files_that_were_given_for_it(texts, tmp_path, capsys):
-    config = DataConfig(tokenizer_name="bpe:300", block_size=32)
+    config = TextConfig(tokenizer_name="bpe:300", block_size=32)
     train_path, val_path = made = TextDataProcessor(config).process_dataset(
         "my_dataset", train_files=[texts / "train1.txt", texts / "train2.txt"], val_files=[texts / "val.txt"]
     )
@@ -336,19 +343,19 @@ def test_the_processors_own_snippets(texts, data_dir, monkeypatch):
         PairTokenizer, "from_hub", classmethod(lambda cls, name: cls.from_folder(data_dir / "gpt2", name))
     )
     monkeypatch.chdir(texts)
-    processor = TextDataProcessor(DataConfig(tokenizer_name="gpt2", block_size=1024))
+    processor = TextDataProcessor(TextConfig(tokenizer_name="gpt2", block_size=1024))
     train_path, val_path = processor.process_dataset(
         "my_dataset", train_files=["train1.txt", "train2.txt"], val_files=["val.txt"]
     )
     assert train_path.is_file() and val_path.is_file()
-    made = TextDataProcessor(DataConfig()).process_dataset("openwebtext", ["train1.txt"], ["val.txt"])
+    made = TextDataProcessor(TextConfig()).process_dataset("openwebtext", ["train1.txt"], ["val.txt"])
     assert (
         made.tokens.vocab_size == 50257 and dataset_settings("openwebtext")["corpus"] == made.corpus
     )  # what was processed goes before the hub
 
 
 def test_what_cannot_be_processed_is_refused_in_one_line(texts):
-    p = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=32))
+    p = TextDataProcessor(TextConfig(tokenizer_name="byte", block_size=32))
     train, val = texts / "train1.txt", texts / "val.txt"
     odd = texts / "a,b.txt"
     odd.write_text("text " * 50)
@@ -365,7 +372,7 @@ def test_what_cannot_be_processed_is_refused_in_one_line(texts):
 
 
 def test_the_name_of_the_toy_set_is_taken_and_no_files_may_be_none(texts):
-    p = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=32))
+    p = TextDataProcessor(TextConfig(tokenizer_name="byte", block_size=32))
     train, val = texts / "train1.txt", texts / "val.txt"
     with pytest.raises(KimiError, match=r"'toy' is not possible: .* none of .*, toy"):
         p.process_dataset("toy", train, val)
@@ -434,7 +441,7 @@ def test_perplexity_is_that_of_the_definition():
 
 
 def test_what_a_data_set_stands_for_is_trained_on_as_itself(texts):
-    made = TextDataProcessor(DataConfig(tokenizer_name="byte", block_size=16)).process_dataset(
+    made = TextDataProcessor(TextConfig(tokenizer_name="byte", block_size=16)).process_dataset(
         "mine", texts / "train1.txt", texts / "val.txt"
     )
     run = RunConfig(model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16), train=dict(steps=2, batch_size=2))

@@ -9,13 +9,8 @@ __getattr__, __dir__, __all__ = lazily(
         speed_caveats speed_comparison speed_rounds
     """,
     step="""
-        Utilisation matrix_peak settle utilisation
-    """,
-    repeats="""
-        repeat_spread repeated_run spread_with_and_without
-    """,
-    profiling="""
-        Profiled ProfilingError profile_steps
+        Profiled ProfilingError Utilisation matrix_peak profile_steps profiled repeat_spread
+        repeated_run seconds_of settle spread_with_and_without stepping utilisation
     """,
     nanogpt="""
         Comparison NanoGPTComparison nanogpt_equal

@@ -48,11 +48,9 @@ def keep_top_p(
     logits: Tensor,  # (B, V)
     p: float,  # probability to reach, in (0, 1]
 ) -> Tensor:  # (B, V), -inf elsewhere
-    "The fewest most likely tokens that reach probability p.  Source: Holtzman et al. 2020, arXiv 1904.09751, section 3.1."
+    "The fewest likely tokens that reach probability p.  Source: Holtzman et al. 2020, arXiv 1904.09751, section 3.1."
     ascending, order = logits.sort(dim=-1)
-    tail = (
-        ascending.softmax(-1).cumsum(-1) <= 1 - p
-    )  # the least likely, as long as they add up to less than what may go
+    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p  # the least likely, as long as they may go together
     tail[..., -1] = False
     return logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
 
@@ -61,7 +59,7 @@ def draw(
     logits: Tensor,  # (B, V), -inf for what cannot be drawn
     uniform: Tensor,  # (B,) float64 in [0, 1)
 ) -> Tensor:  # (B,) ids
-    "The token at which the cumulative distribution passes `uniform`: the same numbers give the same tokens on every device."
+    "The token at which the cumulative distribution passes `uniform`: equal numbers, equal tokens, on every device."
     cdf = logits.double().softmax(-1).cumsum(-1)  # (B, V)
     total = cdf[:, -1:].contiguous()
     wanted = uniform.to(cdf)[:, None] * total
@@ -69,6 +67,25 @@ def draw(
     return torch.minimum(torch.searchsorted(cdf, wanted, right=True), last)[:, 0]
 
 # %% ../../nbs/use/01_generate.ipynb #46c1c528
+def _is_whole(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value < float("inf")
+
+
+_ALLOWED = dict(
+    max_new_tokens=(lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+    temperature=(lambda v: _is_number(v) and v >= 0, "a number of at least 0 (0 is greedy)"),
+    top_k=(lambda v: v is None or _is_whole(v, 0), "none or a whole number of at least 0 (0 is no limit)"),
+    top_p=(lambda v: v is None or (_is_number(v) and 0 < v <= 1), "none or a number above 0 and at most 1"),
+    repetition_penalty=(lambda v: _is_number(v) and v > 0, "a number above 0 (1 is no penalty)"),
+    seed=(lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool)), "none or a whole number"),
+    stop=(lambda v: all(isinstance(s, str) and s for s in v), "texts that are not empty"),
+)
+
+
 @dataclass(frozen=True)
 class Sampling:
     "How to draw and when to stop.  Raises: GenerateError for values out of range."
@@ -85,34 +102,8 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-        for name, fits, allowed in (
-            ("max_new_tokens", whole(self.max_new_tokens) and self.max_new_tokens >= 0, "a whole number of at least 0"),
-            (
-                "temperature",
-                number(self.temperature) and 0 <= self.temperature < float("inf"),
-                "a number of at least 0 (0 is greedy)",
-            ),
-            (
-                "top_k",
-                self.top_k is None or whole(self.top_k) and self.top_k >= 0,
-                "none or a whole number of at least 0 (0 is no limit)",
-            ),
-            (
-                "top_p",
-                self.top_p is None or number(self.top_p) and 0 < self.top_p <= 1,
-                "none or a number above 0 and at most 1",
-            ),
-            (
-                "repetition_penalty",
-                number(self.repetition_penalty) and 0 < self.repetition_penalty < float("inf"),
-                "a number above 0 (1 is no penalty)",
-            ),
-            ("seed", self.seed is None or whole(self.seed), "none or a whole number"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "texts that are not empty"),
-        ):
-            if not fits:
+        for name, (fits, allowed) in _ALLOWED.items():
+            if not fits(getattr(self, name)):
                 raise GenerateError(f"{name} {getattr(self, name)!r} is not allowed: {allowed}")
 
     def choose(
@@ -218,7 +209,8 @@ def default_tokenizer(
         except (DataError, ImportError) as e:
             why = " ".join(str(e).split())
     warnings.warn(
-        f"no tokenizer was given: the text is read and written as bytes ({why}); pass the tokenizer the model was trained with",
+        f"no tokenizer was given: the text is read and written as bytes ({why}); "
+        "pass the tokenizer the model was trained with",
         stacklevel=3,
     )
     return ByteTokenizer()
@@ -228,17 +220,94 @@ class _Row:
     "One text in the making."
 
     def __init__(self, ids, builder, generator):
-        self.ids, self.builder, self.generator, self.count, self.piece, self.done = (
-            ids,
-            builder,
-            generator,
-            0,
-            "",
-            False,
+        self.ids, self.builder, self.generator = ids, builder, generator
+        self.count, self.piece, self.done = 0, "", False
+
+    def add(self, token: int, most: int, eot_id: int | None):
+        "Take a token; `piece` is what can be read now, `done` whether it was the last of at most so many."
+        self.count += 1
+        if token == eot_id:
+            self.piece, self.done = self.builder.finish(), True
+            return
+        self.piece = self.builder.add(token)
+        if self.count == most:
+            self.piece += self.builder.finish()
+        self.done = self.builder.done
+
+# %% ../../nbs/use/01_generate.ipynb #2c7dafbf
+class _Writing:
+    "Tokens for rows of text: a model in a loop."
+
+    def __init__(self, model: KimiModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.inference_mode()
+    def _next(self, decoder, ids, cache, rows, options):
+        "(B, T) all ids so far -> (B,) next ones."
+        first = max(0, ids.shape[1] - self.window) if self.window else 0
+        read = ids[:, first if cache is None else cache.length :]
+        logits = decoder(read, cache)  # (B, V)
+        if logits.isnan().any():
+            raise GenerateError("the model's logits are not numbers: its training diverged, use an earlier checkpoint")
+        if self.tokenizer.vocab_size < logits.shape[-1]:
+            nobody = torch.arange(self.tokenizer.vocab_size, logits.shape[-1], device=logits.device)
+            logits = logits.index_fill(-1, nobody, -torch.inf)
+        drawn = lambda: torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in rows])
+        return options.choose(logits, ids, drawn)
+
+    @property
+    def window(self) -> int | None:
+        "Tokens that learned positions reach; none where there is no end."
+        return self.model.config.max_seq_len if self.model.config.position.kind == "learned" else None
+
+    def _decode(self, rows, options):
+        "Extend rows of equal length until each is done, yielding after every token; `row.piece` is what a row gained."
+        model, was_training = self.model, self.model.training
+        device, length = next(model.parameters()).device, len(rows[0].ids)
+        ids, cache = torch.tensor([r.ids for r in rows], device=device), None
+        model.eval()
+        try:
+            decoder = Decoder(model)
+            if options.use_cache and (not self.window or length <= self.window):
+                with torch.inference_mode():
+                    cache = model.make_cache(len(rows), length + options.max_new_tokens)
+            for _ in range(options.max_new_tokens):
+                if self.window and ids.shape[1] > self.window:
+                    cache = None  # the window slides from here on
+                chosen = self._next(decoder, ids, cache, rows, options)
+                for row, token in zip(rows, chosen.tolist()):
+                    row.add(token, options.max_new_tokens, self.tokenizer.eot_id)
+                yield
+                for row in rows:
+                    row.piece = ""
+                alive = [i for i, row in enumerate(rows) if not row.done]
+                if not alive:
+                    break
+                ids = torch.cat([ids, chosen[:, None]], 1)
+                if len(alive) < len(rows):
+                    rows, ids = [rows[i] for i in alive], self._kept(ids, cache, alive)
+        finally:
+            model.train(was_training)
+
+    def _kept(self, ids, cache, alive: list[int]):
+        "The ids of the rows that go on; the cache is cut to them."
+        index = torch.tensor(alive, device=ids.device)
+        if cache is not None:
+            with torch.inference_mode():
+                select_cache_rows(cache, index)
+        return ids[index]
+
+# %% ../../nbs/use/01_generate.ipynb #6552ea11
+def _sampling(max_new_tokens, options) -> Sampling:
+    "The options of a request.  Raises: GenerateError for one that there is not."
+    if unknown := sorted(options.keys() - Sampling.__dataclass_fields__.keys()):
+        raise GenerateError(
+            f"{unknown[0]} is not an option of generation: one of {', '.join(Sampling.__dataclass_fields__)}"
         )
+    return Sampling(max_new_tokens=max_new_tokens, **options)
 
 
-class Generator:
+class Generator(_Writing):
     "A model that writes."
 
     def __init__(
@@ -305,11 +374,13 @@ class Generator:
                 ids = [self.tokenizer.eot_id]  # what stands before every document
             if not ids:
                 raise GenerateError(
-                    "the prompt is empty and the vocabulary has no end-of-text id to begin with: give at least one character"
+                    "the prompt is empty and the vocabulary has no end-of-text id to begin with: "
+                    "give at least one character"
                 )
             if max(ids) >= vocab:
                 raise GenerateError(
-                    f"the prompt has token {max(ids)}, the model's vocabulary has {vocab}: use the tokenizer it was trained with"
+                    f"the prompt has token {max(ids)}, the model's vocabulary has {vocab}: "
+                    "use the tokenizer it was trained with"
                 )
             generator = torch.Generator()
             if options.seed is None:
@@ -318,72 +389,3 @@ class Generator:
                 generator.manual_seed((options.seed + i) % 2**63)
             rows.append(_Row(ids, TextBuilder(self.tokenizer, options.stop), generator))
         return rows
-
-    @torch.inference_mode()
-    def _next(self, decoder, ids, cache, rows, options):
-        "(B, T) all ids so far -> (B,) next ones."
-        limit = self.model.config.max_seq_len if self.model.config.position.kind == "learned" else None
-        seen = cache.length if cache is not None else 0
-        logits = decoder(ids[:, seen:] if cache is not None else ids[:, -limit:] if limit else ids, cache)  # (B, V)
-        if logits.isnan().any():
-            raise GenerateError("the model's logits are not numbers: its training diverged, use an earlier checkpoint")
-        if self.tokenizer.vocab_size < logits.shape[-1]:
-            logits = logits.index_fill(
-                -1, torch.arange(self.tokenizer.vocab_size, logits.shape[-1], device=logits.device), -torch.inf
-            )
-        return options.choose(
-            logits, ids, lambda: torch.cat([torch.rand(1, dtype=torch.float64, generator=r.generator) for r in rows])
-        )
-
-    def _decode(self, rows, options):
-        "Extend rows of equal length until each is done, yielding after every token; `row.piece` is what a row gained."
-        model, length, was_training = self.model, len(rows[0].ids), self.model.training
-        device, total = next(model.parameters()).device, length + options.max_new_tokens
-        fits = model.config.position.kind != "learned" or length <= model.config.max_seq_len
-        ids, cache = torch.tensor([r.ids for r in rows], device=device), None
-        model.eval()
-        try:
-            decoder = Decoder(model)
-            if options.use_cache and fits:
-                with torch.inference_mode():
-                    cache = model.make_cache(len(rows), total)
-            for step in range(options.max_new_tokens):
-                if (
-                    cache is not None
-                    and model.config.position.kind == "learned"
-                    and ids.shape[1] > model.config.max_seq_len
-                ):
-                    cache = None  # the window slides from here on
-                chosen = self._next(decoder, ids, cache, rows, options)
-                for row, token in zip(rows, chosen.tolist()):
-                    row.count += 1
-                    if token == self.tokenizer.eot_id:
-                        row.piece, row.done = row.builder.finish(), True
-                    else:
-                        row.piece = row.builder.add(token)
-                        if row.count == options.max_new_tokens:
-                            row.piece += row.builder.finish()
-                        row.done = row.builder.done
-                yield
-                for row in rows:
-                    row.piece = ""
-                alive = [i for i, row in enumerate(rows) if not row.done]
-                if not alive:
-                    break
-                ids = torch.cat([ids, chosen[:, None]], 1)
-                if len(alive) < len(rows):
-                    rows, index = [rows[i] for i in alive], torch.tensor(alive, device=device)
-                    ids = ids[index]
-                    if cache is not None:
-                        with torch.inference_mode():
-                            select_cache_rows(cache, index)
-        finally:
-            model.train(was_training)
-
-
-def _sampling(max_new_tokens, options):
-    if unknown := options.keys() - Sampling.__dataclass_fields__.keys():
-        raise GenerateError(
-            f"{sorted(unknown)[0]} is not an option of generation: one of {', '.join(Sampling.__dataclass_fields__)}"
-        )
-    return Sampling(max_new_tokens=max_new_tokens, **options)
