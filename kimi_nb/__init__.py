@@ -32,3 +32,8 @@ __getattr__, __dir__, __all__ = lazily(
     use="Generator TextDataProcessor ArrayDataset ModelEvaluator",
     bench="NanoGPTComparison",
 )
+_names = __dir__
+
+
+def __dir__():
+    return sorted([*_names(), "__version__"])

@@ -27,14 +27,12 @@ from kimi_nb.evals import (
     overall_score,
     pick_tasks,
     read_rows,
-    score_tasks,
+    run_benchmarks,
     task_rows,
     token_losses,
     worst_documents,
     write_tasks,
 )
-from kimi_nb.evals.adapter import adapter
-from kimi_nb.evals.harness import evaluate
 from kimi_nb.model import KimiModel
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -171,7 +169,7 @@ def test_the_end_of_the_prompt_is_kept_where_a_task_does_not_say_how_long_an_ans
 def test_a_task_that_asks_for_what_cannot_be_is_skipped_with_the_reason(tmp_path):
     row = dict(context="The cow says moo.", question="What does the cow say?", answers=dict(text=["moo"]))
     (tmp_path / "squad.jsonl").write_text(json.dumps(row))
-    r = score_tasks(tiny_model(16), ByteTokenizer(), "squad,arithmetic", data_dir=tmp_path, limit=2)
+    r = run_benchmarks(tiny_model(16), ByteTokenizer(), "squad,arithmetic", data_dir=tmp_path, limit=2)
     assert r["squad"]["status"].startswith("skipped: it asks for what the model cannot give (max_gen_toks 16 leaves no")
     assert r["arithmetic"]["status"] == "done"
 
@@ -270,7 +268,7 @@ def test_no_item_stands_in_the_training_split(tmp_path, monkeypatch):
 
 
 def test_an_untrained_model_is_at_chance_and_chance_is_computed():
-    results = score_tasks(tiny_model(), ByteTokenizer(), list(TASK_NAMES))
+    results = run_benchmarks(tiny_model(), ByteTokenizer(), list(TASK_NAMES))
     for r in results.values():
         assert r["status"] == "done" and r["chance"] == 0.25 and r["n"] == 120 and r["version"] == 1.0
         for half in r["halves"].values():
@@ -286,12 +284,12 @@ def test_a_model_that_knows_the_answers_has_them_all_right(monkeypatch):
         (0.0 if known[r.args[0]] == r.args[1].strip() else -1.0, False) for r in requests
     ]
     monkeypatch.setattr("kimi_nb.evals.harness.harness_model", lambda *a: lm)
-    assert score_tasks(tiny_model(512), ByteTokenizer(), "arithmetic", limit=30)["arithmetic"]["score"] == 1.0
+    assert run_benchmarks(tiny_model(512), ByteTokenizer(), "arithmetic", limit=30)["arithmetic"]["score"] == 1.0
 
 
 @pytest.mark.parametrize("context", [16, 512])
 def test_what_the_context_cuts_off_is_counted(context):
-    cut = score_tasks(tiny_model(context), ByteTokenizer(), "simple_qa", limit=20)["simple_qa"]["cut"]
+    cut = run_benchmarks(tiny_model(context), ByteTokenizer(), "simple_qa", limit=20)["simple_qa"]["cut"]
     assert (cut["items"], cut["share"] > 0) == ((20, True) if context == 16 else (0, False))
 
 
@@ -299,7 +297,7 @@ def test_what_the_context_cuts_off_is_counted(context):
 
 
 def test_missing_rows_are_skipped_with_the_reason(tmp_path):
-    results = score_tasks(tiny_model(), ByteTokenizer(), "hellaswag,arithmetic", data_dir=tmp_path, limit=10)
+    results = run_benchmarks(tiny_model(), ByteTokenizer(), "hellaswag,arithmetic", data_dir=tmp_path, limit=10)
     r = results["hellaswag"]
     assert r["status"].startswith("skipped: ") and "hellaswag.jsonl" in r["status"] and "score" not in r
     assert (
@@ -333,7 +331,7 @@ GOOD = dict(
 def test_bad_rows_are_refused_in_one_line(tmp_path, text, words):
     (tmp_path / "hellaswag.jsonl").write_text(text)
     with pytest.raises(BenchmarkError) as e:
-        score_tasks(tiny_model(), ByteTokenizer(), "hellaswag", data_dir=tmp_path)
+        run_benchmarks(tiny_model(), ByteTokenizer(), "hellaswag", data_dir=tmp_path)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -348,7 +346,7 @@ def test_names_of_tasks():
 
 @real_rows
 def test_every_public_task_with_rows_here_is_scored():
-    results = score_tasks(tiny_model(), ByteTokenizer(), "all", data_dir=ROWS, limit=3, bootstrap=20)
+    results = run_benchmarks(tiny_model(), ByteTokenizer(), "all", data_dir=ROWS, limit=3, bootstrap=20)
     there = {t.name for t in TASKS.values() if (ROWS / f"{t.file}.jsonl").is_file()}
     assert {n for n, r in results.items() if r["status"] == "done"} == there | set(TASK_NAMES)
     assert {n for n, r in results.items() if r["status"] != "done"} == {"qqp", "mnli"}
@@ -361,7 +359,7 @@ def test_every_public_task_with_rows_here_is_scored():
 def test_batch_size_does_not_change_a_score():
     names = "lambada,hellaswag,siqa,cola,cb"
     first, second = (
-        score_tasks(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20)
+        run_benchmarks(tiny_model(256), ByteTokenizer(), names, data_dir=ROWS, limit=12, batch_size=b, bootstrap=20)
         for b in (None, 5)
     )
     for n in first:
@@ -384,8 +382,8 @@ def test_a_transformers_model_scores_as_in_the_harness_alone(tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=512)).eval()
     names = ("lambada", "hellaswag", "cola")
-    ours = score_tasks(model, tokenizer, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
-    same = score_tasks(model, words, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
+    ours = run_benchmarks(model, tokenizer, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
+    same = run_benchmarks(model, words, ",".join(names), data_dir=ROWS, limit=5, bootstrap=20)
     home = Path(lm_eval.tasks.__file__).parent
     for n in names:
         t = TASKS[n]
@@ -472,6 +470,6 @@ def test_a_transformers_folder_is_loaded(tmp_path):
     )
     PreTrainedTokenizerFast(tokenizer_object=words.inner, eos_token="<|endoftext|>").save_pretrained(tmp_path / "m")
     model, tokenizer = load_any(tmp_path / "m")
-    assert score_tasks(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3
+    assert run_benchmarks(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3
     with pytest.raises(ValueError, match=r"no folder|no checkpoint"):
         load_any(tmp_path / "nothing")

@@ -21,4 +21,10 @@ __getattr__, __dir__, __all__ = lazily(
         bench_tokenizers bench_training_step bench_utilisation example_run kept_for_backward
         looped_experts nanogpt_run precisions row run_bench shakespeare side_by_side
     """,
+    stages="""
+        ARMS Place STAGES Stage of_each place_at read_stages run_stages
+    """,
+    __main__="""
+        add_bench_options bench_command
+    """,
 )

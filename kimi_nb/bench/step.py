@@ -55,7 +55,7 @@ def stepping(
     at, steps = iter(range(10**9)), trainer.run.train.steps
     return lambda: trainer.step(next(at) % steps)
 
-# %% ../../nbs/bench/02_step.ipynb #22b9c79b
+# %% ../../nbs/bench/02_step.ipynb #118f8885
 def matrix_peak(
     device: torch.device,
     precision: str,  # fp32, bf16 or fp16
@@ -117,7 +117,7 @@ def utilisation(
         precision=trainer.precision,
     )
 
-# %% ../../nbs/bench/02_step.ipynb #c766a082
+# %% ../../nbs/bench/02_step.ipynb #3a0c088c
 class ProfilingError(KimiError):
     "A run that cannot be profiled as asked."
 
@@ -163,7 +163,7 @@ def _silent():
         os.dup2(kept, 2)
         os.close(kept)
 
-# %% ../../nbs/bench/02_step.ipynb #ff9fc97e
+# %% ../../nbs/bench/02_step.ipynb #1670b803
 def _own_time(event, device: str) -> float:
     "Milliseconds that an operation spent itself: on the GPU those of its kernels."
     name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
@@ -249,7 +249,7 @@ def profile_steps(
     table = _operations(seen, steps, place.type)
     return Profiled(table, median, run.tokens_per_step / median, place.type, steps, trace)
 
-# %% ../../nbs/bench/02_step.ipynb #06efed97
+# %% ../../nbs/bench/02_step.ipynb #84713b9c
 def repeat_spread(
     run: RunConfig,
     times: int = 3,  # trainings, at least 2
@@ -259,8 +259,8 @@ def repeat_spread(
 ) -> dict[str, float]:
     """Train one run several times here: how far the others lie from the first.
 
-    The largest difference in training `loss` and final `weight`, the `steps` whose loss has the same bits each time, and
-    the median `seconds` of training.
+    The largest difference in training `loss` and final `weight`, the `steps` whose loss has the same bits each time,
+    and the median `seconds` of training.
 
     Raises: KimiError for fewer than two trainings, and where one does not end well.
     """
@@ -286,7 +286,7 @@ def repeat_spread(
         seconds=statistics.median(seconds),
     )
 
-# %% ../../nbs/bench/02_step.ipynb #83a4af64
+# %% ../../nbs/bench/02_step.ipynb #ad40939d
 def _spread_in(pipe, config, *how):
     try:
         pipe.send((repeat_spread(RunConfig(**config), *how), ""))
@@ -318,7 +318,7 @@ def spread_with_and_without(
 
     return measured(True), measured(False)
 
-# %% ../../nbs/bench/02_step.ipynb #87587251
+# %% ../../nbs/bench/02_step.ipynb #68685bcb
 def repeated_run() -> RunConfig:
     "MLA, a router without balance loss, RMSNorm and MuonClip, small enough to be trained several times in seconds."
     return RunConfig().override(

@@ -93,18 +93,15 @@ def cmd_lab(args):
 # %% ../../nbs/cli/05_here.ipynb #dadc474c
 def add_bench(commands, with_settings: bool = True):
     "The parser of `kimi-nb bench`."
-    p = add_command(commands, "bench", cmd_bench, "measure the figures that the README quotes, as ratios side by side")
-    p.add_argument("--only", nargs="+", default=(), help="only these measurements")
-    p.add_argument("--out", help="also write them to this JSON file, after each measurement")
-    p.add_argument(
-        "--resume", action="store_true", help="go on with the file of --out that a call on this machine began"
-    )
+    from kimi_nb.bench import add_bench_options
+
+    add_bench_options(add_command(commands, "bench", cmd_bench, "measure the code: ratios side by side, or stages"))
 
 
 def cmd_bench(args):
-    from kimi_nb.bench import run_bench
+    from kimi_nb.bench import bench_command
 
-    return run_bench(args.only, args.out, args.resume)
+    return bench_command(args)
 
 # %% ../../nbs/cli/05_here.ipynb #0426176b
 def done_so_far(

@@ -233,14 +233,14 @@ def score_text(
 def print_task_scores(args):
     "Benchmarks: a table, or JSON; a task that cannot be scored says why."
     from kimi_nb.evals import load_any, overall_score, pick_tasks
-    from kimi_nb.evals import print_task_scores
+    from kimi_nb.evals import run_benchmarks
     from kimi_nb.train import pick_device
 
     pick_tasks(args.tasks)
     if given_settings(args, "data.") or args.seq_len:
         raise KimiError("--data settings and --seq-len belong to held-out text, not to --tasks: leave one of them out")
     model, tokenizer = load_any(args.checkpoint, pick_device(args.device))
-    results = print_task_scores(model, tokenizer, args.tasks, args.data_dir, args.limit, args.batch_size)
+    results = run_benchmarks(model, tokenizer, args.tasks, args.data_dir, args.limit, args.batch_size)
     overall = overall_score(results)
     if args.json:
         print(json.dumps(dict(checkpoint=str(args.checkpoint), tasks=results, overall=overall), indent=1))

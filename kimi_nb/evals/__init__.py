@@ -9,15 +9,14 @@ __getattr__, __dir__, __all__ = lazily(
         world_items write_tasks
     """,
     tasks="""
-        BenchmarkError GROUPS TASKS Task chance_level f1_of_guess pick_tasks read_rows
-        record_choices record_results record_rows record_target record_text span_scores
-        squad_results squad_target
+        BenchmarkError GROUPS TASKS Task chance_level pick_tasks read_rows record_choices
+        record_results record_rows record_target record_text span_scores squad_results squad_target
     """,
     adapter="""
         ANSWER_TOKENS Answering answer_tokens answering continuation_scores greedy harness_model
     """,
     harness="""
-        Results cut_off load_any overall_score score_tasks
+        Results cut_off load_any overall_score run_benchmarks
     """,
     mistakes="""
         attention_map attention_weights by_frequency by_kind by_position document_numbers
@@ -25,7 +24,7 @@ __getattr__, __dir__, __all__ = lazily(
         specialisation token_kind token_losses worst_documents worst_tokens
     """,
     counts="""
-        CONSTANTS COUNTED CountTable as_numbers count_baselines count_table interpolated looked_up
+        CONSTANTS COUNTED Counts as_numbers count_baselines count_table interpolated looked_up
         scored_pairs table_losses trained_windows
     """,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from ..config import settings_path, write_file
-from ..data import Fact, world
+from ..data import world
 
 # %% ../../nbs/evals/01_items.ipynb #3e7f0d60
 COMPLETIONS = {

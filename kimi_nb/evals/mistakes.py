@@ -223,7 +223,7 @@ def _item(sample: dict) -> dict:
 
 
 def item_table(
-    samples,  # of `score_tasks(...).samples[task]`, a task with choices
+    samples,  # of `run_benchmarks(...).samples[task]`, a task with choices
 ) -> pd.DataFrame:  # question, right, preferred, correct, margin, rank, half and relation where there are
     "Every item of a task with the model's preference among the choices."
     return pd.DataFrame([_item(sample) for sample in samples])

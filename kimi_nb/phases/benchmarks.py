@@ -125,14 +125,14 @@ def score_runs(
     limit=None,  # items of each task
 ) -> tuple[dict, dict]:
     "Run -> results, and run -> samples; each run's scores are kept under `benchmarks/` of the results folder."
-    from kimi_nb.evals import score_tasks
+    from kimi_nb.evals import run_benchmarks
 
     from kimi_nb.evals import load_any
     from kimi_nb.study import write_sealed
 
     results, samples = {}, {}
     for run_id in frame[frame["status"] == "done"]["run_id"]:
-        r = score_tasks(*load_any(store.folder(run_id)), tasks, data_dir, limit)
+        r = run_benchmarks(*load_any(store.folder(run_id)), tasks, data_dir, limit)
         results[run_id], samples[run_id] = r, r.samples
         write_sealed(store.path / "benchmarks" / f"{run_id}.json", dict(r))
     return results, samples
@@ -282,7 +282,7 @@ def score_along(
 ):  # run_id, seed, step, task, score, chance; one row a task and checkpoint
     "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0, its final model the end."
     import pandas as pd
-    from kimi_nb.evals import score_tasks
+    from kimi_nb.evals import run_benchmarks
 
     from kimi_nb.bench import remembered
     from kimi_nb.evals import load_any
@@ -306,7 +306,7 @@ def score_along(
                 store,
                 "benchmarks-along",
                 whose,
-                lambda place=place: dict(score_tasks(*load_any(place), tasks, data_dir, limit)),
+                lambda place=place: dict(run_benchmarks(*load_any(place), tasks, data_dir, limit)),
             )
         for step, scored in sorted(found.items()):
             for task in tasks:

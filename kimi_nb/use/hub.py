@@ -37,7 +37,7 @@ class KimiNbConfig(PreTrainedConfig):
     "A `ModelConfig` in transformers' clothes: `network` holds it whole."
 
     model_type = "kimi_nb"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, transformers adds lists to it
+    keys_to_ignore_at_inference = ["past_key_values"]  # a list: transformers adds lists to it
     network: dict | None = None  # `ModelConfig.model_dump()`; none is the default configuration with 257 ids
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -193,8 +193,8 @@ class _Wrapped(PreTrainedModel):
     config_class = KimiNbConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _tied_weights_keys = {"model.lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012, transformers' own form
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012, steps of 0.001 vanish in bfloat16
+    _tied_weights_keys = {"model.lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # steps of 0.001 vanish in bfloat16
     _supports_sdpa = _supports_flash_attn = True
 
     def __init__(self, config: KimiNbConfig, seed: int = 0):

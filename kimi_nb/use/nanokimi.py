@@ -20,7 +20,17 @@ from typing import Literal
 import numpy as np
 from pydantic import model_validator
 
-from ..config import BUILTIN, Config, ConfigError, KimiError, Positive, RunConfig, settings_path, write_file
+from kimi_nb.config import (
+    BUILTIN,
+    Config,
+    ConfigError,
+    KimiError,
+    Positive,
+    RunConfig,
+    settings_path,
+    truth,
+    write_file,
+)
 from ..config import DataConfig as RunData
 from ..data import DataError, TokenData, TokenDataset, bytes_of, cache_dir, prepare
 
@@ -32,7 +42,7 @@ class Tracking(Config):
     project: str = "kimi_nb"
     name: str | None = None  # of the run; none is its run_id
 
-# %% ../../nbs/use/04_nanokimi.ipynb #24dea4b8
+# %% ../../nbs/use/04_nanokimi.ipynb #03c0c95c
 _TRAINING = dict(
     max_steps="steps",
     learning_rate="lr",
@@ -60,9 +70,10 @@ def _put(node, section, name, value, alias):
 
 def _is_on(section, name, value) -> bool:
     "A switch.  Raises: ConfigError for what is none."
-    if not isinstance(value, bool):
+    switch = truth(value)
+    if not isinstance(switch, bool):
         raise ConfigError(f"{section}.{name}", f"{value!r} is not true or false")
-    return value
+    return switch
 
 
 def _section(data, name, as_name=None) -> dict:
@@ -76,12 +87,12 @@ def _section(data, name, as_name=None) -> dict:
         raise ConfigError(name, f"{found!r} is not a section of settings")
     return dict(found or {})
 
-# %% ../../nbs/use/04_nanokimi.ipynb #0aaf59ef
+# %% ../../nbs/use/04_nanokimi.ipynb #8948deb1
 def _translate_setting(name: str, value, train: dict, tracking: dict):
     "One setting of `training:` into the two sections that it may belong to."
     if name == "mixed_precision":
         words = {True: "auto", False: "fp32"}
-        _put(train, "train", "precision", words[value] if isinstance(value, bool) else value, name)
+        _put(train, "train", "precision", words.get(truth(value), value), name)
     elif name in ("use_wandb", "use_trackio"):
         if _is_on("training", name, value):
             _put(tracking, "training", "tool", name.removeprefix("use_"), name)
@@ -125,7 +136,7 @@ def from_nanokimi(
     sections = dict(train=train, data=_translate_text(_section(data, "data"), train), tracking=tracking)
     return data | {name: section for name, section in sections.items() if section}
 
-# %% ../../nbs/use/04_nanokimi.ipynb #608b3261
+# %% ../../nbs/use/04_nanokimi.ipynb #64f56c80
 def _speaks_nanokimi(data: dict) -> bool:
     "Whether a file has one of nanoKimi's names."
     if "training" in data:
@@ -163,7 +174,7 @@ def read_config(
     found = _File.load(_shipped_example(Path(path)))
     return RunConfig(**{name: getattr(found, name) for name in RunConfig.model_fields}), found.tracking
 
-# %% ../../nbs/use/04_nanokimi.ipynb #63edc7c1
+# %% ../../nbs/use/04_nanokimi.ipynb #bd3f4929
 def _started(library, tracking: Tracking, run: RunConfig):
     "Begin a run there.  Raises: KimiError for whatever keeps the library from it: no login, no network, no project."
     try:
@@ -280,7 +291,7 @@ def _paths(files) -> list[str]:
             )
     return paths
 
-# %% ../../nbs/use/04_nanokimi.ipynb #7c2fc220
+# %% ../../nbs/use/04_nanokimi.ipynb #3adc542a
 def toy_dataset(
     characters: int = 60_000,  # of training text; a tenth of it for validation
     block_size: int = 64,  # context that each split must fill
@@ -334,7 +345,7 @@ class ArrayDataset:
             b"".join(a.tobytes() for a in (self.train, self.val, self.test)) + tokenizer.fingerprint.encode()
         ).hexdigest()[:16]
 
-# %% ../../nbs/use/04_nanokimi.ipynb #b1393d4d
+# %% ../../nbs/use/04_nanokimi.ipynb #0e647b43
 def _opened(dataset):
     "The tokens of a processed data set or of a run's data section; anything else as it is."
     if isinstance(dataset, ProcessedDataset):
@@ -426,7 +437,7 @@ def _refuse_ids(tokens, vocab_size: int | None):
             f"the text has token {high}, the model's vocabulary has {vocab_size}: use the tokenizer it was trained with"
         )
 
-# %% ../../nbs/use/04_nanokimi.ipynb #837f352e
+# %% ../../nbs/use/04_nanokimi.ipynb #1656c1db
 class ModelEvaluator:
     "Scores a model on a data set."
 
