@@ -233,26 +233,17 @@ def kernel_words(
     norm = ", QK-norm" if config.attention.qk_norm else ""
     return f"{position_words(config)}; kernel {config.attention.implementation}{norm}"
 
-# %% ../../nbs/model/21_kernels.ipynb #a86e2bb3
-class Attention(nn.Module):
-    "Base of the attention modules: `module(x, rope=None, cache=None, need_weights=False) -> y`."
-
-    kind = ""  # its name in attention.kind
+# %% ../../nbs/model/21_kernels.ipynb #7ded20cd
+class _Watched(nn.Module):
+    "A layer that keeps the largest logit of every head."
 
     def __init__(
         self,
-        config: ModelConfig,  # the network
-        layer_idx: int,  # which layer this is
-        qk_head_dim: int,  # width of a query and key, for the scale
+        n_heads: int,  # H
     ):
         super().__init__()
-        self.layer_idx, self.n_heads, self.dropout = layer_idx, config.n_heads, config.dropout
-        self.implementation = config.attention.implementation
-        self.flash_package = flash_attn_package() if self.implementation == "flash" else None
-        stretch = yarn_mscale(config.position.yarn_factor) ** 2 if config.position.kind == "rope" else 1.0
-        self.scale = qk_head_dim**-0.5 * stretch
-        self.track_logits, self.last_weights = False, None
-        self.logit_max = torch.full((self.n_heads,), -math.inf, device="cpu")
+        self.n_heads, self.track_logits, self.last_weights = n_heads, False, None
+        self.logit_max = torch.full((n_heads,), -math.inf, device="cpu")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -277,46 +268,11 @@ class Attention(nn.Module):
         "Keep the larger of what was seen and of `maxima`."
         self.logit_max.copy_(torch.maximum(self.logit_max, maxima.amax(0)))
 
-    def kernel(self, q, k, v, **how):
-        "`attend` by the kernel of this layer."
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, self.scale, self.implementation, dropout=dropout, package=self.flash_package, **how)
+# %% ../../nbs/model/21_kernels.ipynb #28f2bc7d
+class _Answers(_Watched):
+    "What a kind of attention answers for itself, where there is an answer for most."
 
-    def attend(self, q, k, v, need_weights=False, causal=True):
-        "Attention by the module's kernel, with what was asked for noted on the side."
-        if self.implementation == "eager":
-            dropout = self.dropout if self.training else 0.0
-            y, weights, logits = eager_attention(q, k, v, self.scale, causal, dropout=dropout)
-            maxima = logits.detach().amax((-1, -2)) if self.track_logits else None
-        else:
-            y, weights = self.kernel(q, k, v, causal=causal), None
-            if need_weights:
-                weights = eager_attention(q.detach(), k.detach(), v.detach(), self.scale, causal)[1]
-            maxima = logit_maxima(q, k, self.scale, causal) if self.track_logits else None
-        if maxima is not None:
-            self.see_logits(maxima)
-        self.last_weights = weights.detach() if need_weights else None
-        return y
-
-    def decoding(self):
-        "A function `step(x, h, rope, cache)`: adds to `x` (B, D) what one token of each text, normed `h`, gathers."
-
-        def step(x, h, rope, cache):
-            turned = None if rope is None else (rope.real, rope.imag)
-            x.add_(self(h[:, None], turned, cache)[:, 0])
-
-        return step
-
-    def stacked_rows(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        "Parameter -> how matrices lie in its rows: equal blocks (one a head), and the sizes of a block's parts."
-        return {}
-
-    def clip_heads_(
-        self,
-        gamma: Tensor,  # (H,), factor on each head's logits, above 0
-    ):
-        "Raises: AttentionError where a kind has no QK-clip."
-        raise AttentionError(f"attention.kind {self.kind} has no QK-clip: use mha or mla")
+    kind = ""  # its name in attention.kind
 
     @classmethod
     def rotated_width(cls, config: ModelConfig) -> int:
@@ -357,3 +313,57 @@ class Attention(nn.Module):
     def idle_parameters(cls, config: ModelConfig, seq_len: int) -> bool:
         "Whether texts of this length leave a parameter without a gradient."
         return False
+
+# %% ../../nbs/model/21_kernels.ipynb #a86e2bb3
+class Attention(_Answers):
+    "Base of the attention modules: `module(x, rope=None, cache=None, need_weights=False) -> y`."
+
+    def __init__(
+        self,
+        config: ModelConfig,  # the network
+        layer_idx: int,  # which layer this is
+        qk_head_dim: int,  # width of a query and key, for the scale
+    ):
+        super().__init__(config.n_heads)
+        self.layer_idx, self.dropout = layer_idx, config.dropout
+        self.implementation = config.attention.implementation
+        self.flash_package = flash_attn_package() if self.implementation == "flash" else None
+        stretch = yarn_mscale(config.position.yarn_factor) ** 2 if config.position.kind == "rope" else 1.0
+        self.scale = qk_head_dim**-0.5 * stretch
+
+    def kernel(self, q, k, v, **how):
+        "`attend` by the kernel of this layer."
+        dropout = self.dropout if self.training else 0.0
+        return attend(q, k, v, self.scale, self.implementation, dropout=dropout, package=self.flash_package, **how)
+
+    def attend(self, q, k, v, need_weights=False, causal=True):
+        "Attention by the module's kernel, with what was asked for noted on the side."
+        if self.implementation == "eager":
+            dropout = self.dropout if self.training else 0.0
+            y, weights, logits = eager_attention(q, k, v, self.scale, causal, dropout=dropout)
+            maxima = logits.detach().amax((-1, -2)) if self.track_logits else None
+        else:
+            y, weights = self.kernel(q, k, v, causal=causal), None
+            if need_weights:
+                weights = eager_attention(q.detach(), k.detach(), v.detach(), self.scale, causal)[1]
+            maxima = logit_maxima(q, k, self.scale, causal) if self.track_logits else None
+        if maxima is not None:
+            self.see_logits(maxima)
+        self.last_weights = weights.detach() if need_weights else None
+        return y
+
+    def decoding(self):
+        "A function `step(x, h, rope, cache)`: adds to `x` (B, D) what one token of each text, normed `h`, gathers."
+
+        def step(x, h, rope, cache):
+            turned = None if rope is None else (rope.real, rope.imag)
+            x.add_(self(h[:, None], turned, cache)[:, 0])
+
+        return step
+
+    def clip_heads_(
+        self,
+        gamma: Tensor,  # (H,), factor on each head's logits, above 0
+    ):
+        "Raises: AttentionError where a kind has no QK-clip."
+        raise AttentionError(f"attention.kind {self.kind} has no QK-clip: use mha or mla")

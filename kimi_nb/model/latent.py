@@ -72,143 +72,11 @@ class LatentCache:
         if rest[0].shape[2]:
             self.local.append(*rest)
 
-# %% ../../nbs/model/32_latent.ipynb #50e8a86c
-class LatentAttention(Attention):
-    """Chunk-causal attention through learnable latent tokens.
-
-    Source: this project's design after Perceiver (Jaegle et al. 2021, arXiv 2103.03206).
-    """
+# %% ../../nbs/model/32_latent.ipynb #d797fd8a
+class _OfLatent(Attention):
+    "What latent-token attention costs, and its words."
 
     kind = "latent"
-
-    def __init__(
-        self,
-        config: ModelConfig,  # the network
-        layer_idx: int = 0,  # which layer this is
-    ):
-        super().__init__(config, layer_idx, config.head_dim)
-        D, a = config.d_model, config.attention
-        self.head_dim, self.n_latents, self.chunk_size = config.head_dim, a.n_latents, a.chunk_size
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(D, D, bias=False))
-        self.q_norm = RMSNorm(config.head_dim, config.norm.eps) if a.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm.eps) if a.qk_norm else None
-        self.latents, self.latent_norm = nn.Parameter(torch.randn(a.n_latents, D) * 0.02), RMSNorm(D, config.norm.eps)
-
-    def _heads(self, proj, x, rope=None, norm=None):
-        "Project, split into heads, norm, turn: (B, H, T, K)."
-        h = proj(x).unflatten(-1, (self.n_heads, self.head_dim))
-        h = (h if norm is None else norm(h)).transpose(1, 2)
-        return h if rope is None else apply_rope(h, *rope)
-
-    def _keys(self, x, rope):
-        return self._heads(self.k_proj, x, rope, self.k_norm), self._heads(self.v_proj, x)
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        rope: tuple[Tensor, Tensor] | None = None,  # cos and sin of these tokens' positions
-        cache: LatentCache | None = None,  # what came before; these tokens are added
-        need_weights: bool = False,  # keep `last_weights`, (B, H, T, latents + C): latents first, then the own chunk
-    ) -> Tensor:  # (B, T, D)
-        "What each token gathers from its chunk and from the latents of earlier ones."
-        T, C, N = x.shape[1], self.chunk_size, self.n_latents
-        q = self._heads(self.q_proj, x, rope, self.q_norm)
-        k, v = self._keys(x, rope)
-        old = 0 if cache is None else cache.chunks
-        held = 0 if cache is None else cache.local.length  # tokens of the unfinished chunk
-        if held:
-            k, v = cache.local.append(k, v)  # (B, H, held + T, K)
-        n_chunks = -(-(held + T) // C)  # chunks these tokens touch
-        done = (held + T) // C if cache is not None else n_chunks - 1  # whose latents are made now
-        ends = self._ends(rope, done, held)
-        z = self._write(k[:, :, : done * C], v[:, :, : done * C], ends, cache)
-        visible = (old + n_chunks - 1) * N  # nobody reads the last chunk's latents
-        y = self._read_back(q, k, v, z, visible, held, n_chunks, need_weights)
-        if cache is not None and (done or not held):
-            cache.restart(k[:, :, done * C :], v[:, :, done * C :])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def _ends(self, rope, done, held):
-        "Cosines and sines of the last places of the chunks that are done, once a latent."
-        if rope is None:
-            return None
-        last = torch.arange(1, done + 1, device=rope[0].device) * self.chunk_size - 1 - held
-        return [r[..., last, :].repeat_interleave(self.n_latents, -2) for r in rope]
-
-    def _write(self, k, v, ends, cache):
-        "Keys and values (B, H, latents, K) with which the latents of these complete chunks and those before are read."
-        new, N = k.shape[2] // self.chunk_size, self.n_latents
-        if new == 0:
-            return None if cache is None or not cache.chunks else cache.held(k.dtype)[2:]
-        z = self._read_in(k, v, ends, new)
-        h = self.latent_norm(z)
-        q, talk = self._heads(self.q_proj, h, ends, self.q_norm), self._keys(h, ends)
-        if cache is not None:
-            talk = [torch.cat(pair, 2) for pair in zip(cache.held(k.dtype), talk)]
-        mask = self._talk_mask(new, talk[0].shape[2], k.device) if new > 1 else None
-        z = z + self._merged(self.kernel(q, *talk, causal=False, mask=mask))
-        back = self._keys(self.latent_norm(z), ends)
-        if cache is not None:
-            back = cache.latents.append(*(t[:, :, -new * N :] for t in talk), *back)[2:]
-        return back
-
-    def _read_in(self, k, v, ends, new):
-        "The latents of `new` chunks after each has read its chunk, (B, new * N, D)."
-        (B, H, _, K), C, N = k.shape, self.chunk_size, self.n_latents
-        z = self.latents.to(k.dtype).repeat(new, 1).expand(B, -1, -1)
-        q = self._heads(self.q_proj, self.latent_norm(z), ends, self.q_norm)
-        chunked = [t.reshape(B * H, new, C, K) for t in (k, v)]
-        y = self.kernel(q.reshape(B * H, new, N, K), *chunked, causal=False)
-        return z + self._merged(y.reshape(B, H, new * N, K))
-
-    def _merged(self, y):
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, latents, D)
-
-    def _talk_mask(self, new, told, device):
-        "Where the chunk of a query is that of a key or a later one, (new * N, told)."
-        N = self.n_latents
-        asking = torch.arange(new * N, device=device) // N + (told // N - new)
-        return asking.unsqueeze(1) >= torch.arange(told, device=device) // N
-
-    def _read_back(self, q, k, v, z, visible, held, n_chunks, need_weights):
-        "What the tokens gather, (B, H, T, K): chunks are rows, padded where the first or last is not whole."
-        (B, H, T, K), C, N = q.shape, self.chunk_size, self.n_latents
-        if n_chunks == 1:
-            rows, width, lead = T, held + T, 0  # all in one chunk: nothing to pad
-        else:
-            rows, width, lead = C, C, held
-        q = _padded(q, lead, n_chunks, rows).reshape(B * H, n_chunks, rows, K)
-        k, v = (_padded(t, 0, n_chunks, rows).reshape(B * H, n_chunks, width, K) for t in (k, v))
-        mask = causal_mask(rows, width, q.device).expand(n_chunks, -1, -1)  # (chunks, rows, width)
-        if visible:
-            seen = [t[:, :, :visible].reshape(B * H, 1, visible, K).expand(-1, n_chunks, -1, -1) for t in z]
-            k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
-            chunk = torch.arange(n_chunks, device=q.device).view(-1, 1, 1) + visible // N - (n_chunks - 1)
-            earlier = (torch.arange(visible, device=q.device) // N < chunk).expand(-1, rows, -1)
-            mask = torch.cat([earlier, mask], 2)
-        alone = T == 1 and n_chunks == 1  # a single new token sees all that is there
-        y = self.kernel(q, k, v, causal=False, mask=None if alone else mask.unsqueeze(0))  # (B * H, chunks, rows, K)
-        flat = lambda t: t.reshape(B, H, n_chunks * rows, -1)[:, :, lead : lead + T]
-        if self.track_logits:
-            real = torch.zeros(n_chunks * rows, dtype=torch.bool, device=q.device)
-            real[lead : lead + T] = True
-            maxima = logit_maxima(q, k, self.scale, mask=mask & real.view(n_chunks, rows, 1))
-            self.see_logits(maxima.amax(1).view(B, H))
-        self.last_weights = None
-        if need_weights:
-            self.last_weights = flat(attention_logits(q.detach(), k.detach(), self.scale, mask=mask).softmax(-1))
-        return flat(y)
-
-    def stacked_rows(self):
-        "Queries, keys and values of each head."
-        return {f"{name}.weight": (self.n_heads, (self.head_dim,)) for name in ("q_proj", "k_proj", "v_proj")}
-
-    def clip_heads_(self, gamma):
-        "Raises: AttentionError: QK-clip is defined for mha and mla."
-        raise AttentionError(
-            "attention.kind latent has no QK-clip: its latents and tokens share their weights; use mha or mla"
-        )
 
     @classmethod
     def new_cache(cls, config, batch_size, max_len, device=None, dtype=torch.float32):
@@ -252,6 +120,150 @@ class LatentAttention(Attention):
     def idle_parameters(cls, config: ModelConfig, seq_len: int) -> bool:
         "Whether texts of this length leave the latents unread: those of a single chunk have no reader."
         return seq_len <= config.attention.chunk_size
+
+# %% ../../nbs/model/32_latent.ipynb #5118b4d7
+class _Heads(_OfLatent):
+    "The matrices, which tokens and latents share."
+
+    def __init__(
+        self,
+        config: ModelConfig,  # the network
+        layer_idx: int = 0,  # which layer this is
+    ):
+        super().__init__(config, layer_idx, config.head_dim)
+        D, a = config.d_model, config.attention
+        self.head_dim, self.n_latents, self.chunk_size = config.head_dim, a.n_latents, a.chunk_size
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(D, D, bias=False))
+        self.q_norm = RMSNorm(config.head_dim, config.norm.eps) if a.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm.eps) if a.qk_norm else None
+        self.latents, self.latent_norm = nn.Parameter(torch.randn(a.n_latents, D) * 0.02), RMSNorm(D, config.norm.eps)
+
+    def _heads(self, proj, x, rope=None, norm=None):
+        "Project, split into heads, norm, turn: (B, H, T, K)."
+        h = proj(x).unflatten(-1, (self.n_heads, self.head_dim))
+        h = (h if norm is None else norm(h)).transpose(1, 2)
+        return h if rope is None else apply_rope(h, *rope)
+
+    def _keys(self, x, rope):
+        return self._heads(self.k_proj, x, rope, self.k_norm), self._heads(self.v_proj, x)
+
+    def _merged(self, y):
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, latents, D)
+
+    def clip_heads_(self, gamma):
+        "Raises: AttentionError: QK-clip is defined for mha and mla."
+        raise AttentionError(
+            "attention.kind latent has no QK-clip: its latents and tokens share their weights; use mha or mla"
+        )
+
+# %% ../../nbs/model/32_latent.ipynb #169dfc23
+class _Writing(_Heads):
+    "Steps 1 and 2: latents read their chunk, then talk."
+
+    def _ends(self, rope, done, held):
+        "Cosines and sines of the last places of the chunks that are done, once a latent."
+        if rope is None:
+            return None
+        last = torch.arange(1, done + 1, device=rope[0].device) * self.chunk_size - 1 - held
+        return [r[..., last, :].repeat_interleave(self.n_latents, -2) for r in rope]
+
+    def _read_in(self, k, v, ends, new):
+        "The latents of `new` chunks after each has read its chunk, (B, new * N, D)."
+        (B, H, _, K), C, N = k.shape, self.chunk_size, self.n_latents
+        z = self.latents.to(k.dtype).repeat(new, 1).expand(B, -1, -1)
+        q = self._heads(self.q_proj, self.latent_norm(z), ends, self.q_norm)
+        chunked = [t.reshape(B * H, new, C, K) for t in (k, v)]
+        y = self.kernel(q.reshape(B * H, new, N, K), *chunked, causal=False)
+        return z + self._merged(y.reshape(B, H, new * N, K))
+
+    def _talk_mask(self, new, told, device):
+        "Where the chunk of a query is that of a key or a later one, (new * N, told)."
+        N = self.n_latents
+        asking = torch.arange(new * N, device=device) // N + (told // N - new)
+        return asking.unsqueeze(1) >= torch.arange(told, device=device) // N
+
+    def _write(self, k, v, ends, cache):
+        "Keys and values (B, H, latents, K) with which the latents of these complete chunks and those before are read."
+        new, N = k.shape[2] // self.chunk_size, self.n_latents
+        if new == 0:
+            return None if cache is None or not cache.chunks else cache.held(k.dtype)[2:]
+        z = self._read_in(k, v, ends, new)
+        h = self.latent_norm(z)
+        q, talk = self._heads(self.q_proj, h, ends, self.q_norm), self._keys(h, ends)
+        if cache is not None:
+            talk = [torch.cat(pair, 2) for pair in zip(cache.held(k.dtype), talk)]
+        mask = self._talk_mask(new, talk[0].shape[2], k.device) if new > 1 else None
+        z = z + self._merged(self.kernel(q, *talk, causal=False, mask=mask))
+        back = self._keys(self.latent_norm(z), ends)
+        if cache is not None:
+            back = cache.latents.append(*(t[:, :, -new * N :] for t in talk), *back)[2:]
+        return back
+
+# %% ../../nbs/model/32_latent.ipynb #dc6ed01b
+class _Reading(_Writing):
+    "Step 3: tokens read latents and their own chunk."
+
+    def _read_back(self, q, k, v, z, visible, held, n_chunks, need_weights):
+        "What the tokens gather, (B, H, T, K): chunks are rows, padded where the first or last is not whole."
+        (B, H, T, K), C, N = q.shape, self.chunk_size, self.n_latents
+        if n_chunks == 1:
+            rows, width, lead = T, held + T, 0  # all in one chunk: nothing to pad
+        else:
+            rows, width, lead = C, C, held
+        q = _padded(q, lead, n_chunks, rows).reshape(B * H, n_chunks, rows, K)
+        k, v = (_padded(t, 0, n_chunks, rows).reshape(B * H, n_chunks, width, K) for t in (k, v))
+        mask = causal_mask(rows, width, q.device).expand(n_chunks, -1, -1)  # (chunks, rows, width)
+        if visible:
+            seen = [t[:, :, :visible].reshape(B * H, 1, visible, K).expand(-1, n_chunks, -1, -1) for t in z]
+            k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
+            chunk = torch.arange(n_chunks, device=q.device).view(-1, 1, 1) + visible // N - (n_chunks - 1)
+            earlier = (torch.arange(visible, device=q.device) // N < chunk).expand(-1, rows, -1)
+            mask = torch.cat([earlier, mask], 2)
+        alone = T == 1 and n_chunks == 1  # a single new token sees all that is there
+        y = self.kernel(q, k, v, causal=False, mask=None if alone else mask.unsqueeze(0))  # (B * H, chunks, rows, K)
+        flat = lambda t: t.reshape(B, H, n_chunks * rows, -1)[:, :, lead : lead + T]
+        if self.track_logits:
+            real = torch.zeros(n_chunks * rows, dtype=torch.bool, device=q.device)
+            real[lead : lead + T] = True
+            maxima = logit_maxima(q, k, self.scale, mask=mask & real.view(n_chunks, rows, 1))
+            self.see_logits(maxima.amax(1).view(B, H))
+        self.last_weights = None
+        if need_weights:
+            self.last_weights = flat(attention_logits(q.detach(), k.detach(), self.scale, mask=mask).softmax(-1))
+        return flat(y)
+
+# %% ../../nbs/model/32_latent.ipynb #50e8a86c
+class LatentAttention(_Reading):
+    """Chunk-causal attention through learnable latent tokens.
+
+    Source: this project's design after Perceiver (Jaegle et al. 2021, arXiv 2103.03206).
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rope: tuple[Tensor, Tensor] | None = None,  # cos and sin of these tokens' positions
+        cache: LatentCache | None = None,  # what came before; these tokens are added
+        need_weights: bool = False,  # keep `last_weights`, (B, H, T, latents + C): latents first, then the own chunk
+    ) -> Tensor:  # (B, T, D)
+        "What each token gathers from its chunk and from the latents of earlier ones."
+        T, C, N = x.shape[1], self.chunk_size, self.n_latents
+        q = self._heads(self.q_proj, x, rope, self.q_norm)
+        k, v = self._keys(x, rope)
+        old = 0 if cache is None else cache.chunks
+        held = 0 if cache is None else cache.local.length  # tokens of the unfinished chunk
+        if held:
+            k, v = cache.local.append(k, v)  # (B, H, held + T, K)
+        n_chunks = -(-(held + T) // C)  # chunks these tokens touch
+        done = (held + T) // C if cache is not None else n_chunks - 1  # whose latents are made now
+        ends = self._ends(rope, done, held)
+        z = self._write(k[:, :, : done * C], v[:, :, : done * C], ends, cache)
+        visible = (old + n_chunks - 1) * N  # nobody reads the last chunk's latents
+        y = self._read_back(q, k, v, z, visible, held, n_chunks, need_weights)
+        if cache is not None and (done or not held):
+            cache.restart(k[:, :, done * C :], v[:, :, done * C :])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def _padded(t, lead, n_chunks, rows):

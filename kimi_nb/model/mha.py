@@ -36,14 +36,39 @@ def scale_heads_(
     heads = weight.view(len(factor), -1, weight.shape[-1])
     heads[:, start:stop].mul_(factor.to(weight).view(-1, 1, 1))
 
+# %% ../../nbs/model/30_mha.ipynb #cb0f4209
+class _OfMHA(Attention):
+    "What multi-head attention costs, and its words."
+
+    kind = "mha"
+
+    @classmethod
+    def new_cache(cls, config, batch_size, max_len, device=None, dtype=torch.float32):
+        "An empty cache of one layer."
+        return KVCache(config, batch_size, max_len, device, dtype)
+
+    @classmethod
+    def cache_numbers(cls, config: ModelConfig, tokens: int) -> int:
+        "Numbers that one layer holds of a text."
+        return tokens * 2 * config.d_model
+
+    @classmethod
+    def flops(cls, config: ModelConfig, seq_len: int) -> float:
+        "FLOPs per token of the products of queries with keys and of weights with values."
+        return 2 * config.n_heads * seq_len * 2 * config.head_dim
+
+    @classmethod
+    def words(cls, config: ModelConfig) -> list[str]:
+        "Lines for a diagram."
+        heads = f"multi-head: {config.n_heads} heads × {config.head_dim}"
+        return [heads, f"cached: keys and values, 2 × {config.d_model}", kernel_words(config)]
+
 # %% ../../nbs/model/30_mha.ipynb #8606e248
-class MultiHeadAttention(Attention):
+class MultiHeadAttention(_OfMHA):
     """Causal multi-head attention.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; qk_norm: Henry et al. 2020, arXiv 2010.04245, with RMSNorm.
     """
-
-    kind = "mha"
 
     def __init__(
         self,
@@ -95,10 +120,6 @@ class MultiHeadAttention(Attention):
 
         return step
 
-    def stacked_rows(self):
-        "Queries, keys and values of each head."
-        return {f"{name}.weight": (self.n_heads, (self.head_dim,)) for name in ("q_proj", "k_proj", "v_proj")}
-
     @torch.no_grad()
     def clip_heads_(
         self,
@@ -115,24 +136,3 @@ class MultiHeadAttention(Attention):
             )
         for proj in (self.q_proj, self.k_proj):
             scale_heads_(proj.weight, gamma.sqrt())
-
-    @classmethod
-    def new_cache(cls, config, batch_size, max_len, device=None, dtype=torch.float32):
-        "An empty cache of one layer."
-        return KVCache(config, batch_size, max_len, device, dtype)
-
-    @classmethod
-    def cache_numbers(cls, config: ModelConfig, tokens: int) -> int:
-        "Numbers that one layer holds of a text."
-        return tokens * 2 * config.d_model
-
-    @classmethod
-    def flops(cls, config: ModelConfig, seq_len: int) -> float:
-        "FLOPs per token of the products of queries with keys and of weights with values."
-        return 2 * config.n_heads * seq_len * 2 * config.head_dim
-
-    @classmethod
-    def words(cls, config: ModelConfig) -> list[str]:
-        "Lines for a diagram."
-        heads = f"multi-head: {config.n_heads} heads × {config.head_dim}"
-        return [heads, f"cached: keys and values, 2 × {config.d_model}", kernel_words(config)]

@@ -46,14 +46,48 @@ def _per_head(x, weight):
     B, H, T, K = x.shape
     return torch.bmm(x.transpose(0, 1).reshape(H, B * T, K), weight).view(H, B, T, -1).transpose(0, 1)
 
-# %% ../../nbs/model/31_mla.ipynb #31402b80
-class MultiHeadLatentAttention(Attention):
-    """Attention whose keys and values are unpacked from one small latent per token.
-
-    Source: DeepSeek-V2 2024, arXiv 2405.04434, section 2.1; layouts as transformers' `DeepseekV3Attention`.
-    """
+# %% ../../nbs/model/31_mla.ipynb #ab2104bc
+class _OfMLA(Attention):
+    "What multi-head latent attention costs, and its words."
 
     kind = "mla"
+
+    @classmethod
+    def rotated_width(cls, config: ModelConfig) -> int:
+        "Numbers of a head that RoPE turns."
+        return config.attention.qk_rope_head_dim
+
+    @classmethod
+    def new_cache(cls, config, batch_size, max_len, device=None, dtype=torch.float32):
+        "An empty cache of one layer."
+        return MLACache(config, batch_size, max_len, device, dtype)
+
+    @classmethod
+    def cache_numbers(cls, config: ModelConfig, tokens: int) -> int:
+        "Numbers that one layer holds of a text."
+        return tokens * (config.attention.kv_lora_rank + config.attention.qk_rope_head_dim)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, seq_len: int) -> float:
+        "FLOPs per token of the products of queries with keys and of weights with values."
+        a = config.attention
+        return 2 * config.n_heads * seq_len * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+
+    @classmethod
+    def words(cls, config: ModelConfig) -> list[str]:
+        "Lines for a diagram."
+        a = config.attention
+        query = "q full" if a.q_lora_rank is None else f"q through rank {a.q_lora_rank}"
+        return [
+            f"MLA: {config.n_heads} heads",
+            f"cached: latent {a.kv_lora_rank} + rotary key {a.qk_rope_head_dim}",
+            f"{query}; k {a.qk_nope_head_dim} + {a.qk_rope_head_dim}, v {a.v_head_dim} a head",
+            kernel_words(config),
+        ]
+
+# %% ../../nbs/model/31_mla.ipynb #9fc0b733
+class _Projections(_OfMLA):
+    "The matrices: down to the latents, and out of them."
 
     def __init__(
         self,
@@ -93,6 +127,60 @@ class MultiHeadLatentAttention(Attention):
         q = self.q_out(x).unflatten(-1, (self.n_heads, self.qk_dim)).transpose(1, 2)
         return q.split([self.nope, self.rope], -1)
 
+    def _unpacking(self):
+        "The matrices that unpack keys and values, (H, Kn, R) and (H, R, V)."
+        per_head = self.kv_b_proj.weight.view(self.n_heads, -1, self.rank)
+        w_k, w_v = per_head.split([self.nope, self.v_dim], 1)
+        return w_k, w_v.transpose(1, 2)
+
+    @torch.no_grad()
+    def clip_heads_(
+        self,
+        gamma: Tensor,  # (H,), factor on each head's logits, above 0
+    ):
+        """Scale the logits of each head; the shared rotary key stays, so its query takes the whole factor.
+
+        Source: Kimi K2 2025, arXiv 2507.20534, section 2.1 (QK-clip).
+        """
+        scale_heads_(self.q_out.weight, gamma.sqrt(), stop=self.nope)
+        scale_heads_(self.q_out.weight, gamma, start=self.nope)
+        scale_heads_(self.kv_b_proj.weight, gamma.sqrt(), stop=self.nope)
+
+# %% ../../nbs/model/31_mla.ipynb #38d2869b
+class _Forms(_Projections):
+    "Two ways to compute the same."
+
+    def _cheaper_form(self, n_queries, held):
+        "The form for so many new tokens, where the kernel takes it."
+        kernel_takes_it = self.implementation != "flash" or not flash_refusal(held, held)
+        pays = absorbing_pays(self.config, n_queries, held.shape[2])
+        return "absorbed" if pays and kernel_takes_it else "expanded"
+
+    def _expanded(self, q_nope, q_rope, c, k_rope, need_weights):
+        unpacked = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k_nope, v = unpacked.split([self.nope, self.v_dim], -1)
+        k = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], -1)  # (B, H, S, K)
+        return self.attend(torch.cat([q_nope, q_rope], -1), k, v, need_weights)  # (B, H, T, V)
+
+    def _absorbed(self, q_nope, q_rope, held, need_weights):
+        w_k, w_v = self._unpacking()
+        q = torch.cat([_per_head(q_nope, w_k), q_rope], -1).to(held.dtype)  # (B, H, T, R + Kr)
+        # the whole buffer is the values too: fused kernels want equal widths, and the rotary part is cut off
+        if q.shape[2] == 1 and not (need_weights or self.track_logits):
+            one_head = q.transpose(1, 2)  # heads as queries of one head: the cache is read once
+            mixed = self.attend(one_head, held, held, causal=False).transpose(1, 2)
+        else:
+            every = held.expand(-1, self.n_heads, -1, -1)
+            mixed = self.attend(q, every, every, need_weights)
+        return _per_head(mixed[..., : self.rank], w_v)
+
+# %% ../../nbs/model/31_mla.ipynb #be333399
+class MultiHeadLatentAttention(_Forms):
+    """Attention whose keys and values are unpacked from one small latent per token.
+
+    Source: DeepSeek-V2 2024, arXiv 2405.04434, section 2.1; layouts as transformers' `DeepseekV3Attention`.
+    """
+
     def forward(
         self,
         x: Tensor,  # (B, T, D)
@@ -118,36 +206,6 @@ class MultiHeadLatentAttention(Attention):
             y = self._expanded(q_nope, q_rope, c, k_rope, need_weights)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _cheaper_form(self, n_queries, held):
-        "The form for so many new tokens, where the kernel takes it."
-        kernel_takes_it = self.implementation != "flash" or not flash_refusal(held, held)
-        pays = absorbing_pays(self.config, n_queries, held.shape[2])
-        return "absorbed" if pays and kernel_takes_it else "expanded"
-
-    def _expanded(self, q_nope, q_rope, c, k_rope, need_weights):
-        unpacked = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        k_nope, v = unpacked.split([self.nope, self.v_dim], -1)
-        k = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], -1)  # (B, H, S, K)
-        return self.attend(torch.cat([q_nope, q_rope], -1), k, v, need_weights)  # (B, H, T, V)
-
-    def _unpacking(self):
-        "The matrices that unpack keys and values, (H, Kn, R) and (H, R, V)."
-        per_head = self.kv_b_proj.weight.view(self.n_heads, -1, self.rank)
-        w_k, w_v = per_head.split([self.nope, self.v_dim], 1)
-        return w_k, w_v.transpose(1, 2)
-
-    def _absorbed(self, q_nope, q_rope, held, need_weights):
-        w_k, w_v = self._unpacking()
-        q = torch.cat([_per_head(q_nope, w_k), q_rope], -1).to(held.dtype)  # (B, H, T, R + Kr)
-        # the whole buffer is the values too: fused kernels want equal widths, and the rotary part is cut off
-        if q.shape[2] == 1 and not (need_weights or self.track_logits):
-            one_head = q.transpose(1, 2)  # heads as queries of one head: the cache is read once
-            mixed = self.attend(one_head, held, held, causal=False).transpose(1, 2)
-        else:
-            every = held.expand(-1, self.n_heads, -1, -1)
-            mixed = self.attend(q, every, every, need_weights)
-        return _per_head(mixed[..., : self.rank], w_v)
-
     def decoding(self):
         "A function `step(x, h, rope, cache)`: adds to `x` (B, D) what one token of each text, normed `h`, gathers."
         if self.implementation == "flash" or self.track_logits:
@@ -171,58 +229,3 @@ class MultiHeadLatentAttention(Attention):
             x.addmm_(mixed.transpose(0, 1).bmm(w_v).transpose(0, 1).flatten(1), w_o)
 
         return step
-
-    def stacked_rows(self):
-        "Each head's query without and with a position, its key and its value; below, the latent and the shared key."
-        query = "q_proj" if hasattr(self, "q_proj") else "q_b_proj"
-        return {
-            f"{query}.weight": (self.n_heads, (self.nope, self.rope)),
-            "kv_b_proj.weight": (self.n_heads, (self.nope, self.v_dim)),
-            "kv_a_proj_with_mqa.weight": (1, (self.rank, self.rope)),
-        }
-
-    @torch.no_grad()
-    def clip_heads_(
-        self,
-        gamma: Tensor,  # (H,), factor on each head's logits, above 0
-    ):
-        """Scale the logits of each head; the shared rotary key stays, so its query takes the whole factor.
-
-        Source: Kimi K2 2025, arXiv 2507.20534, section 2.1 (QK-clip).
-        """
-        scale_heads_(self.q_out.weight, gamma.sqrt(), stop=self.nope)
-        scale_heads_(self.q_out.weight, gamma, start=self.nope)
-        scale_heads_(self.kv_b_proj.weight, gamma.sqrt(), stop=self.nope)
-
-    @classmethod
-    def rotated_width(cls, config: ModelConfig) -> int:
-        "Numbers of a head that RoPE turns."
-        return config.attention.qk_rope_head_dim
-
-    @classmethod
-    def new_cache(cls, config, batch_size, max_len, device=None, dtype=torch.float32):
-        "An empty cache of one layer."
-        return MLACache(config, batch_size, max_len, device, dtype)
-
-    @classmethod
-    def cache_numbers(cls, config: ModelConfig, tokens: int) -> int:
-        "Numbers that one layer holds of a text."
-        return tokens * (config.attention.kv_lora_rank + config.attention.qk_rope_head_dim)
-
-    @classmethod
-    def flops(cls, config: ModelConfig, seq_len: int) -> float:
-        "FLOPs per token of the products of queries with keys and of weights with values."
-        a = config.attention
-        return 2 * config.n_heads * seq_len * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
-
-    @classmethod
-    def words(cls, config: ModelConfig) -> list[str]:
-        "Lines for a diagram."
-        a = config.attention
-        query = "q full" if a.q_lora_rank is None else f"q through rank {a.q_lora_rank}"
-        return [
-            f"MLA: {config.n_heads} heads",
-            f"cached: latent {a.kv_lora_rank} + rotary key {a.qk_rope_head_dim}",
-            f"{query}; k {a.qk_nope_head_dim} + {a.qk_rope_head_dim}, v {a.v_head_dim} a head",
-            kernel_words(config),
-        ]

@@ -77,9 +77,9 @@ def _in_backward() -> bool:
     "Whether autograd runs the backward pass now: then a forward is activation checkpointing's second one."
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-# %% ../../nbs/model/57_moe.ipynb #8e15735b
-class MoE(nn.Module):
-    "Router, experts and shared experts: `forward` gives the output and `RouterStats`."
+# %% ../../nbs/model/57_moe.ipynb #cad4f655
+class _MoEParts(nn.Module):
+    "Router, gate, experts and shared experts, and what they cost."
 
     def __init__(
         self,
@@ -103,6 +103,22 @@ class MoE(nn.Module):
     ):
         "The layer of experts of a network."
         return cls(config, layer_idx)
+
+    def idle_parameters(self) -> int:
+        "Parameters that a token does not use: all experts but the chosen ones."
+        n = sum(p.numel() for p in self.experts.parameters())
+        return n - n * self.config.top_k // self.config.n_experts
+
+    @classmethod
+    def words(cls, config: ModelConfig) -> list[str]:
+        "Lines for a diagram: the router and how it works."
+        m = config.moe
+        group = f"{m.topk_group} of {m.n_group} groups" if m.n_group > 1 else ""
+        return [f"router {m.router}", ", ".join(filter(None, [ROUTERS[m.router].about, group]))]
+
+# %% ../../nbs/model/57_moe.ipynb #a4ae43b2
+class MoE(_MoEParts):
+    "Router, experts and shared experts: `forward` gives the output and `RouterStats`."
 
     def route(
         self,
@@ -149,18 +165,6 @@ class MoE(nn.Module):
             experts(x, h, chosen, weights)
 
         return step
-
-    def idle_parameters(self) -> int:
-        "Parameters that a token does not use: all experts but the chosen ones."
-        n = sum(p.numel() for p in self.experts.parameters())
-        return n - n * self.config.top_k // self.config.n_experts
-
-    @classmethod
-    def words(cls, config: ModelConfig) -> list[str]:
-        "Lines for a diagram: the router and how it works."
-        m = config.moe
-        group = f"{m.topk_group} of {m.n_group} groups" if m.n_group > 1 else ""
-        return [f"router {m.router}", ", ".join(filter(None, [ROUTERS[m.router].about, group]))]
 
     @torch.no_grad()
     def update_bias(

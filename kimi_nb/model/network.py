@@ -108,9 +108,9 @@ class ModelOutput:
     aux_loss: torch.Tensor  # sum of the routers' weighted balance losses, 0 without routers
     router: list[RouterStats | None]  # per layer; None in a dense layer
 
-# %% ../../nbs/model/60_network.ipynb #5948fb9e
-class KimiModel(nn.Module):
-    "A causal language model built from its configuration alone."
+# %% ../../nbs/model/60_network.ipynb #cbef2734
+class _Parts(nn.Module):
+    "The parts of a model, and their initial values."
 
     def __init__(
         self,
@@ -144,6 +144,19 @@ class KimiModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def make_cache(self, batch_size: int, max_len: int | None = None):
+        "An empty key/value cache for every layer."
+        p = next(self.parameters())
+        return build_cache(self.config, batch_size, max_len or self.config.max_seq_len, p.device, p.dtype)
+
+    def moe_layers(self) -> dict[int, MoE]:
+        "Layer index -> its MoE."
+        return {i: layer.mlp for i, layer in enumerate(self.layers) if layer.sparse}
+
+# %% ../../nbs/model/60_network.ipynb #94f0af43
+class KimiModel(_Parts):
+    "A causal language model built from its configuration alone."
 
     def embed(
         self,
@@ -192,15 +205,6 @@ class KimiModel(nn.Module):
         aux = [s.aux_loss for s in router if s is not None]
         aux_loss = torch.stack(aux).sum() if aux else scores.new_zeros((), dtype=torch.float32)
         return ModelOutput(scores if logits else None, loss, aux_loss, router)
-
-    def make_cache(self, batch_size: int, max_len: int | None = None):
-        "An empty key/value cache for every layer."
-        p = next(self.parameters())
-        return build_cache(self.config, batch_size, max_len or self.config.max_seq_len, p.device, p.dtype)
-
-    def moe_layers(self) -> dict[int, MoE]:
-        "Layer index -> its MoE."
-        return {i: layer.mlp for i, layer in enumerate(self.layers) if layer.sparse}
 
 # %% ../../nbs/model/60_network.ipynb #48c3ddc5
 def count_parameters(
