@@ -1,6 +1,9 @@
 """Configuration: every setting matters or is refused, and what is refused is refused in one line."""
 
+import errno
 import json
+import os
+import pickle
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,11 +14,16 @@ from kimi_nb.config import (
     PRESETS,
     ConfigError,
     DataConfig,
+    FileError,
     KimiError,
     ModelConfig,
+    NormConfig,
     RunConfig,
     load_profile,
+    parse_value,
     profile_names,
+    write_file,
+    write_json,
 )
 
 # What each setting needs to be awake, and another value for it. `MLA` and `MOE` are bases in which those parts are in use.
@@ -398,3 +406,124 @@ def test_compile_is_true_false_or_auto():
     assert answers == {"cpu": False, "cuda": True, "mps": False}
     with pytest.raises(ConfigError, match=r"^train.compile 'maybe' is not true or false"):
         run.override({"train.compile": "maybe"})
+
+
+# --- what is written, and how it is read
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**15), st.integers(0, 4))
+def test_a_whole_number_is_decimal_however_it_is_written(number, zeros):
+    """Leading zeros, underscores and a sign change nothing: no text is an octal, a sexagesimal or a hexadecimal number."""
+    for text in ("0" * zeros + str(number), f"{number:_}", f"+{number}", f" {number} "):
+        assert RunConfig().override(seed=text).seed == number == parse_value(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "010", 10),
+        ("train.steps", "0100", 100),
+        ("train.steps", "2e2", 200),
+        ("train.micro_batch_size", "08", 8),
+        ("train.micro_batch_size", "auto", "auto"),
+        ("train.lr", "1e-4", 1e-4),
+        ("train.lr", "1", 1.0),
+        ("train.seq_len", "none", None),
+        ("train.seq_len", "null", None),
+        ("train.compile", "yes", True),
+        ("train.compile", "off", False),
+        ("data.corpus", "010", "010"),
+        ("data.corpus", "1:30", "1:30"),
+        ("data.corpus", "no", "no"),
+        ("data.corpus", "none", "none"),
+        ("train.optimizer.betas", "[0.8, 0.9]", (0.8, 0.9)),
+        ("train.optimizer.betas", "0.8, 0.9", (0.8, 0.9)),
+    ],
+)
+def test_a_value_is_read_by_the_type_of_its_field(path, text, value, tmp_path):
+    """The same from the command line and from a YAML file, whatever YAML would make of it."""
+    base = RunConfig(train=dict(batch_size=16))
+    assert base.override({path: text}).flat()[path] == value
+    *above, leaf = path.split(".")
+    lines = [f"{'  ' * i}{name}:" for i, name in enumerate(above)] + [f"{'  ' * len(above)}{leaf}: {text}"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
+    if text != "0.8, 0.9":
+        assert RunConfig.load(tmp_path / "run.yaml").flat()[path] == value
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "0o10", "1:2:3", "true", "yes", "2001-01-01", "1e400", "٣", "1" * 5000])
+def test_what_is_no_decimal_number_is_refused(text):
+    for path in ("seed", "train.lr"):
+        with pytest.raises(ConfigError) as e:
+            RunConfig().override({path: text})
+        assert path in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
+@pytest.mark.timeout(20)
+def test_a_settings_file_is_bounded(tmp_path):
+    """Aliases of aliases, a section that holds itself, a device, a pipe, a huge file, a long name: one line, at once."""
+    laughs = "a0: &a0 [" + ",".join("x" * 10) + "]\n"
+    laughs += "".join(f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]\n" for i in range(1, 12))
+    for text in (laughs, f"{laughs}train:\n  optimizer:\n    betas: *a11\n", "train: &a [*a]\n", "model: &m {norm: *m}\n"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="alias"):
+            RunConfig.load(tmp_path / "bad.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "large.yaml").write_text("# \n" * (1 << 20))
+    for path in ("/dev/zero", tmp_path / "pipe.yaml", tmp_path, tmp_path / "large.yaml", tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(ConfigError) as e:
+            RunConfig.load(path)
+        assert "\n" not in str(e.value)
+
+
+def test_an_alias_and_a_merge_key_still_work(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "model:\n  norm: &n {kind: layernorm, bias: true}\ntrain: {steps: 010, lr: !!float '1e-3'}\n"
+    )
+    run = RunConfig.load(tmp_path / "run.yaml")
+    assert run.model.norm.bias is True and run.train.steps == 10 and run.train.lr == 1e-3
+    (tmp_path / "arm.yaml").write_text("kind: layernorm\n<<: {eps: 1e-3}\n")
+    assert NormConfig.load(tmp_path / "arm.yaml").eps == 1e-3
+
+
+# --- what differs
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.sampled_from(["seed", "train.steps", "model.d_ff", "train.eval_every"]), st.integers(1, 9)))
+def test_what_differs_is_what_was_changed(changes):
+    base = RunConfig()
+    new = base.changed(changes)
+    delta = new.delta_from(base)
+    assert base.changed(delta) == new and base.differing(changes) == delta
+    assert new.delta_from(base, awake=True).keys() <= delta.keys() and base.delta_from(base) == {}
+
+
+def test_a_change_may_sleep_where_an_override_may_not():
+    asleep = RunConfig().changed({"model.attention.kv_lora_rank": 8})
+    assert asleep.delta_from(RunConfig()) == {"model.attention.kv_lora_rank": 8}
+    assert asleep.delta_from(RunConfig(), awake=True) == {}
+    with pytest.raises(ConfigError, match="would have no effect"):
+        RunConfig().override({"model.attention.kv_lora_rank": 8})
+
+
+# --- files
+
+
+def test_a_file_is_written_whole_or_refused_in_a_line(tmp_path, monkeypatch):
+    """The old file stays, nothing is left beside it, and the error is one of ours and the system's at once."""
+    path = write_json(tmp_path / "new" / "a.json", dict(b=1, a=[2]))
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(FileError) as e:
+        write_file(path, "other")
+    assert isinstance(e.value, KimiError) and isinstance(e.value, OSError) and e.value.errno == errno.ENOSPC
+    assert "free some space" in str(e.value) and "\n" not in str(e.value)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["a.json"]
+    monkeypatch.undo()
+    for bad in (tmp_path / ("x" * 300), tmp_path / "absent" / "a.txt", path / "under-a-file"):
+        with pytest.raises(FileError, match="make the folder writable"):
+            write_file(bad, "text")
+    again = pickle.loads(pickle.dumps(e.value))
+    assert str(again) == str(e.value)
