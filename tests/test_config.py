@@ -452,7 +452,9 @@ def test_a_value_is_read_by_the_type_of_its_field(path, text, value, tmp_path):
         assert RunConfig.load(tmp_path / "run.yaml").flat()[path] == value
 
 
-@pytest.mark.parametrize("text", ["1:30", "0x10", "0o10", "1:2:3", "true", "yes", "2001-01-01", "1e400", "٣", "1" * 5000])
+@pytest.mark.parametrize(
+    "text", ["1:30", "0x10", "0o10", "1:2:3", "true", "yes", "2001-01-01", "1e400", "٣", "1" * 5000]
+)
 def test_what_is_no_decimal_number_is_refused(text):
     for path in ("seed", "train.lr"):
         with pytest.raises(ConfigError) as e:
@@ -465,13 +467,25 @@ def test_a_settings_file_is_bounded(tmp_path):
     """Aliases of aliases, a section that holds itself, a device, a pipe, a huge file, a long name: one line, at once."""
     laughs = "a0: &a0 [" + ",".join("x" * 10) + "]\n"
     laughs += "".join(f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]\n" for i in range(1, 12))
-    for text in (laughs, f"{laughs}train:\n  optimizer:\n    betas: *a11\n", "train: &a [*a]\n", "model: &m {norm: *m}\n"):
+    for text in (
+        laughs,
+        f"{laughs}train:\n  optimizer:\n    betas: *a11\n",
+        "train: &a [*a]\n",
+        "model: &m {norm: *m}\n",
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match="alias"):
             RunConfig.load(tmp_path / "bad.yaml")
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "large.yaml").write_text("# \n" * (1 << 20))
-    for path in ("/dev/zero", tmp_path / "pipe.yaml", tmp_path, tmp_path / "large.yaml", tmp_path / ("x" * 300), "a\0b"):
+    for path in (
+        "/dev/zero",
+        tmp_path / "pipe.yaml",
+        tmp_path,
+        tmp_path / "large.yaml",
+        tmp_path / ("x" * 300),
+        "a\0b",
+    ):
         with pytest.raises(ConfigError) as e:
             RunConfig.load(path)
         assert "\n" not in str(e.value)
@@ -515,7 +529,9 @@ def test_a_file_is_written_whole_or_refused_in_a_line(tmp_path, monkeypatch):
     """The old file stays, nothing is left beside it, and the error is one of ours and the system's at once."""
     path = write_json(tmp_path / "new" / "a.json", dict(b=1, a=[2]))
     before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(FileError) as e:
         write_file(path, "other")
     assert isinstance(e.value, KimiError) and isinstance(e.value, OSError) and e.value.errno == errno.ENOSPC

@@ -113,7 +113,7 @@ def test_phases_are_discovered(place, monkeypatch):
     with pytest.raises(PlanError, match="did you mean norm"):
         phases(["nrm"])
     (place.path / "nbs" / "phases" / "12_mine.ipynb").write_text("{}")
-    with pytest.raises(PlanError, match="has no module kimi_nb.phases.mine: run nbdev-export"):
+    with pytest.raises(PlanError, match=r"has no module kimi_nb\.phases\.mine: run nbdev-export"):
         phases()
 
 
@@ -144,6 +144,20 @@ def test_the_plans_own_interpreter_and_package_execute(place, monkeypatch, tmp_p
     assert [f.word for f in outcome.findings] == ["not testable here"]
     assert seen.read_text().splitlines() == [sys.executable, str(REPO / "kimi_nb" / "__init__.py")]
     assert (store.path / "notebooks" / "03_norm.ipynb").is_file() and not list(temporary.glob("knb-*"))
+
+
+@pytest.mark.parametrize("damage", ["name", "parameters", "kernel"])
+def test_what_can_be_refused_is_refused_before_anything_is_trained(place, capsys, monkeypatch, damage):
+    """An unknown phase, a notebook that takes no profile, an interpreter without a kernel: not even tuning begins."""
+    monkeypatch.setattr(kimi_nb.plan.run, "tuned", lambda *a, **k: pytest.fail("it was tuned"))
+    more = ["--only", "nrm"] if damage == "name" else []
+    if damage == "parameters":
+        place.phase("norm", cells=["results = ''"])
+    if damage == "kernel":
+        monkeypatch.setattr(kimi_nb.plan.run.importlib.util, "find_spec", lambda name: None)
+    code, _, err = call(capsys, *PLAN, *more)
+    said = dict(name="did you mean norm?", parameters="no parameter 'profile'", kernel="has no ipykernel")[damage]
+    assert code == 2 and said in err and err.count("\n") == 1
 
 
 def test_only_some_phases(place, capsys):

@@ -207,7 +207,7 @@ _MOST_VALUES = 20_000  # of a file of settings, aliases written out
 class _Words(yaml.SafeLoader):
     "YAML in which every value is text: its field says what it means."
 
-    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merge keys alone)
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merge keys alone
 
     def get_single_node(self):
         node = super().get_single_node()
@@ -309,7 +309,7 @@ class Config(BaseModel):
         self,
         changes: Mapping[str, Any],  # dotted names -> new values (text is parsed)
     ):
-        "As `override`, also where a change sleeps: the base of a study may hold sizes of kinds that its arms choose."
+        "As `override`, also where a change sleeps: a study's base may hold sizes of kinds that its arms choose."
         data = self.model_dump()
         for path, value in self._by_full_name(changes).items():
             *above, leaf = path.split(".")

@@ -82,9 +82,18 @@ PHRASINGS = {  # every way in which the text states a shown fact; tasks ask in o
 HELD_OUT_RELATIONS = ("home_country", "same_job", "same_pet")  # follow from shown facts, never stated
 
 # %% ../../nbs/data/01_tinyworld.ipynb #b86577b4
-_WOMEN = "Mira Anna Clara Dora Ella Flora Greta Hilda Ida Julia Karin Lena Nora Olive Petra Rosa Sofia Tilda Vera Wanda".split()
-_MEN = "Adam Boris Carl David Emil Felix Gustav Henry Ivan Jonas Karl Leo Martin Niko Oscar Paul Robert Simon Tom Victor".split()
-_JOBS = "baker teacher doctor farmer sailor painter carpenter gardener tailor miller fisher singer librarian blacksmith postman cook".split()
+_WOMEN = """
+Mira Anna Clara Dora Ella Flora Greta Hilda Ida Julia Karin Lena Nora Olive Petra Rosa Sofia Tilda Vera
+Wanda
+""".split()
+_MEN = """
+Adam Boris Carl David Emil Felix Gustav Henry Ivan Jonas Karl Leo Martin Niko Oscar Paul Robert Simon
+Tom Victor
+""".split()
+_JOBS = """
+baker teacher doctor farmer sailor painter carpenter gardener tailor miller fisher singer librarian
+blacksmith postman cook
+""".split()
 _PETS = "cat dog rabbit parrot goldfish pony tortoise hamster canary".split()
 _FOODS = [
     "soup",
@@ -101,10 +110,13 @@ _FOODS = [
     "plums",
 ]
 _COLOURS = "red blue green yellow white black brown purple orange grey".split()
-_COUNTRIES = "Norland Sudania Ostria Westmark Velland Karolia Tamaria Brimland Lorenia Pellonia Ardania Morvia".split()
-_TOWNS = (
-    "Velm Arbo Tisk Norrin Halden Quill Osterby Penn Lark Duno Maris Selby Torvik Asha Brell Cando Fenwick Gorm Ilka Jarrow Kestrel Lomond Rusk Wick"
-).split()
+_COUNTRIES = """
+Norland Sudania Ostria Westmark Velland Karolia Tamaria Brimland Lorenia Pellonia Ardania Morvia
+""".split()
+_TOWNS = """
+Velm Arbo Tisk Norrin Halden Quill Osterby Penn Lark Duno Maris Selby Torvik Asha Brell Cando Fenwick
+Gorm Ilka Jarrow Kestrel Lomond Rusk Wick
+""".split()
 _SIGHTS = [
     "bridges",
     "gardens",
@@ -119,17 +131,28 @@ _SIGHTS = [
     "vineyards",
     "hot springs",
 ]
-_ANIMALS = """cow,farm animal,brown,moo;dog,pet animal,brown,woof;cat,pet animal,black,meow;duck,bird,white,quack;sheep,farm animal,white,baa;lion,wild animal,yellow,roar
-horse,farm animal,brown,neigh;pig,farm animal,pink,oink;frog,water animal,green,croak;bee,insect,yellow,buzz;owl,bird,brown,hoot;snake,wild animal,green,hiss;hen,bird,red,cluck
-wolf,wild animal,grey,howl;mouse,small animal,grey,squeak;crow,bird,black,caw;donkey,farm animal,grey,hee-haw;goose,bird,white,honk;cricket,insect,black,chirp;dove,bird,white,coo"""
-_THINGS = """banana,fruit,yellow,make a sweet breakfast;carrot,vegetable,orange,cook a stew;hammer,tool,grey,drive nails;saw,tool,grey,cut wood;lemon,fruit,yellow,make a sour drink
-violin,instrument,brown,play a tune;drum,instrument,red,beat a rhythm;chair,piece of furniture,brown,sit down;lamp,piece of furniture,white,light a room;boat,vehicle,blue,cross a river
-tractor,vehicle,green,pull a plough;train,vehicle,black,travel far;spoon,kitchen tool,grey,stir the pot;kettle,kitchen tool,black,boil water;cucumber,vegetable,green,make a salad
-cherry,fruit,red,bake a cake;scarf,piece of clothing,red,keep the neck warm;boot,piece of clothing,brown,walk in mud;broom,tool,yellow,sweep the floor;key,tool,grey,open a lock"""
-_OPPOSITES = """hot cold;big small;day night;up down;wet dry;old young;fast slow;hard soft;light dark;open closed;early late;full empty;high low;long short;loud quiet;clean dirty
+_ANIMALS = """cow,farm animal,brown,moo;dog,pet animal,brown,woof;cat,pet animal,black,meow;duck,bird,white,quack
+sheep,farm animal,white,baa;lion,wild animal,yellow,roar
+horse,farm animal,brown,neigh;pig,farm animal,pink,oink;frog,water animal,green,croak
+bee,insect,yellow,buzz;owl,bird,brown,hoot;snake,wild animal,green,hiss;hen,bird,red,cluck
+wolf,wild animal,grey,howl;mouse,small animal,grey,squeak;crow,bird,black,caw
+donkey,farm animal,grey,hee-haw;goose,bird,white,honk;cricket,insect,black,chirp;dove,bird,white,coo"""
+_THINGS = """banana,fruit,yellow,make a sweet breakfast;carrot,vegetable,orange,cook a stew
+hammer,tool,grey,drive nails;saw,tool,grey,cut wood;lemon,fruit,yellow,make a sour drink
+violin,instrument,brown,play a tune;drum,instrument,red,beat a rhythm
+chair,piece of furniture,brown,sit down;lamp,piece of furniture,white,light a room
+boat,vehicle,blue,cross a river
+tractor,vehicle,green,pull a plough;train,vehicle,black,travel far;spoon,kitchen tool,grey,stir the pot
+kettle,kitchen tool,black,boil water;cucumber,vegetable,green,make a salad
+cherry,fruit,red,bake a cake;scarf,piece of clothing,red,keep the neck warm
+boot,piece of clothing,brown,walk in mud;broom,tool,yellow,sweep the floor;key,tool,grey,open a lock"""
+_OPPOSITES = """hot cold;big small;day night;up down;wet dry;old young;fast slow;hard soft;light dark;open closed
+early late;full empty;high low;long short;loud quiet;clean dirty
 happy sad;rich poor;strong weak;sweet sour;thick thin;near far;deep shallow;inside outside"""
-_GOES_WITH = """king queen;bread butter;lock key;salt pepper;needle thread;sun moon;cup saucer;thunder lightning;hand glove;foot shoe;bow arrow;hammer nail;pen paper;bee honey
-doctor nurse;brother sister;table chair;fork knife;fire smoke;bird nest;spider web;cow milk;school pupil;ship sea"""
+_GOES_WITH = """king queen;bread butter;lock key;salt pepper;needle thread;sun moon;cup saucer;thunder lightning
+hand glove;foot shoe;bow arrow;hammer nail;pen paper;bee honey
+doctor nurse;brother sister;table chair;fork knife;fire smoke;bird nest;spider web;cow milk;school pupil
+ship sea"""
 
 
 def _rows(text, sep):  # ';' and line ends separate rows

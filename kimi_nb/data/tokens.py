@@ -124,8 +124,8 @@ def _ngram_hashes(data, n):  # (T,) uint8 -> (T - n + 1,) uint64
     power = 0x9E3779B97F4A7C15  # base ** width, modulo 2 ** 64
     while True:
         if n & width:
-            if out is None:
-                out = step  # noqa: SIM108
+            if out is None:  # noqa: SIM108
+                out = step
             else:
                 out = out[: len(step) - done] * np.uint64(power) + step[done : done + len(out)]
             done += width

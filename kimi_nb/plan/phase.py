@@ -94,7 +94,7 @@ def export_notebooks(
     if not command:
         return False
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([command], cwd=root, capture_output=True, text=True, env=env)
+    done = subprocess.run([command], cwd=root, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise TemplateError(f"nbdev could not export: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return True

@@ -61,7 +61,8 @@ def pick_phases(
     there = phase_notebooks()
     if not there:
         raise PlanError(
-            f"there are no phases beside {settings_path()}: work in a checkout of kimi_nb, or set KIMI_NB_SETTINGS to its settings.ini"
+            f"there are no phases beside {settings_path()}: work in a checkout of kimi_nb, "
+            "or set KIMI_NB_SETTINGS to its settings.ini"
         )
     for name in only:
         if name not in there:
@@ -151,27 +152,22 @@ def plan_table(
             new = [p for p in plan if p.run.run_id not in seen]
             seen |= {p.run.run_id for p in plan}
             todo = pending(new, store) if store else new
-            rows.append(
-                dict(
-                    phase=phase,
-                    study=study.name,
-                    arms=len(study.arms),
-                    seeds=len(study.seeds),
-                    runs=len(plan),
-                    new=len(new),
-                    to_train=len(todo),
-                    tokens=sum(p.run.train.steps * p.run.tokens_per_step for p in new),
-                    **(dict(minutes=sum(predicted[p.run.run_id] for p in todo) / 60) if predicted else {}),
-                    **(
-                        dict(
-                            PFLOPs=sum(h100[p.run.run_id][0] for p in new) / 1e15,
-                            H100_minutes=sum(h100[p.run.run_id][1] for p in todo) / 60,
-                        )
-                        if h100
-                        else {}
-                    ),
-                )
+            row = dict(
+                phase=phase,
+                study=study.name,
+                arms=len(study.arms),
+                seeds=len(study.seeds),
+                runs=len(plan),
+                new=len(new),
+                to_train=len(todo),
+                tokens=sum(p.run.train.steps * p.run.tokens_per_step for p in new),
             )
+            if predicted:
+                row["minutes"] = sum(predicted[p.run.run_id] for p in todo) / 60
+            if h100:
+                row["PFLOPs"] = sum(h100[p.run.run_id][0] for p in new) / 1e15
+                row["H100_minutes"] = sum(h100[p.run.run_id][1] for p in todo) / 60
+            rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/plan/01_run.ipynb #3f8b30f9
@@ -480,7 +476,7 @@ def phase_key(
     facts = [*_key_of_code(notebook), profile.to_json(), [s.to_dict() for s in studies], records]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../../nbs/plan/01_run.ipynb #a76f32d6
+# %% ../../nbs/plan/01_run.ipynb #a70508d3
 @dataclass
 class PlanReport:
     "How a plan went."
@@ -493,15 +489,13 @@ class PlanReport:
     runs: int = 0  # runs of the plan
     statuses: dict = field(default_factory=dict)  # status -> runs
     seconds: dict = field(default_factory=dict)  # part -> wall seconds
-    inside: dict = field(
-        default_factory=dict
-    )  # part of the notebooks' work, as `time_by_part` -> seconds, several notebooks at a time
+    inside: dict = field(default_factory=dict)  # part, as `time_by_part` -> seconds, several notebooks at a time
 
     @property
     def ok(self) -> bool:
         return not self.failed
 
-
+# %% ../../nbs/plan/01_run.ipynb #802bb674
 def run_plan(
     profile: Profile,
     store: Store,
@@ -518,6 +512,7 @@ def run_plan(
     Raises: PlanError for an unknown phase; PlanInterrupted after SIGINT or SIGTERM.
     """
     report, begin = PlanReport(profile.name), time.perf_counter()
+    notebooks = _checked_notebooks(profile, only, seeds)  # before hours of training
     profile = tuned(
         profile,
         store,
@@ -528,18 +523,14 @@ def run_plan(
         max_epochs=profile.max_epochs,
         **how,
     )
-    studies, notebooks = phase_studies(profile, only, seeds), pick_phases(only)
+    studies = phase_studies(profile, only, seeds)
     every = [s for group in studies.values() for s in group]
     planned = distinct(every)
     report.trained = len(pending(planned, store))
     say(
-        f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, {report.trained} to train; results in {store.path}"
+        f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, "
+        f"{report.trained} to train; results in {store.path}"
     )
-    check_kernel()
-    for name, notebook in notebooks.items():
-        check_parameters(
-            notebook, dict(profile=0, results=0) | (dict(seeds=0) if seeds else {})
-        )  # before hours of training
     report.seconds["looking what is there"] = max(0.0, time.perf_counter() - begin - sum(report.seconds.values()))
     records = run_studies(
         every, store, executor, workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs, **how
@@ -548,9 +539,8 @@ def run_plan(
     for p, r in zip(planned, records, strict=True):
         report.statuses[r.status] = report.statuses.get(r.status, 0) + 1
         if r.status == "failed":
-            report.failed[f"run {r.run_id} ({p.study}, {p.arm}, seed {p.seed})"] = " ".join(
-                str(r.provenance.get("error")).split()
-            )
+            name = f"run {r.run_id} ({p.study}, {p.arm}, seed {p.seed})"
+            report.failed[name] = " ".join(str(r.provenance.get("error")).split())
     clock = time.perf_counter()
     _execute_phases(report, studies, notebooks, store, profile, seeds, say)
     report.seconds["notebooks"], clock = time.perf_counter() - clock, time.perf_counter()
@@ -558,6 +548,17 @@ def run_plan(
     report.seconds["summaries"] = time.perf_counter() - clock
     report.seconds["other"] = max(0.0, time.perf_counter() - begin - sum(report.seconds.values()))
     return report
+
+# %% ../../nbs/plan/01_run.ipynb #3259cd70
+def _checked_notebooks(profile, only, seeds):
+    "The notebooks to execute, each of which takes its parameters."
+    notebooks = pick_phases(only)
+    check_grids(profile)
+    check_kernel()
+    parameters = ["profile", "results", *(["seeds"] if seeds else [])]
+    for notebook in notebooks.values():
+        check_parameters(notebook, dict.fromkeys(parameters))
+    return notebooks
 
 
 def _still_there(store, notebook, outcome):
@@ -573,8 +574,21 @@ def _still_there(store, notebook, outcome):
     return given.get("parameters", {}).get("profile", outcome.profile) == outcome.profile
 
 
+def _report_phase(report, phase, outcome, seconds, executed, say):
+    "A line about a phase; none where it was up to date."
+    if isinstance(outcome, str):
+        say(f"phase {phase}: FAILED, {outcome}")
+        return
+    if seconds is None:
+        report.reused.append(phase)
+        return
+    say(f"phase {phase}: {len(outcome.findings)} verdicts, {len(outcome.figures)} figures, {seconds:.0f} s")
+    for part, spent in time_by_part(executed).items():
+        report.inside[part] = report.inside.get(part, 0.0) + spent
+
+
 def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
-    "Two notebooks at a time, since most of one is the start of its kernel; those that read the others' outcomes at the end."
+    "Two notebooks at a time, since most of one is the start of its kernel; those that read outcomes at the end."
 
     def one(phase):
         start, key = time.perf_counter(), phase_key(notebooks[phase], studies[phase], store, profile)
@@ -598,25 +612,16 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
             jobs = [pool.submit(one, phase) for phase in group]
             try:
                 for job in as_completed(jobs):
-                    phase, outcome, seconds = job.result()
-                    outcomes[phase] = outcome
-                    if isinstance(outcome, str):
-                        say(f"phase {phase}: FAILED, {outcome}")
-                    elif seconds is None:
-                        report.reused.append(phase)
-                    else:
-                        say(
-                            f"phase {phase}: {len(outcome.findings)} verdicts, {len(outcome.figures)} figures, {seconds:.0f} s"
-                        )
-                        for part, spent in time_by_part(Path(store.path) / "notebooks" / notebooks[phase].name).items():
-                            report.inside[part] = report.inside.get(part, 0.0) + spent
+                    phase, outcomes[phase], seconds = job.result()
+                    executed = Path(store.path) / "notebooks" / notebooks[phase].name
+                    _report_phase(report, phase, outcomes[phase], seconds, executed, say)
             finally:
                 for job in jobs:
                     job.cancel()
     for phase in notebooks:
         (report.failed if isinstance(outcomes[phase], str) else report.outcomes)[phase] = outcomes[phase]
 
-
+# %% ../../nbs/plan/01_run.ipynb #c1e148c7
 def timing(
     report: PlanReport,
 ) -> str:
@@ -628,14 +633,13 @@ def timing(
         parts |= {f"notebooks: {part}": whole * s / inside for part, s in report.inside.items()}
         work += whole * (1 - report.inside.get(_KERNELS, 0.0) / inside)
     width = max(map(len, parts), default=5)
-    lines = [f"{part:{width}} {s:8.1f} s {s / total:6.1%}" for part, s in sorted(parts.items(), key=lambda kv: -kv[1])]
-    return "\n".join(
-        [
-            *lines,
-            f"{'in all':{width}} {total:8.1f} s",
-            f"{'overhead':{width}} {total - work:8.1f} s {(total - work) / total:6.1%}  what is neither training, evaluation, data nor a notebook's cells",
-        ]
-    )
+    largest_first = sorted(parts.items(), key=lambda part: -part[1])
+    lines = [f"{part:{width}} {s:8.1f} s {s / total:6.1%}" for part, s in largest_first]
+    lines.append(f"{'in all':{width}} {total:8.1f} s")
+    rest = total - work
+    what = "what is neither training, evaluation, data nor a notebook's cells"
+    lines.append(f"{'overhead':{width}} {rest:8.1f} s {rest / total:6.1%}  {what}")
+    return "\n".join(lines)
 
 # %% ../../nbs/plan/01_run.ipynb #4c15c55e
 def summary(
@@ -661,6 +665,7 @@ def summary(
         lines.append(f"{phase}: FAILED. {why}")
     lines += [
         "",
-        f"Results: {store.path} (records in experiments/, executed notebooks in notebooks/, figures in plots/, overview in research_report.md)",
+        f"Results: {store.path} (records in experiments/, executed notebooks in notebooks/, figures in plots/, "
+        "overview in research_report.md)",
     ]
     return "\n".join(lines)
