@@ -15,6 +15,7 @@ import torch
 from kimi_nb.runner import Crowded, forecast, measure_sharing, pick_workers, run_one, run_studies, visible_gpus
 from kimi_nb.runner import pool as runner
 from kimi_nb.study import Arm, Record, Store, Study
+from kimi_nb.train import Trainer
 from kimi_nb.train import loop as train
 from tests.tiny import start, tiny_run
 
@@ -225,3 +226,22 @@ def test_processes_are_measured_together(tmp_path, monkeypatch):
     steps, memory = measure_sharing(tiny_run(), 2, device="cpu", seconds=1.0)
     assert steps > 1 and memory == 0.0
     assert measure_sharing(tiny_run(), 1, device="cuda:77", seconds=1.0) is None
+
+
+def test_a_step_is_timed_by_the_trainer_that_takes_it(monkeypatch):
+    """The forecast's clock runs over a real trainer's step: its clipping, its optimizer and its precision are in it."""
+    steps = []
+    real = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, step: steps.append(self.precision) or real(self, step))
+    run = tiny_run(train__precision="bf16", train__steps=2)
+    assert forecast.time_step(run, repeats=2) > 0 and steps == ["bf16"] * 3
+
+
+def test_times_are_kept_by_what_is_in_force():
+    """Precision and compilation are told apart as they are chosen, and what changes no step's time is not."""
+    run = tiny_run()
+    key = forecast.shape_key(run, 2)
+    assert forecast.shape_key(run.override({"train.lr": 0.5, "seed": 7}), 2) == key != forecast.shape_key(run, 1)
+    assert forecast.shape_key(run.override({"train.precision": "fp32"}), 2) == key  # what auto is here
+    for change in ({"train.precision": "bf16"}, {"train.compile": True}, {"train.grad_clip": 0.5}):
+        assert forecast.shape_key(run.override(change), 2) != key

@@ -14,7 +14,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import KimiError, RunConfig, writing
+from ..runner import StepTimer
 from ..stats import COLORS, LINES, MARKERS, axis_label, compare, need, panels, short_number, styled
 from ..study import code_hash, read_sealed, write_sealed
 
@@ -85,61 +85,22 @@ TURN = 3  # steps in a row; their median is one round
 NEW_TOKENS = 16  # written after the prompt; a quarter of a short context
 
 
-def _vocabulary(run):
-    from kimi_nb.runner.forecast import _vocab
-
-    return run.model.vocab_size or _vocab(run)
-
-
-class _Subject:
+class _Subject(StepTimer):
     "A configuration with its model, and the two things that are timed."
 
     def __init__(self, run, device, threads):
-        from types import SimpleNamespace
-
         import torch
 
-        from kimi_nb.train import PeakMemory, Trainer, pick_device
+        from kimi_nb.train import PeakMemory, pick_device
 
         torch.set_num_threads(threads)
-        self.run, self.device, self.torch, self.threads, self.taken, self.written = (
-            run,
-            pick_device(device),
-            torch,
-            threads,
-            0,
-            False,
-        )
-        if self.device.type == "cuda":
-            torch.zeros(1, device=self.device)
-        self.peak = PeakMemory(self.device)
+        self.torch, self.threads, self.written = torch, threads, False
+        device = pick_device(device)
+        if device.type == "cuda":
+            torch.zeros(1, device=device)
+        self.peak = PeakMemory(device)
         self.before = self.peak()
-        vocab, length = _vocabulary(run), 8 * run.tokens_per_step + run.seq_len + 1
-        self.trainer = Trainer(
-            run,
-            SimpleNamespace(
-                train=np.random.default_rng(0).integers(0, vocab, length, dtype=np.int32), vocab_size=vocab
-            ),
-            self.device,
-        )
-
-    def wait(self):
-        if self.device.type == "cuda":
-            self.torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            self.torch.mps.synchronize()
-
-    def timed(self, work):
-        self.wait()
-        gc.collect()  # between what is timed, not in the middle of it
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        self.wait()
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-    def step(self):
-        self.trainer.step(min(self.taken, max(0, self.run.train.steps - 1)))
-        self.taken += 1
+        super().__init__(run, device)
 
     def train(self):
         "Median seconds of a turn's steps by the clock on the wall and by the processor's, and the share of the turn in which the processor was this process's."

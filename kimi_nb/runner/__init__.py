@@ -11,9 +11,9 @@ __getattr__, __dir__, __all__ = lazily(
         ClusterError connected has_gpus room spread
     """,
     forecast="""
-        H100 SHARING default_workers expect_h100 measure_sharing pick_sharing pick_workers
-        predict_seconds product_rate read_sharing read_timings share_of_cores step_flops time_step
-        visible_gpus weight
+        H100 SHARING StepTimer default_workers expect_h100 measure_sharing pick_sharing pick_workers
+        predict_seconds product_rate read_sharing read_timings shape_key share_of_cores step_flops
+        time_step visible_gpus vocabulary_size weight
     """,
     pool="""
         EXECUTORS Progress RunnerOptions Worker run_studies run_study
