@@ -143,7 +143,7 @@ def backwards(monkeypatch):
             return datetime.fromtimestamp(now[0], tz) + timedelta(0)
 
     monkeypatch.setattr(time, "time", tick)
-    monkeypatch.setattr("kimi_nb.plan.run.datetime", Clock)
+    monkeypatch.setattr("kimi_nb.study.outcome.datetime", Clock)
     monkeypatch.setattr("kimi_nb.train.loop.datetime", Clock)
 
 
