@@ -28,7 +28,7 @@ __getattr__, __dir__, __all__ = lazily(
         with_more_seeds
     """,
     store="""
-        LARGEST MEASURED Store
+        LARGEST MEASURED Store vouched
     """,
     metrics="""
         COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info

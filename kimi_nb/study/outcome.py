@@ -9,7 +9,6 @@ __all__ = ['WORDS', 'NOT_RUN', 'FLOOR', 'Finding', 'not_testable', 'KeptTable', 
            'PhaseAbout', 'questions_of']
 
 # %% ../../nbs/study/08_outcome.ipynb #c74ea64f
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..config import Profile, settings_path, write_file
 from .record import RecordError, seal, unseal
+from .store import vouched
 
 # %% ../../nbs/study/08_outcome.ipynb #3ee08eec
 WORDS = ("supported", "contradicted", "undecided", "not testable here")
@@ -288,20 +288,9 @@ def load_outcome(
         raise RecordError(f"{path} is not an outcome ({where}: {first['msg']}): run the phase again") from None
 
 
-def _vouched(folder, path):
-    "The text of a file that stands in a bundle's seal as it was published; None where it was altered."
-    try:
-        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        text = path.read_text(encoding="utf-8")
-        digest = about["files"][f"data/records/{about['profile']}/phases/{path.name}"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return text if hashlib.sha256(text.encode()).hexdigest() == digest else None
-
-
 def _spoken_outcome(folder, phase):
     "An outcome of a bundle from before findings were data."
-    text = _vouched(folder, folder / "phases" / f"{phase}.json")
+    text = vouched(folder, folder / "phases" / f"{phase}.json")
     if text is None:
         return None
     kept = json.loads(text)
@@ -366,7 +355,7 @@ def outcome_problems(
         if (outcome.phase, outcome.profile) != (file.stem, file.parent.name):
             problems.append(f"{file} holds phase {outcome.phase} of profile {outcome.profile}: run the phase again")
     for file in sorted((folder / "phases").glob("*.json")):
-        if _vouched(folder, file) is None:
+        if vouched(folder, file) is None:
             problems.append(f"{file} has no seal and stands in none: run the phase again, or remove it")
     return problems
 
