@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ..config import KimiError, RunConfig, write_file, writing
+from .attempt import run_one, usable
 from ..study import RunFolder, Store, list_folder
 
 # %% ../../nbs/runner/06_apart.ipynb #e8a354e0
@@ -69,7 +70,7 @@ class Apart:
                     pid=self._child.pid,
                     born=born,
                     command=list(map(str, command)),
-                    started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    started=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
             sync=False,
@@ -121,9 +122,38 @@ class Apart:
             text = self.log.read_text(errors="replace")
         except OSError:
             return ""
-        return "\n".join([l for l in text.strip().splitlines() if l.strip()][-lines:])
+        said = [line for line in text.strip().splitlines() if line.strip()]
+        return "\n".join(said[-lines:])
 
 # %% ../../nbs/runner/06_apart.ipynb #1b9d49cf
+class _Wishes:
+    "What was asked of a run that trains apart: files beside its configuration."
+
+    def __init__(self, config):
+        self.pause_file = Path(config).with_suffix(".pause")
+        self.stop_file = Path(config).with_suffix(".stop")
+        self.looked = 0.0
+
+    @property
+    def pause(self) -> bool:
+        return self.pause_file.exists() and not self.stop_file.exists()
+
+    def on_step(self, step, line):
+        "Ten times a second: a pause ends the step as Ctrl-C does."
+        now = time.monotonic()
+        if now - self.looked < 0.1:
+            return
+        self.looked = now
+        if self.pause_file.exists():
+            os.kill(os.getpid(), signal.SIGTERM)  # `fit` ends the step and saves
+
+    def wait(self) -> bool:
+        "Until the pause is over; True when the run is to go on."
+        while self.pause:
+            time.sleep(0.1)
+        return not self.stop_file.exists()
+
+
 def train_apart(
     results,  # folder of the store
     config,  # file with the run
@@ -131,36 +161,16 @@ def train_apart(
     threads: int = 0,  # CPU threads; 0 leaves PyTorch's number
 ) -> int:
     "Train a run under the store's lock; while its pause file is there, wait. What `start_run` starts."
-    from kimi_nb.runner.attempt import run_one
     from kimi_nb.train import Interrupted
 
-    run, store, pause, stop, last = (
-        RunConfig.load(config),
-        Store(results),
-        Path(config).with_suffix(".pause"),
-        Path(config).with_suffix(".stop"),
-        0.0,
-    )
-
-    def on_step(step, line):
-        nonlocal last
-        if (now := time.monotonic()) - last < 0.1:
-            return
-        last = now
-        if pause.exists():
-            os.kill(os.getpid(), signal.SIGTERM)  # `fit` ends the step and saves
-
+    run, store, wishes = RunConfig.load(config), Store(results), _Wishes(config)
     while True:
         try:
-            record = run_one(run, store, name, threads=threads or None, on_step=on_step)
-            print(record.status if record.status != "failed" else f"failed: {record.provenance.get('error')}")
-            return 0 if record.status == "done" else 1
+            record = run_one(run, store, name, threads=threads or None, on_step=wishes.on_step)
         except Interrupted as e:
-            if pause.exists() and not stop.exists():
+            if wishes.pause:
                 print("paused", flush=True)
-                while pause.exists() and not stop.exists():
-                    time.sleep(0.1)
-                if not stop.exists():
+                if wishes.wait():
                     print("resumed", flush=True)
                     continue
             print(f"stopped: {e}")
@@ -168,9 +178,15 @@ def train_apart(
         except KimiError as e:
             print(f"refused: {e}")
             return 2
+        print(f"failed: {record.provenance.get('error')}" if record.status == "failed" else record.status)
+        return 0 if record.status == "done" else 1
 
-
+# %% ../../nbs/runner/06_apart.ipynb #448b5018
 ACTIVE = ("starting", "training", "pausing", "paused", "stopping")
+_PROGRAM = """import sys
+from kimi_nb.runner import train_apart
+results, config, name, threads = sys.argv[1:]
+sys.exit(train_apart(results, config, name, int(threads)))"""
 
 
 class LiveRun:
@@ -183,20 +199,23 @@ class LiveRun:
     ):
         self.store, self.run_id = store, run_id
         self.apart = Apart(Path(store.path) / "live" / f"{run_id}.json")
-        self.pause_file, self.stop_file, self.config_file = (
-            self.apart.file.with_suffix(end) for end in (".pause", ".stop", ".yaml")
-        )
-
-    @property
-    def folder(self) -> Path:
-        return self.store.folder(self.run_id)
+        self.config_file = self.apart.file.with_suffix(".yaml")
+        self.pause_file = self.apart.file.with_suffix(".pause")
+        self.stop_file = self.apart.file.with_suffix(".stop")
 
     @property
     def files(self) -> RunFolder:
+        "The run's folder."
         return self.store.run_folder(self.run_id)
 
     @property
+    def folder(self) -> Path:
+        "Its path."
+        return self.files.path
+
+    @property
     def journal(self) -> Path:
+        "The file that training appends to."
         return self.files.metrics_file
 
     @property
@@ -208,28 +227,30 @@ class LiveRun:
         raise LiveError(f"run {self.run_id} is unknown in {self.store.path}: start it first")
 
     def status(self) -> str:
-        "starting, training, pausing, paused, stopping, stopped, refused; or as its record says: done, diverged, failed."
+        "starting, training, pausing, paused, stopping, stopped, refused; or the record's: done, diverged, failed."
         process = self.apart.process
         if process is None:
-            record = self.store.get(self.run_id)
-            if record is not None:
-                return record.status
-            if self._elsewhere():
-                return "training"
-            if "refused:" in self.apart.said(1):
-                return "refused"
-            return "stopped" if self.journal.exists() or self.apart.told else "new"
+            return self._status_without_process()
         if self.stop_file.exists():
             return "stopping"
         if self.pause_file.exists():
             return "paused" if self.apart.said(1) == "paused" else "pausing"
-        return (
-            "training"
-            if self.journal.exists() and self.journal.stat().st_mtime >= process.create_time() - 1
-            else "starting"
-        )
+        with contextlib.suppress(OSError):
+            if self.journal.stat().st_mtime >= process.create_time() - 1:
+                return "training"
+        return "starting"
 
-    def _elsewhere(self):
+    def _status_without_process(self):
+        record = self.store.get(self.run_id)
+        if record is not None:
+            return record.status
+        if self.elsewhere():
+            return "training"
+        if "refused:" in self.apart.said(1):
+            return "refused"
+        return "stopped" if self.journal.exists() or self.apart.told else "new"
+
+    def elsewhere(self) -> bool:
         "Whether another process holds the run: a plan, a command."
         files = self.files
         return files.path.exists() and files.busy()
@@ -240,22 +261,10 @@ class LiveRun:
         if alive and self.stop_file.exists():
             raise LiveError(f"run {self.run_id} is stopping: wait until its step is saved, then start it again")
         self.pause_file.unlink(missing_ok=True)
-        if alive:
-            return self
-        self.stop_file.unlink(missing_ok=True)
-        code = "import sys; from kimi_nb.runner.apart import train_apart; sys.exit(train_apart(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))"
-        self.apart.start(
-            [
-                sys.executable,
-                "-c",
-                code,
-                str(Path(self.store.path).resolve()),
-                str(self.config_file.resolve()),
-                name,
-                str(threads),
-            ],
-            run_id=self.run_id,
-        )
+        if not alive:
+            self.stop_file.unlink(missing_ok=True)
+            told = (Path(self.store.path).resolve(), self.config_file.resolve(), name, threads)
+            self.apart.start([sys.executable, "-c", _PROGRAM, *map(str, told)], run_id=self.run_id)
         return self
 
     def pause(self):
@@ -271,18 +280,19 @@ class LiveRun:
 
     def _mine(self, what):
         if not self.apart.alive:
-            raise LiveError(
-                f"run {self.run_id} has no process of its own, so it cannot be {what} here: it is {self.status()}"
-            )
+            state = self.status()
+            raise LiveError(f"run {self.run_id} has no process of its own, so it cannot be {what} here: it is {state}")
 
     def wait(self, seconds: float = 60.0) -> str:
         "The state it ends in, or is in after so many seconds."
         end = time.monotonic() + seconds
-        while (state := self.status()) in ACTIVE and time.monotonic() < end:
+        state = self.status()
+        while state in ACTIVE and time.monotonic() < end:
             time.sleep(0.05)
+            state = self.status()
         return state
 
-
+# %% ../../nbs/runner/06_apart.ipynb #e2adbe9d
 def start_run(
     store: Store,
     run: RunConfig,
@@ -291,8 +301,7 @@ def start_run(
 ) -> LiveRun:
     "Train the run apart from this process; a run that has its record, or is under way, is left as it is."
     live = LiveRun(store, run.run_id)
-    record = store.get(run.run_id, fresh=True)
-    if (record is not None and record.status in ("done", "diverged")) or live._elsewhere():
+    if usable(store.get(live.run_id)) or live.elsewhere():
         return live
     with writing(live.config_file):
         live.config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -300,25 +309,19 @@ def start_run(
     return live.start(threads, name)
 
 
+def _started(live):
+    "When its process was started, in seconds since 1970; 0 where it has none."
+    return live.apart.file.stat().st_mtime if live.apart.file.exists() else 0.0
+
+
 def live_runs(
     store: Store,
     recent: float = 60.0,  # seconds: a journal written so lately belongs to a run under way
 ) -> list[LiveRun]:
     "Runs started here that have no record yet, and those that others are training; those at work first."
-    ids = {
-        n.removesuffix(".json"): None
-        for n in list_folder(Path(store.path) / "live")
-        if re.fullmatch(r"[0-9a-f]{12}\.json", n)
-    }
-    for folder in store.run_folders():
-        if folder.at_work(recent):
-            ids[folder.run_id] = None
-    found = [(live, live.status()) for live in (LiveRun(store, i) for i in ids)]
-    open_ = [(live, s) for live, s in found if s in ACTIVE or s in ("stopped", "refused")]
-    return [
-        live
-        for live, s in sorted(
-            open_,
-            key=lambda f: (f[1] not in ACTIVE, -(f[0].apart.file.stat().st_mtime if f[0].apart.file.exists() else 0)),
-        )
-    ]
+    files = [name for name in list_folder(Path(store.path) / "live") if re.fullmatch(r"[0-9a-f]{12}\.json", name)]
+    ids = [name.removesuffix(".json") for name in files]
+    ids += [folder.run_id for folder in store.run_folders() if folder.at_work(recent)]
+    states = {live: live.status() for live in (LiveRun(store, run_id) for run_id in dict.fromkeys(ids))}
+    shown = [live for live, state in states.items() if state in (*ACTIVE, "stopped", "refused")]
+    return sorted(shown, key=lambda live: (states[live] not in ACTIVE, -_started(live)))

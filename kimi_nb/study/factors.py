@@ -17,7 +17,7 @@ def equal_cost_width(
     top_k: int,  # routed experts per token, 1 or more
     n_shared: int = 1,  # shared experts
 ) -> int:  # width of every expert, routed and shared
-    """The expert width at which `top_k` routed and `n_shared` shared experts cost as much per token as `top_k` routed ones of `width`.
+    """The expert width at which routed and shared experts together cost as much per token as routed ones of `width`.
 
     Raises: ConfigError where no whole width comes within 2%.
     """
@@ -26,9 +26,10 @@ def equal_cost_width(
         found = multiple * round(exact / multiple)
         if found and abs(found / exact - 1) < (0.01 if multiple > 1 else 0.02):
             return found
+    experts = "expert" if n_shared == 1 else "experts"
     raise ConfigError(
         "model.moe.d_expert",
-        f"{width} is too narrow to make room for {n_shared} shared expert{'s' if n_shared > 1 else ''} at equal cost: use wider experts",
+        f"{width} is too narrow to make room for {n_shared} shared {experts} at equal cost: use wider experts",
     )
 
 # %% ../../nbs/study/03_factors.ipynb #69713cc3
@@ -66,7 +67,8 @@ def factor_settings(
     if moe.n_shared_experts:
         raise ConfigError(
             "model.moe.n_shared_experts",
-            f"{moe.n_shared_experts} is not possible in the base run of the factorial: the factor routing adds the shared expert, use 0",
+            f"{moe.n_shared_experts} is not possible in the base run of the factorial: "
+            "the factor routing adds the shared expert, use 0",
         )
     if not on:
         return {"model.moe.router": kind}
@@ -96,7 +98,9 @@ def cell_name(
     for name in on:
         if name not in FACTORS:
             raise ConfigError("factor", f"{name!r} is unknown: one of {', '.join(FACTORS)}")
-    return "base" if not on else "all" if len(set(on)) == len(FACTORS) else "+".join(f for f in FACTORS if f in on)
+    if not on:
+        return "base"
+    return "all" if len(set(on)) == len(FACTORS) else "+".join(factor for factor in FACTORS if factor in on)
 
 
 def cell_factors(
@@ -111,7 +115,8 @@ def cell_factors(
 
 def cells() -> list[tuple]:
     "The sixteen cells as tuples of factors: none, singles, pairs, triples, all."
-    return [on for n in range(len(FACTORS) + 1) for on in itertools.combinations(FACTORS, n)]
+    sizes = range(len(FACTORS) + 1)
+    return list(itertools.chain.from_iterable(itertools.combinations(FACTORS, n) for n in sizes))
 
 
 def cell_delta(
@@ -126,7 +131,8 @@ def with_factors(
     frame,  # of the store, with a column `arm` of cell names
 ):  # the rows that are cells, with one column a factor that holds the level's name
     "Rows of the factorial, with the level of every factor beside each run."
-    on = [cell_factors(a) for a in frame["arm"]]
-    keep = [o is not None for o in on]
-    mine = [o for o in on if o is not None]
-    return frame[keep].assign(**{f: [FACTORS[f][f in o] for o in mine] for f in FACTORS})
+    on = [cell_factors(arm) for arm in frame["arm"]]
+    cells = frame[[factors is not None for factors in on]].copy()
+    for name, levels in FACTORS.items():
+        cells[name] = [levels[name in factors] for factors in on if factors is not None]
+    return cells

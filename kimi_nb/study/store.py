@@ -60,9 +60,9 @@ _BASE = ("run_id", "study", "arm", "block", "seed", "repeat", "status", "stale")
 class _Columns(NamedTuple):
     "A record as flat dictionaries."
 
-    metrics: dict = {}  # noqa: RUF012 (never written to)
-    provenance: dict = {}  # noqa: RUF012
-    settings: dict = {}  # noqa: RUF012
+    metrics: dict
+    provenance: dict
+    settings: dict
 
 
 def _names(study):
