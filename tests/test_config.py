@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kimi_nb.config import (
-    PHASES,
     PRESETS,
     ConfigError,
     DataConfig,
@@ -361,10 +360,6 @@ def test_override_gives_a_run_or_one_line(changes):
         assert RunConfig(**json.loads(run.to_json())) == run
         assert (run == base) == (run.run_id == base.run_id)
         assert {k for k, v in run.flat().items() if v != base.flat()[k]} <= set(changes)
-
-
-def test_phases_are_known_by_name():
-    assert PHASES[0] == "baseline" and "combined" in PHASES and len(set(PHASES)) == len(PHASES)
 
 
 def test_settings_that_came_later_leave_ids_as_they_were():

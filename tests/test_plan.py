@@ -399,3 +399,11 @@ def test_a_grid_of_a_phase_that_does_not_exist_is_refused(tmp_path):
     assert profile.grids["nrom"] == {"train.lr": (1e-3, 2e-3)}
     with pytest.raises(PlanError, match=r"\[mine\]: nrom.train.lr is not a setting of a phase: did you mean norm"):
         phase_studies(profile)
+
+
+def test_phases_are_found_in_the_plans_order():
+    """Nothing lists them: their notebooks do."""
+    from kimi_nb.plan import phases
+
+    names = list(phases())
+    assert names[0] == "baseline" and "combined" in names and len(set(names)) == len(names)

@@ -21,6 +21,6 @@ __getattr__, __dir__, __all__ = lazily(
         data_identity deciding mla_sizes needs sleeping
     """,
     profile="""
-        LIKE PHASES Profile load_profile profile_names settings_path
+        LIKE Profile load_profile profile_names settings_path
     """,
 )
