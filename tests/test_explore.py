@@ -1,4 +1,4 @@
-"""Explorers: what they show is the model's, a run's weights are found, the playground writes while the notebook is free."""
+"""Explorers: what they show is the model's, weights are found, the playground writes while the notebook is free."""
 
 import html
 import re

@@ -27,8 +27,8 @@ __getattr__, __dir__, __all__ = lazily(
         paired_finding pinboard_page setting_columns short_name show_pinboard unlike_most
     """,
     views="""
-        CARD KINDS TINTS attention_figure example_model matrices next_token next_token_figure
-        rank_html rank_table rope_figure routed_load routed_text routes samples_html singular_values
+        KINDS TINTS attention_figure example_model matrices next_token next_token_figure rank_html
+        rank_table rope_figure routed_load routed_text routes samples_html singular_values
         spectrum_figure training_change update_of_a_step
     """,
     explore="""

@@ -7,7 +7,6 @@ __all__ = ['TEXT', 'ALL', 'WHATS', 'EXPLORERS', 'Subject', 'trained_runs', 'note
            'router_explorer', 'spectrum_explorer', 'rope_explorer', 'playground', 'explorers', 'explorer_pictures']
 
 # %% ../../nbs/lab/08_explore.ipynb #5d690e58
-import html
 import io
 import threading
 import time
@@ -15,28 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kimi_nb.lab.views import (
-    CARD,
-    attention_figure,
-    example_model,
-    next_token_figure,
-    rank_html,
-    rank_table,
-    rope_figure,
-    routed_load,
-    routed_text,
-    routes,
-    samples_html,
-    singular_values,
-    spectrum_figure,
-    training_change,
-    update_of_a_step,
-)
-
 from ..config import KimiError, RunConfig
+from .markup import error_words, page, tag
+from .views import attention_figure, example_model, next_token_figure, rank_html, rank_table, rope_figure
+from .views import routed_load, routed_text, routes, samples_html, singular_values, spectrum_figure
+from .views import training_change, update_of_a_step
+from ..stats import number
 
 # %% ../../nbs/lab/08_explore.ipynb #27bbfcdb
 TEXT = "The mouse is a small animal. Return the value of the object if it is given."
+_SHOWN_TOKENS = 40  # more cannot be read in a picture
 
 
 class Subject(NamedTuple):
@@ -66,43 +53,50 @@ class Subject(NamedTuple):
     def fitting(self, text: str = TEXT) -> str:
         "The beginning of a text, as far as the model's context goes and its tokenizer knows the characters."
         words = text.split(" ")
-        while len(words) > 1:
-            try:
-                if len(self.tokenizer.encode(" ".join(words))) <= min(40, self.model.config.max_seq_len):
-                    break
-            except KimiError:
-                pass
+        while len(words) > 1 and not self._reads(" ".join(words)):
             words.pop()
         return " ".join(words)
+
+    def _reads(self, text):
+        try:
+            return len(self.tokenizer.encode(text)) <= min(_SHOWN_TOKENS, self.model.config.max_seq_len)
+        except KimiError:
+            return False
+
+    @property
+    def words(self) -> str:
+        "The model in a line."
+        m = self.model.config
+        experts = f"experts: {m.moe.n_experts}" if m.ffn.kind == "moe" else m.ffn.kind
+        size = f"{m.n_layers} layers of {m.d_model}, {m.n_heads} heads"
+        parts = f"{m.attention.kind}, {m.norm.kind}, {experts}, context {m.max_seq_len}"
+        return f"{self.name}: {size}, {parts}, tokenizer {self.tokenizer.name}"
+
+# %% ../../nbs/lab/08_explore.ipynb #8aae6af3
+_SCORES = ("test_bpb", "val_bpb")  # the first that a run has
+
+
+def _score(row):
+    "Bits per byte of a row of the frame; infinite where it has none."
+    found = [row[m] for m in _SCORES if row.get(m) is not None and row[m] == row[m]]
+    return found[0] if found else float("inf")
 
 
 def trained_runs(
     store,  # a Store, or the folder of one
-) -> dict[str, Path]:  # what a reader reads -> the run's folder, best first within a study
+) -> dict[str, Path]:  # what a reader reads -> the run's folder, best first within an arm
     "The runs of a store whose weights are still there."
     from kimi_nb.study import Store
 
     store = Store(store) if isinstance(store, (str, Path)) else store
-    frame = store.frame(stale=True)
-    if not len(frame):
-        return {}
     rows = []
-    for r in frame.to_dict("records"):
-        folder = Path(store.folder(r["run_id"]))
-        if not (folder / "checkpoints" / "final" / "state.json").is_file():
-            continue
-        score = next(
-            (r[m] for m in ("test_bpb", "val_bpb") if r.get(m) == r.get(m) and r.get(m) is not None), float("inf")
-        )
-        rows.append(
-            (
-                folder.name.rpartition("_")[0].rpartition("-s")[0],
-                score,
-                f"{folder.name.rpartition('_')[0]} · {score:.3f} bits per byte · {r['run_id'][:6]}",
-                folder,
-            )
-        )
-    return {label: folder for _, _, label, folder in sorted(rows, key=lambda r: r[:3])}
+    for row in store.frame(stale=True).to_dict("records"):
+        files, score = store.run_folder(row["run_id"]), _score(row)
+        if (files.checkpoints / "final" / "state.json").is_file():
+            arm = files.name.rpartition("-s")[0]
+            label = f"{files.name} · {score:.3f} bits per byte · {row['run_id'][:6]}"
+            rows.append((arm, score, label, files.path))
+    return {label: path for _, _, label, path in sorted(rows, key=lambda r: r[:3])}
 
 # %% ../../nbs/lab/08_explore.ipynb #ece73195
 ALL = ("all",)  # a dropdown's way to say None, which it would show as an empty box
@@ -120,90 +114,91 @@ def _png(fig, dpi=100):
     return buffer.getvalue()
 
 
-def _shown(item):
+def _as_widget(item):
     "A figure or a piece of HTML as a widget."
     import ipywidgets as w
 
     if isinstance(item, str):
         return w.HTML(item)
-    width = int(item.get_size_inches()[0] * 100)
-    return w.Image(
-        value=_png(item, 150),
-        format="png",
-        layout=dict(width=f"{width}px", max_width="100%", height="auto", object_fit="contain"),
-    )
+    width = f"{int(item.get_size_inches()[0] * 100)}px"
+    layout = dict(width=width, max_width="100%", height="auto", object_fit="contain")
+    return w.Image(value=_png(item, 150), format="png", layout=layout)
 
 
 def note(
     text: str,  # plain
     bad: bool = False,  # something went wrong
-) -> str:  # HTML
+):  # HTML; '' for no text
     "One line under the controls, readable on light and dark pages."
-    return (
-        f'<div style="font:13px sans-serif;padding:4px 10px;border-left:4px solid {"#D55E00" if bad else "#0072B2"};background:#fff;color:#222;max-width:1000px">{html.escape(text)}</div>'
-        if text
-        else ""
-    )
+    return page(tag("div", text, cls="knb-said bad" if bad else "knb-said")) if text else ""
+
+# %% ../../nbs/lab/08_explore.ipynb #217bf439
+def _values_of(controls):
+    return {name: None if control.value == ALL else control.value for name, control in controls.items()}
 
 
 def panel(
     draw: Callable,  # of the controls' values by name: a matplotlib Figure, a piece of HTML, or a list of them
     controls: dict,  # name -> widget with a `value`
-    about: str = "",  # a line above
-    now: bool = True,  # draw at once
-):  # VBox, with `.controls`, `.redraw` and `.message`
+):  # VBox, with `.controls`, `.redraw`, `.message` and `.picture`
     "Controls, and below them what they make; drawn anew when one changes."
     import ipywidgets as w
 
     message, picture = w.HTML(), w.VBox()
-    row = w.HBox(list(controls.values()), layout=dict(flex_flow="row wrap", grid_gap="4px 12px", align_items="center"))
+    layout = dict(flex_flow="row wrap", grid_gap="4px 12px", align_items="center")
 
     def redraw(change=None):
         try:
             with _drawing:
-                made = draw(**{k: None if c.value == ALL else c.value for k, c in controls.items()})
-                picture.children = [_shown(m) for m in (made if isinstance(made, (list, tuple)) else [made])]
+                made = draw(**_values_of(controls))
+                items = made if isinstance(made, (list, tuple)) else [made]
+                picture.children = [_as_widget(item) for item in items]
             message.value = ""
-        except KimiError as e:
-            message.value, picture.children = note(str(e), True), ()
-        except Exception as e:
-            message.value, picture.children = note(f"{type(e).__name__}: {e}", True), ()  # a widget would swallow it
+        except Exception as e:  # a widget would swallow it
+            message.value, picture.children = note(error_words(e), bad=True), ()
 
-    for c in controls.values():
-        c.observe(redraw, "value")
-    box = w.VBox([*([w.HTML(f"<b>{html.escape(about)}</b>")] if about else []), row, message, picture])
+    for control in controls.values():
+        control.observe(redraw, "value")
+    box = w.VBox([w.HBox(list(controls.values()), layout=layout), message, picture])
     box.controls, box.redraw, box.message, box.picture = controls, redraw, message, picture
-    if now:
-        redraw()
+    redraw()
     return box
 
-
-def _text(subject, label="text"):
+# %% ../../nbs/lab/08_explore.ipynb #96308af3
+def _typed_text(text, label="text"):
     import ipywidgets as w
 
-    return w.Text(
-        subject.fitting(), description=label, continuous_update=False, layout=dict(width="560px", max_width="95%")
-    )
+    return w.Text(text, description=label, continuous_update=False, layout=dict(width="560px", max_width="95%"))
 
 
-def _choice(label, options, value, width="190px"):
+def _menu(label, options, value, width="190px"):
     import ipywidgets as w
 
     return w.Dropdown(description=label, options=options, value=value, layout=dict(width=width))
 
+
+def _one_or_all(label, values, width="190px"):
+    "A menu of values, and of all of them."
+    return _menu(label, [("all", ALL), *((str(value), value) for value in values)], ALL, width)
+
+
+def _stops(label, options, value):
+    "A slider over a few values."
+    import ipywidgets as w
+
+    layout = dict(width="330px")
+    return w.SelectionSlider(description=label, options=options, value=value, continuous_update=False, layout=layout)
+
 # %% ../../nbs/lab/08_explore.ipynb #7f7efa8a
 def attention_explorer(subject: Subject):
     "Attention maps by layer and head for a typed text."
-    c = subject.model.config
-    draw = lambda text, layer, head: attention_figure(subject.model, subject.tokenizer, text, layer, head)
-    return panel(
-        draw,
-        dict(
-            text=_text(subject),
-            layer=_choice("layer", [("all", ALL), *((str(i), i) for i in range(c.n_layers))], ALL),
-            head=_choice("head", [("all", ALL), *((str(i), i) for i in range(c.n_heads))], ALL),
-        ),
-    )
+    model, config = subject.model, subject.model.config
+
+    def draw(text, layer, head):
+        return attention_figure(model, subject.tokenizer, text, layer, head)
+
+    layer, head = _one_or_all("layer", range(config.n_layers)), _one_or_all("head", range(config.n_heads))
+    return panel(draw, dict(text=_typed_text(subject.fitting()), layer=layer, head=head))
 
 
 def router_explorer(subject: Subject):
@@ -212,184 +207,212 @@ def router_explorer(subject: Subject):
 
     layers = sorted(subject.model.moe_layers())
     if not layers:
-        return w.HTML(
-            note("This model has no experts (ffn.kind is dense): choose another run, such as one of the moe study.")
-        )
-    E = subject.model.config.moe.n_experts
+        why = "This model has no experts (ffn.kind is dense)"
+        return w.HTML(note(f"{why}: choose another run, such as one of the moe study."))
+    n_experts = subject.model.config.moe.n_experts
 
     def draw(text, layer):
         table = routes(subject.model, subject.tokenizer, text)
-        return [routed_text(table, E, layer), routed_load(table, E)]
+        return [routed_text(table, n_experts, layer), routed_load(table, n_experts)]
 
-    return panel(
-        draw, dict(text=_text(subject), layer=_choice("layer", [("all", ALL), *((str(i), i) for i in layers)], ALL))
-    )
+    return panel(draw, dict(text=_typed_text(subject.fitting()), layer=_one_or_all("layer", layers)))
 
-
+# %% ../../nbs/lab/08_explore.ipynb #0986881a
 WHATS = {"the weights": "weights", "what training added": "change", "one update of Muon and AdamW": "update"}
+_UPDATED = "feed-forward in"  # the kind of matrix whose updates are compared, where none is chosen
+
+
+class _Spectra:
+    "Singular values of a subject, each worked out once."
+
+    def __init__(self, subject):
+        self.subject, self.made = subject, {}
+
+    def __getitem__(self, what):
+        if what not in self.made:
+            self.made[what] = getattr(self, f"_{what}")()
+        return self.made[what]
+
+    def _weights(self):
+        return singular_values(self.subject.model.state_dict())
+
+    def _change(self):
+        return singular_values(training_change(self.subject.model, self.subject.run))
+
+    def _update(self):
+        "Those of one step of two optimizers."
+        runs = {name: self.subject.run.override({"train.optimizer.name": name}) for name in ("muon", "adamw")}
+        return {name: singular_values(update_of_a_step(run)) for name, run in runs.items()}
+
+    def chosen(self, what, kind):
+        "The spectra to be drawn: of all kinds, or of one."
+        values = self[what]
+        if what == "update":
+            kind = kind or _UPDATED
+            return {f"{name}: {kind}": found[kind] for name, found in values.items() if kind in found}
+        return values if kind is None else {k: v for k, v in values.items() if k == kind}
 
 
 def spectrum_explorer(subject: Subject):
     "Singular values of the weights, of what training added, or of one step of two optimizers."
-    made = {}
-
-    def spectra_of(what):
-        if what == "weights":
-            return singular_values(subject.model.state_dict())
-        if what == "change":
-            return singular_values(training_change(subject.model, subject.run))
-        return {
-            n: singular_values(update_of_a_step(subject.run.override({"train.optimizer.name": n})))
-            for n in ("muon", "adamw")
-        }
-
-    def kept(what):
-        if what not in made:
-            made[what] = spectra_of(what)
-        return made[what]
+    found = _Spectra(subject)
 
     def draw(what, kind):
-        values = kept(what)
-        if what == "update":
-            values = {f"{n}: {k}": v[k] for n, v in values.items() for k in v if k == (kind or "feed-forward in")}
-        elif kind:
-            values = {k: v for k, v in values.items() if k == kind}
+        values = found.chosen(what, kind)
         return [spectrum_figure(values, what), rank_html(rank_table(values))]
 
-    kinds = [("all", ALL), *((k, k) for k in kept("weights"))]
-    return panel(
-        draw,
-        dict(
-            what=_choice("of", list(WHATS.items()), "weights", "330px"), kind=_choice("matrices", kinds, ALL, "260px")
-        ),
-    )
+    what = _menu("of", list(WHATS.items()), "weights", "330px")
+    return panel(draw, dict(what=what, kind=_one_or_all("matrices", found["weights"], "260px")))
+
+# %% ../../nbs/lab/08_explore.ipynb #99d27dc3
+_THETAS = (1e3, 1e4, 5e4, 1e5, 2e5, 1e6)
+_CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
+_WIDTHS = (8, 16, 32, 64, 128)
+_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+def _rope_start(subject):
+    "(rotated width, theta, context, YaRN factor) to begin with."
+    from kimi_nb.model import rope_dim
+
+    if subject is None:
+        return 64, 1e4, 1024, 1.0
+    config = subject.model.config
+    return rope_dim(config), config.position.theta, config.max_seq_len, config.position.yarn_factor
 
 
 def rope_explorer(subject: Subject | None = None):
-    "RoPE's wavelengths against the context; needs no model, and begins with the model's own settings where there is one."
-    import ipywidgets as w
-
-    from kimi_nb.model import rope_dim
-
-    c = subject.model.config if subject else None
-    width = rope_dim(c) if c else 64
-    thetas = sorted({1e3, 1e4, 5e4, 1e5, 2e5, 1e6, c.position.theta if c else 1e4})
-    lengths = sorted({64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, c.max_seq_len if c else 1024})
-    start = c.max_seq_len if c else 1024
-    slider = lambda label, options, value: w.SelectionSlider(
-        description=label, options=options, value=value, continuous_update=False, layout=dict(width="330px")
+    "RoPE's wavelengths against the context."
+    width, theta, context, factor = _rope_start(subject)
+    thetas = [(f"{t:g}", t) for t in sorted({*_THETAS, theta})]
+    beside = [("nothing", ALL), *((f"theta {words}", t) for words, t in thetas)]
+    controls = dict(
+        head_dim=_stops("head width", sorted({*_WIDTHS, width}), width),
+        theta=_stops("theta", thetas, theta),
+        context=_stops("context", sorted({*_CONTEXTS, context}), context),
+        yarn_factor=_stops("YaRN factor", sorted({*_FACTORS, factor}), factor),
+        compare_theta=_menu("beside it", beside, ALL, "260px"),
     )
-    return panel(
-        lambda head_dim, theta, context, yarn_factor, compare: rope_figure(
-            head_dim, theta, context, yarn_factor, compare
-        ),
-        dict(
-            head_dim=slider("head width", sorted({8, 16, 32, 64, 128, width}), width),
-            theta=slider("theta", [(f"{t:g}", t) for t in thetas], c.position.theta if c else 1e4),
-            context=slider("context", lengths, start),
-            yarn_factor=slider(
-                "YaRN factor",
-                sorted({1.0, 2.0, 4.0, 8.0, 16.0, c.position.yarn_factor if c else 1.0}),
-                c.position.yarn_factor if c else 1.0,
-            ),
-            compare=_choice("beside it", [("nothing", ALL), *((f"theta {t:g}", t) for t in thetas)], ALL, "260px"),
-        ),
-    )
+    return panel(rope_figure, controls)
 
 # %% ../../nbs/lab/08_explore.ipynb #62d7b807
+def _sampling_controls(tokenizer):
+    "A slider for each rule of sampling."
+    import ipywidgets as w
+
+    common = dict(layout=dict(width="330px"), style=dict(description_width="100px"), continuous_update=False)
+    most = min(200, tokenizer.vocab_size)
+    seed = dict(layout=dict(width="210px"), style=dict(description_width="100px"))
+    return dict(
+        temperature=w.FloatSlider(0.8, min=0, max=2, step=0.05, description="temperature", **common),
+        top_k=w.IntSlider(0, min=0, max=most, description="top-k (0: all)", **common),
+        top_p=w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", **common),
+        repetition_penalty=w.FloatSlider(1.0, min=1, max=2, step=0.05, description="repetition", **common),
+        max_new_tokens=w.IntSlider(100, min=1, max=500, description="length", **common),
+        seed=w.IntText(0, description="seed (−1: any)", **seed),
+    )
+
+
+_RULES = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def _story(prompt, text, done):
+    "The prompt and what was written so far, a cursor behind it."
+    cursor = None if done else tag("span", "▌", style="color:#0072B2")
+    return page(tag("div", tag("b", prompt), text, cursor, cls="knb-card story written"))
+
+# %% ../../nbs/lab/08_explore.ipynb #4db969d3
+_REDRAWN = 0.05  # seconds between two looks of the page
+
+
+class _Writer:
+    "Text that is being written in a thread; `box` is the playground it belongs to."
+
+    def __init__(self, subject, box):
+        from kimi_nb.use import Generator
+
+        self.generator, self.tokenizer, self.box = Generator(subject.model, subject.tokenizer), subject.tokenizer, box
+        self.halted = threading.Event()
+
+    def options(self):
+        "What the sliders ask for."
+        values = {name: self.box.sliders[name].value for name in self.box.sliders}
+        seed = None if values["seed"] < 0 else values["seed"]
+        return values | dict(seed=seed, top_k=values["top_k"] or None)
+
+    def write(self, _=None):
+        "Begin, unless it is writing."
+        box = self.box
+        if box.thread is not None and box.thread.is_alive():
+            return
+        prompt = box.controls["prompt"].value
+        try:
+            pieces = self.generator.stream(prompt, **self.options())
+        except Exception as e:
+            box.message.value = note(error_words(e), bad=True)
+            return
+        self.halted.clear()
+        box.text, box.message.value = "", ""
+        self._busy(True)
+        box.thread = threading.Thread(target=self._work, args=(prompt, pieces), daemon=True)
+        box.thread.start()
+
+    def halt(self, _=None):
+        self.halted.set()
+
+    def _busy(self, on):
+        self.box.controls["go"].disabled, self.box.controls["stop"].disabled = on, not on
+
+    def _work(self, prompt, pieces):
+        start = time.perf_counter()
+        try:
+            self._take(prompt, pieces)
+            self.box.message.value = note(self._summary(time.perf_counter() - start))
+        except Exception as e:
+            self.box.message.value = note(error_words(e), bad=True)
+        finally:
+            self.box.page.value = _story(prompt, self.box.text, done=True)
+            self._busy(False)
+
+    def _take(self, prompt, pieces):
+        shown = 0.0
+        for piece in pieces:
+            self.box.text += piece
+            if self.halted.is_set():
+                return
+            if time.perf_counter() - shown > _REDRAWN:
+                self.box.page.value = _story(prompt, self.box.text, done=False)
+                shown = time.perf_counter()
+
+    def _summary(self, seconds):
+        tokens = len(self.tokenizer.encode(self.box.text)) if self.box.text else 0
+        speed = number(round(tokens / max(seconds, 1e-9)))
+        begin = "stopped after " if self.halted.is_set() else ""
+        return f"{begin}about {tokens} tokens in {seconds:.1f} s ({speed} a second)"
+
+# %% ../../nbs/lab/08_explore.ipynb #2dc00d90
 def playground(subject: Subject):
     "Text with sampling sliders, as it comes; `.write()` starts and `.halt()` stops it."
     import ipywidgets as w
 
-    from kimi_nb.use import Generator
+    prompt, sliders = _typed_text(subject.fitting("The mouse"), "prompt"), _sampling_controls(subject.tokenizer)
+    go = w.Button(description="Write", button_style="primary", icon="pencil")
+    stop = w.Button(description="Stop", icon="stop", disabled=True)
+    shown, message = w.HTML(layout=dict(width="100%")), w.HTML()
 
-    generator, small = Generator(subject.model, subject.tokenizer), dict(width="330px")
-    prompt = w.Text(
-        subject.fitting("The mouse"),
-        description="prompt",
-        continuous_update=False,
-        layout=dict(width="560px", max_width="95%"),
-    )
-    controls = dict(
-        temperature=w.FloatSlider(0.8, min=0, max=2, step=0.05, description="temperature", layout=small),
-        top_k=w.IntSlider(
-            0, min=0, max=min(200, subject.tokenizer.vocab_size), description="top-k (0: all)", layout=small
-        ),
-        top_p=w.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top-p", layout=small),
-        repetition_penalty=w.FloatSlider(1.0, min=1, max=2, step=0.05, description="repetition", layout=small),
-        max_new_tokens=w.IntSlider(100, min=1, max=500, description="length", layout=small),
-        seed=w.IntText(0, description="seed (−1: any)", layout=dict(width="210px")),
-    )
-    for c in controls.values():
-        c.style = dict(description_width="100px")
-        if hasattr(c, "continuous_update"):
-            c.continuous_update = False
-    go, stop = (
-        w.Button(description="Write", button_style="primary", icon="pencil"),
-        w.Button(description="Stop", icon="stop", disabled=True),
-    )
-    page, message, ended = w.HTML(layout=dict(width="100%")), w.HTML(), threading.Event()
-    first = panel(
-        lambda **o: next_token_figure(subject.model, subject.tokenizer, o.pop("prompt"), **o),
-        dict(prompt=prompt) | {k: controls[k] for k in ("temperature", "top_k", "top_p", "repetition_penalty")},
-    )
-    box = w.VBox(
-        [
-            w.HBox([prompt, go, stop], layout=dict(flex_flow="row wrap")),
-            w.HBox(list(controls.values()), layout=dict(flex_flow="row wrap")),
-            message,
-            page,
-            w.VBox(first.children[-2:]),
-        ]
-    )
-    box.controls, box.text, box.thread, box.message = dict(controls, prompt=prompt, go=go, stop=stop), "", None, message
+    def first_token(prompt, **rules):
+        return next_token_figure(subject.model, subject.tokenizer, prompt, **rules)
 
-    def show(asked, done):
-        page.value = (
-            f'<div style="{CARD};max-width:1000px;font:15px/1.55 Georgia,serif;white-space:pre-wrap">'
-            f"<b>{html.escape(asked)}</b>{html.escape(box.text)}{'' if done else '<span style=color:#0072B2>▌</span>'}</div>"
-        )
-
-    def work(asked, pieces):
-        start, shown = time.perf_counter(), 0.0
-        try:
-            for piece in pieces:
-                box.text += piece
-                if ended.is_set():
-                    break
-                if time.perf_counter() - shown > 0.05:
-                    show(asked, False)
-                    shown = time.perf_counter()
-            seconds = time.perf_counter() - start
-            tokens = len(subject.tokenizer.encode(box.text)) if box.text else 0
-            message.value = note(
-                f"{'stopped after ' if ended.is_set() else ''}about {tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} a second)"
-            )
-        except Exception as e:
-            message.value = note(str(e) if isinstance(e, KimiError) else f"{type(e).__name__}: {e}", True)
-        finally:
-            show(asked, True)
-            go.disabled, stop.disabled = False, True
-
-    def write(_=None):
-        if box.thread is not None and box.thread.is_alive():
-            return
-        options = {k: c.value for k, c in controls.items()}
-        options = dict(options, seed=None if options["seed"] < 0 else options["seed"], top_k=options["top_k"] or None)
-        try:
-            pieces = generator.stream(prompt.value, **options)
-        except KimiError as e:
-            message.value = note(str(e), True)
-            return
-        ended.clear()
-        box.text, message.value = "", ""
-        go.disabled, stop.disabled = True, False
-        box.thread = threading.Thread(target=work, args=(prompt.value, pieces), daemon=True)
-        box.thread.start()
-
-    box.write, box.halt = write, lambda _=None: ended.set()
-    go.on_click(box.write)
-    stop.on_click(box.halt)
+    first = panel(first_token, dict(prompt=prompt) | {rule: sliders[rule] for rule in _RULES})
+    wrap = dict(flex_flow="row wrap")
+    buttons, rows = w.HBox([prompt, go, stop], layout=wrap), w.HBox(list(sliders.values()), layout=wrap)
+    box = w.VBox([buttons, rows, message, shown, w.VBox(first.children[-2:])])
+    box.sliders, box.controls = sliders, dict(sliders, prompt=prompt, go=go, stop=stop)
+    box.text, box.thread, box.message, box.page = "", None, message, shown
+    writer = _Writer(subject, box)
+    box.write, box.halt = writer.write, writer.halt
+    go.on_click(writer.write)
+    stop.on_click(writer.halt)
     return box
 
 # %% ../../nbs/lab/08_explore.ipynb #7f7529ac
@@ -403,6 +426,69 @@ EXPLORERS = {
 _SMALL = "a small model, trained now (some seconds)"
 
 
+class _Explorers:
+    "What happens when a run is chosen or a tab opened; `box` is the widget."
+
+    def __init__(self, box, found):
+        self.box, self.found, self.made = box, found, set()
+
+    def fill(self, _=None):
+        "Make the open tab, unless it is there."
+        i = self.box.tabs.selected_index
+        if i is None or i in self.made:
+            return
+        make = list(EXPLORERS.values())[i]
+        self.box.tabs.children[i].children = [self._explorer(i, make)]
+
+    def _explorer(self, i, make):
+        import ipywidgets as w
+
+        if self.box.subject is None and make is not rope_explorer:
+            return w.HTML(note("Choose a model above." if self.box.thread is None else "The model is being trained."))
+        self.made.add(i)
+        try:
+            return make(self.box.subject)
+        except Exception as e:
+            return w.HTML(note(error_words(e), bad=True))
+
+    def use(self, subject):
+        "Look at another model, or at none."
+        self.box.subject = subject
+        self.box.message.value = note(subject.words) if subject else ""
+        self.made.clear()
+        for child in self.box.tabs.children:
+            child.children = ()
+        self.fill()
+
+    def train(self):
+        "Train the small model and look at it."
+        try:
+            subject = Subject.example()
+        except Exception as e:
+            self.box.message.value = note(error_words(e), bad=True)
+        else:
+            self.use(subject)
+        finally:
+            self.box.thread, self.box.pick.disabled = None, False
+
+    def choose(self, _=None):
+        "Look at the model that was picked."
+        label, box = self.box.pick.value, self.box
+        if label == _SMALL:
+            box.thread, box.pick.disabled = threading.Thread(target=self.train, daemon=True), True
+            box.message.value = note("Training a small model; the notebook is free meanwhile.")
+            box.thread.start()
+        elif label in self.found:
+            self.load(label)
+
+    def load(self, label):
+        try:
+            self.use(Subject.load(self.found[label], label))
+        except Exception as e:
+            self.use(None)
+            self.box.message.value = note(error_words(e), bad=True)
+
+# %% ../../nbs/lab/08_explore.ipynb #9caa3671
 def explorers(
     store=None,  # a Store or its folder, a Subject, or none
     tab: str = "Attention",  # which is open first
@@ -414,80 +500,25 @@ def explorers(
     found = {} if given or store is None else trained_runs(store)
     options = [given.name] if given else [*found, _SMALL]
     first = options[0] if given or found else None
-    pick = w.Dropdown(description="model", options=options, value=first, layout=dict(width="640px", max_width="95%"))
-    tabs, message, made = w.Tab([w.VBox() for _ in EXPLORERS], titles=list(EXPLORERS)), w.HTML(), set()
+    wide = dict(width="640px", max_width="95%")
+    pick = w.Dropdown(description="model", options=options, value=first, layout=wide)
+    tabs, message = w.Tab([w.VBox() for _ in EXPLORERS], titles=list(EXPLORERS)), w.HTML()
     box = w.VBox([w.HBox([pick], layout=dict(flex_flow="row wrap")), message, tabs])
     box.pick, box.tabs, box.subject, box.message, box.thread = pick, tabs, given, message, None
-
-    def fill(_=None):
-        i = tabs.selected_index
-        if i is None or i in made:
-            return
-        make = list(EXPLORERS.values())[i]
-        if box.subject is None and make is not rope_explorer:
-            tabs.children[i].children = [
-                w.HTML(note("Choose a model above." if box.thread is None else "The model is being trained."))
-            ]
-            return
-        made.add(i)
-        try:
-            tabs.children[i].children = [make(box.subject)]
-        except Exception as e:
-            tabs.children[i].children = [
-                w.HTML(note(str(e) if isinstance(e, KimiError) else f"{type(e).__name__}: {e}", True))
-            ]
-
-    def use(subject):
-        box.subject = subject
-        m = subject.model.config if subject else None
-        message.value = (
-            note(
-                f"{subject.name}: {m.n_layers} layers of {m.d_model}, {m.n_heads} heads, {m.attention.kind}, {m.norm.kind}, {'experts: ' + str(m.moe.n_experts) if m.ffn.kind == 'moe' else 'dense'}, context {m.max_seq_len}, tokenizer {subject.tokenizer.name}"
-            )
-            if subject
-            else ""
-        )
-        made.clear()
-        for child in tabs.children:
-            child.children = ()
-        fill()
-
-    def train():
-        try:
-            subject = Subject.example()
-        except Exception as e:
-            message.value = note(f"{type(e).__name__}: {e}", True)
-        else:
-            use(subject)
-        finally:
-            box.thread = None
-            pick.disabled = False
-
-    def choose(_=None):
-        if pick.value == _SMALL:
-            box.thread, pick.disabled, message.value = (
-                threading.Thread(target=train, daemon=True),
-                True,
-                note("Training a small model; the notebook is free meanwhile."),
-            )
-            box.thread.start()
-        elif pick.value in found:
-            try:
-                use(Subject.load(found[pick.value], pick.value))
-            except KimiError as e:
-                use(None)
-                message.value = note(str(e), True)
-
+    inside = _Explorers(box, found)
     tabs.selected_index = list(EXPLORERS).index(tab)
-    tabs.observe(fill, "selected_index")
-    pick.observe(choose, "value")
+    tabs.observe(inside.fill, "selected_index")
+    pick.observe(inside.choose, "value")
     if given:
-        use(given)
+        inside.use(given)
     elif first:
-        choose()
+        inside.choose()
     else:
-        fill()
+        inside.fill()
     return box
+
+# %% ../../nbs/lab/08_explore.ipynb #acba0298
+_SETTINGS = [dict(temperature=0), dict(temperature=0.7), dict(top_p=0.8), dict(temperature=1.5)]
 
 
 def explorer_pictures(
@@ -495,32 +526,17 @@ def explorer_pictures(
     text: str | None = None,  # to read; none is a sentence that fits
 ) -> dict:  # title -> matplotlib Figure or piece of HTML
     "What the explorers show first, without widgets."
-    from kimi_nb.model import rope_dim
-
-    text = text or subject.fitting()
-    shown = {"Attention by layer and head": attention_figure(subject.model, subject.tokenizer, text)}
-    if subject.model.moe_layers():
-        table, E = routes(subject.model, subject.tokenizer, text), subject.model.config.moe.n_experts
-        shown |= {"Experts of every token": routed_text(table, E), "Load of the experts": routed_load(table, E)}
-    shown |= {
-        "Spectra of what training added": spectrum_figure(
-            singular_values(training_change(subject.model, subject.run)), "change"
-        ),
-        "Sampling": next_token_figure(subject.model, subject.tokenizer, text, temperature=0.7, top_p=0.9),
-        "The same beginning under several settings": samples_html(
-            subject.model,
-            subject.tokenizer,
-            subject.fitting("The mouse"),
-            [dict(temperature=0), dict(temperature=0.7), dict(top_p=0.8), dict(temperature=1.5)],
-            40,
-        ),
-    }
-    c = subject.model.config
-    if c.position.kind == "rope":
-        shown["RoPE's clocks"] = rope_figure(
-            rope_dim(c),
-            c.position.theta,
-            c.max_seq_len,
-            c.position.yarn_factor,
-        )
+    model, tokenizer, text = subject.model, subject.tokenizer, text or subject.fitting()
+    shown = {"Attention by layer and head": attention_figure(model, tokenizer, text)}
+    if model.moe_layers():
+        table, n_experts = routes(model, tokenizer, text), model.config.moe.n_experts
+        shown["Experts of every token"] = routed_text(table, n_experts)
+        shown["Load of the experts"] = routed_load(table, n_experts)
+    added = singular_values(training_change(model, subject.run))
+    shown["Spectra of what training added"] = spectrum_figure(added, "change")
+    shown["Sampling"] = next_token_figure(model, tokenizer, text, temperature=0.7, top_p=0.9)
+    samples = samples_html(model, tokenizer, subject.fitting("The mouse"), _SETTINGS, 40)
+    shown["The same beginning under several settings"] = samples
+    if model.config.position.kind == "rope":
+        shown["RoPE's clocks"] = rope_figure(*_rope_start(subject))
     return shown
