@@ -2944,6 +2944,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kimi_nb.study.code.files_of': ('study/code.html#files_of', 'kimi_nb/study/code.py'),
                                     'kimi_nb.study.code.hash_definitions': ('study/code.html#hash_definitions', 'kimi_nb/study/code.py'),
                                     'kimi_nb.study.code.properties': ('study/code.html#properties', 'kimi_nb/study/code.py'),
+                                    'kimi_nb.study.code.spelled': ('study/code.html#spelled', 'kimi_nb/study/code.py'),
                                     'kimi_nb.study.code.training_files': ('study/code.html#training_files', 'kimi_nb/study/code.py'),
                                     'kimi_nb.study.code.without_docstrings': ( 'study/code.html#without_docstrings',
                                                                                'kimi_nb/study/code.py')},

@@ -39,6 +39,7 @@ from kimi_nb.study import (
     hash_definitions,
     outcomes_by_profile,
     read_outcome,
+    spelled,
     without_docstrings,
     write_outcome,
 )
@@ -444,7 +445,7 @@ def _code_of(notebook):
     parsed = []
     for source in sources:
         try:
-            parsed.append(ast.dump(without_docstrings(ast.parse(source))))
+            parsed.append(spelled(without_docstrings(ast.parse(source))))
         except SyntaxError:  # a magic
             parsed.append(source)
     return sources, parsed

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     code="""
         SETTINGS_FILES TABLES TRAINING_WINGS asked_for code_hash component_of definitions files_of
-        hash_definitions properties training_files without_docstrings
+        hash_definitions properties spelled training_files without_docstrings
     """,
     record="""
         NUMBERS PROVENANCE RESERVED Record RecordError canonical digest_of plain seal unseal
