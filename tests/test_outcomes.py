@@ -188,3 +188,18 @@ def test_runs_that_never_got_there_count_alike_everywhere():
     rows = with_late(compare(counted, "steps_to_target", "base"), counted)
     assert rows.iloc[0]["mean"] == means["new"] == 170 and rows.iloc[0]["n"] == 3
     assert "1 of the runs of new never got there" in " ".join(decide(rows).caveats)
+
+
+def test_every_phase_says_what_it_is_and_every_question_has_one_place():
+    """Title, reason, figures and questions stand in the phase; a question is answered first by one phase."""
+    from kimi_nb.plan import phases
+    from kimi_nb.study import metric_info, questions_of
+
+    abouts = {name: module.ABOUT for name, module in phases().items()}
+    assert len(abouts) >= 10 and all(about.name == name and about.title and about.why for name, about in abouts.items())
+    unknown = [m for about in abouts.values() for m in (*about.metrics, *about.judged) if not metric_info(m).known]
+    assert unknown == []
+    questions = questions_of(abouts)
+    assert list(questions)[:5] == ["H1", "H2", "H3", "H4", "H5"] and questions["RQ1"][1][0] == "combined"
+    first = [id for about in abouts.values() for id in about.questions if not about.rank.get(id, 0)]
+    assert len(first) == len(set(first))
