@@ -295,7 +295,7 @@ class Config(BaseModel):
     ):
         """A copy with these settings changed and everything else as it was.
 
-        Raises: ConfigError for a name that does not exist, a value that is not allowed, or a change that would have no effect.
+        Raises: ConfigError for a name that does not exist, a value that is not allowed, or a change without effect.
         """
         changes = self._by_full_name({**(changes or {}), **more})
         new = self.changed(changes)
