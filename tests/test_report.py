@@ -188,7 +188,7 @@ def test_seeds_that_disagree_are_told_from_seeds_that_agree(tmp_path, invented):
 
 
 def test_steps_to_target_say_what_they_leave_out(tmp_path):
-    """Runs that never arrived count with their whole length, as in tests; a target reached at once is a bound as well."""
+    """Runs that never arrived count with their whole length, as in tests; one reached at once is a bound as well."""
     table = runs_table(
         Evidence(factorial_results(tmp_path / "a", EFFECTS | dict(optimizer=-2.0))), "combined", ("steps_to_target",)
     )
