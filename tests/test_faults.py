@@ -34,7 +34,10 @@ def two_arms(**changes):
 @pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
 @pytest.mark.slow
 def test_a_run_that_hangs_is_ended_tried_again_and_fails_alone(tmp_path, monkeypatch):
-    """With a time limit a run that hangs is ended and tried again, then recorded as failed with the line where it stood; the other runs are done."""
+    """With a time limit a run that hangs is ended and tried again.
+
+    Then recorded as failed with the line where it stood; the other runs are done.
+    """
     monkeypatch.setattr(runner, "_TRIES", 2)
     store, study = Store(tmp_path / "s"), two_arms()
     hang(store, study, "trouble")
@@ -61,7 +64,10 @@ def overstays(folder):
 
 
 def test_a_time_limit_ends_with_the_run(tmp_path):
-    """A worker outlives the limit of a run that it finished in time; one that does not finish is ended, and leaves where it stood."""
+    """A worker outlives the limit of a run that it finished in time; one that does not finish is ended.
+
+    And leaves where it stood.
+    """
     (tmp_path / ".locks").mkdir()
     ends = [start(target, tmp_path) for target in (keeps_to_it, overstays)]
     for process in ends:
@@ -88,7 +94,10 @@ def test_a_time_limit_needs_a_process_to_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["the allocator", "Python", "the disk's cache"])
 def test_memory_that_runs_out_in_one_arm_fails_that_arm(tmp_path, monkeypatch, where):
-    """Out of memory in one arm is a failed record that says so, and the other arms are done; a second plan tries that arm again."""
+    """Out of memory in one arm is a failed record that says so, and the other arms are done.
+
+    A second plan tries that arm again.
+    """
     from kimi_nb.train import Trainer
 
     real = Trainer._accumulate
@@ -148,7 +157,10 @@ def backwards(monkeypatch):
 
 
 def test_a_clock_that_jumps_back_harms_nothing(place, capsys, backwards):  # noqa: F811
-    """A plan whose clock goes back an hour at every look: all trained and executed, nothing done twice, and what changes afterwards is done again."""
+    """A plan whose clock goes back an hour at every look: all trained and executed, nothing done twice.
+
+    And what changes afterwards is done again.
+    """
     code, out, err = call(capsys, *PLAN)
     assert (code, err) == (0, "") and sorted(executed(out)) == ["baseline", "norm"]
     code, out, _ = call(capsys, *PLAN, "--timing")
@@ -178,7 +190,10 @@ def no_flock(number):
 
 
 def test_a_file_system_without_locks_gets_lock_files(tmp_path, monkeypatch):
-    """Where flock does not exist (some network file systems) lock files take its place: one holder at a time, a plan ends with every record, nothing is left behind."""
+    """Where flock does not exist (some network file systems) lock files take its place: one holder at a time.
+
+    A plan ends with every record, nothing is left behind.
+    """
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", no_flock(errno.ENOSYS))
     store = Store(tmp_path / "s")
@@ -193,7 +208,10 @@ def test_a_file_system_without_locks_gets_lock_files(tmp_path, monkeypatch):
 
 
 def test_a_lock_server_that_is_down_is_one_line(tmp_path, monkeypatch):
-    """Where a network file system has no locks to give (its lock service is down) nothing is trained, and one line says so."""
+    """Where a network file system has no locks to give (its lock service is down) nothing is trained.
+
+    And one line says so.
+    """
     from kimi_nb.config import KimiError
 
     fcntl = pytest.importorskip("fcntl")

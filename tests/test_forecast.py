@@ -1,4 +1,8 @@
-"""How many processes train at a time: what is measured on a GPU and decided from it, who sees which GPU, and what becomes of a run that finds no memory beside others."""
+"""How many processes train at a time.
+
+What is measured on a GPU and decided from it, who sees which GPU, and what becomes of a run that finds no memory
+beside others.
+"""
 
 import json
 import os
@@ -70,7 +74,10 @@ def test_a_gpu_is_shared_by_as_many_as_get_most_done(gpus, rates, memory, each, 
 
 
 def test_it_is_measured_once_and_said(gpus):
-    """The rates are shown in one line, kept for this machine and shape, and asked for again only when another shape is the most frequent."""
+    """The rates are shown in one line, kept for this machine and shape.
+
+    And asked for again only when another shape is the most frequent.
+    """
     gpus("0")
     said, (measure, calls) = [], measured({1: 50.0, 2: 71.25, 4: 70.0})
     assert pick_workers(RUNS, measure=measure, say=said.append) == 2 and len(calls) == 3
@@ -86,7 +93,10 @@ def test_it_is_measured_once_and_said(gpus):
 
 
 def test_several_gpus_are_dealt_out(gpus, monkeypatch):
-    """Rates are of one GPU and workers of all; cores bound them; few runs are not worth measuring; a machine without GPUs is not asked."""
+    """Rates are of one GPU and workers of all; cores bound them; few runs are not worth measuring.
+
+    A machine without GPUs is not asked.
+    """
     gpus("GPU-a", "GPU-b")
     measure, calls = measured({1: 50.0, 2: 70.0, 4: 90.0})
     assert pick_workers(RUNS[:10], measure=None) == 2
@@ -162,7 +172,10 @@ def test_no_memory_on_a_shared_gpu_leaves_no_record(tmp_path, monkeypatch):
 
 
 def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, monkeypatch, capsys):
-    """On a shared GPU the run that finds no memory waits until the others are gone; it fails only when it does not fit alone either."""
+    """On a shared GPU the run that finds no memory waits until the others are gone.
+
+    It fails only when it does not fit alone either.
+    """
     gpus("0")
     alive, seen = set(), []
 

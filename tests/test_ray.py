@@ -63,7 +63,10 @@ def test_a_cluster_that_does_not_answer_is_one_line(place, capsys, argv, words):
 
 
 class Here:
-    """As much of Ray as the runner uses: tasks are done here when their result is asked for; `lose` workers die before."""
+    """As much of Ray as the runner uses: tasks are done here when their result is asked for.
+
+    `lose` workers die before.
+    """
 
     class exceptions:
         class RayError(Exception):
@@ -113,7 +116,10 @@ def here(tmp_path, monkeypatch):
 
 
 def test_lost_workers_cost_a_try(here, tmp_path):
-    """A run whose worker is lost twice is done at the third try, one that loses three is a failed record, and all others are done; every record is there once."""
+    """A run whose worker is lost twice is done at the third try, one that loses three is a failed record.
+
+    And all others are done; every record is there once.
+    """
     store, study = Store(tmp_path / "s"), sweep("tries", 2, train__steps=2, train__save_every=0)
     twice, thrice, *_ = (p.run.run_id for p in study.expand())
     here.lose = [twice] * 2 + [thrice] * 3
@@ -126,7 +132,11 @@ def test_lost_workers_cost_a_try(here, tmp_path):
 
 
 def test_a_node_that_is_different_is_refused(here, tmp_path, monkeypatch):
-    """A node with other training code, other data under the same name or another folder in the place of the results is refused in one line, and writes nothing."""
+    """A node with other training code.
+
+    Other data under the same name or another folder in the place of the results is refused in one line, and writes
+    nothing.
+    """
     study, real = sweep("different", 1, train__steps=2, train__save_every=0), runner._on_a_node
     for change, words in (
         (lambda a: (a[0], "0" * 16, *a[2:]), "has other training code"),
@@ -236,7 +246,10 @@ def every_record_once(store, study):
 @needs_ray
 @pytest.mark.slow
 def test_a_node_lost_in_the_middle(cluster, tmp_path):
-    """One of two Ray nodes is killed while both train: its run goes on from its checkpoint on the other, every record is there once."""
+    """One of two Ray nodes is killed while both train: its run goes on from its checkpoint on the other.
+
+    Every record is there once.
+    """
     store, study = Store(tmp_path / "s"), sweep("lost", 3, train__steps=300, train__save_every=10, train__eval_every=0)
     with killing(
         cluster, store, lambda s: len({f.parent for f in s.path.glob("experiments/*/checkpoints/step_*")}) >= 2
@@ -250,9 +263,13 @@ def test_a_node_lost_in_the_middle(cluster, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_sweep_of_64_runs_loses_a_node(cluster, tmp_path):
-    """64 runs on two Ray nodes, one killed when 52 are done and not replaced: all records once, the same numbers, at most 1.3 times the time without the kill.
+    """64 runs on two Ray nodes, one killed when 52 are done and not replaced.
 
-    With 12 runs left for one node instead of two the least possible is 70/64, 1.09 times; the rest is noticing the loss. The times are taken in pairs; since whatever else the machine does falls on one of the two, the best of at most three pairs counts.
+    All records once, the same numbers, at most 1.3 times the time without the kill.
+
+    With 12 runs left for one node instead of two the least possible is 70/64, 1.09 times; the rest is noticing the
+    loss. The times are taken in pairs; since whatever else the machine does falls on one of the two, the best of at
+    most three pairs counts.
     """
     study, pairs = sweep("sixtyfour", 32, train__steps=100, train__save_every=25, train__eval_every=0), []
     while not pairs or (min(pairs) > 1.3 and len(pairs) < 3):
@@ -274,7 +291,10 @@ def test_a_sweep_of_64_runs_loses_a_node(cluster, tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_a_run_that_hangs_on_a_node_fails_alone(cluster, tmp_path, monkeypatch):
-    """With a time limit a run that hangs on a node is ended, tried again, and becomes a failed record that says where it stood; the others are done."""
+    """With a time limit a run that hangs on a node is ended, tried again.
+
+    And becomes a failed record that says where it stood; the others are done.
+    """
     monkeypatch.setattr(runner, "_TRIES", 2)
     store, study = Store(tmp_path / "s"), sweep("hangs", 1)
     hang(store, study, "rmsnorm")
@@ -288,7 +308,10 @@ def test_a_run_that_hangs_on_a_node_fails_alone(cluster, tmp_path, monkeypatch):
 @needs_ray
 @pytest.mark.slow
 def test_a_stopped_plan_on_ray_saves_and_says_how_to_go_on(place):
-    """SIGTERM to `kimi-nb plan --executor ray` on a cluster of its own: every run under way is saved, one line says so, no process is left."""
+    """SIGTERM to `kimi-nb plan --executor ray` on a cluster of its own: every run under way is saved.
+
+    One line says so, no process is left.
+    """
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PLAN],

@@ -199,24 +199,24 @@ def _checked_settings(config, where, prefix=""):
 
 
 PROVENANCE = dict(  # what is read by name -> its type
-    code_hash=str,
-    data=(dict, str),
-    deterministic=bool,
-    device=str,
-    device_name=str,
-    error=str,
-    expert_backend=str,
-    git=dict,
-    kernel=str,
-    micro_batch_size=int,
-    platform=str,
-    precision=str,
-    ranks=int,
-    seconds=(int, float),
-    sharded=bool,
-    started=str,
-    threads=int,
-    versions=dict,
+    code_hash=str,  # of the code that made it, as `code_hash`
+    data=(dict, str),  # fingerprint of the tokens, and their counts in words
+    deterministic=bool,  # whether only kernels ran that give the same bits each time
+    device=str,  # cpu, cuda or mps
+    device_name=str,  # of the processor or GPU
+    error=str,  # why it failed, in one line
+    expert_backend=str,  # which product the experts used
+    git=dict,  # commit, and whether the checkout was dirty
+    kernel=str,  # which attention kernel ran
+    micro_batch_size=int,  # sequences at a time, as it was decided
+    platform=str,  # operating system
+    precision=str,  # fp32, bf16 or fp16, as it was decided
+    ranks=int,  # processes that trained it together
+    seconds=(int, float),  # of a record made by hand
+    sharded=bool,  # whether ranks shared the model out
+    started=str,  # when, UTC, ISO 8601
+    threads=int,  # of the CPU
+    versions=dict,  # of Python and the packages that compute
 )
 
 
