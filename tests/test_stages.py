@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from kimi_nb.bench import STAGES, of_each, place_at, read_stages, run_stages, stages
+from kimi_nb.bench import STAGES, of_each, place_at, read_stages, run_stages, stages, suite
 from kimi_nb.cli import main
 from kimi_nb.config import KimiError
 
@@ -94,3 +95,16 @@ def test_it_runs_where_only_training_is_installed(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     ended = [row["ended"] for row in read_stages(out) if "ended" in row]
     assert ended[:2] == ["done", "done"] and ended[2].startswith("skipped: ")  # which needs the records' packages
+
+
+def test_both_sides_of_a_bench_take_the_trainers_step():
+    """What is timed against us goes through the same loop: it takes what the trainer hands it, and learns."""
+    small = {"model.d_model": 32, "model.n_layers": 1, "model.n_heads": 2, "data.num_documents": 60}
+    sizes = {"model.moe.n_experts": 4, "model.moe.d_expert": 16, "model.attention.kv_lora_rank": 8}
+    run = suite._kimi_run(**small, **sizes, **{"train.optimizer.name": "adamw", "train.precision": "fp32"})
+    ours, theirs = suite._two_trainers(run)
+    losses = [trainer.step(0)["train_loss"] for trainer in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    gpt = suite.GPT2(ours.model.config)
+    x = torch.zeros(1, 8, dtype=torch.long)
+    assert gpt(x, x, logits=False).logits is None and gpt(x).logits.shape == (1, 8, ours.model.config.vocab_size)

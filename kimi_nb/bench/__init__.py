@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     step="""
         Profiled ProfilingError Utilisation matrix_peak profile_steps profiled repeat_spread
-        repeated_run seconds_of settle spread_with_and_without stepping utilisation
+        repeated_run seconds_of spread_with_and_without stepping utilisation
     """,
     nanogpt="""
         Comparison NanoGPTComparison nanogpt_equal
@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazily(
         BENCHES GPT2 bench_decode bench_example bench_kernels bench_moe bench_muon
         bench_nanogpt_loss bench_nanogpt_speed bench_plan_run bench_repeats bench_start
         bench_tokenizers bench_training_step bench_utilisation example_run kept_for_backward
-        looped_experts nanogpt_run precisions row run_bench shakespeare side_by_side
+        looped_experts nanogpt_run precisions ratio_row row run_bench shakespeare side_by_side
     """,
     stages="""
         ARMS Place STAGES Stage of_each place_at read_stages run_stages
