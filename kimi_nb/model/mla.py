@@ -159,6 +159,8 @@ class _Forms(_Projections):
     def _expanded(self, q_nope, q_rope, c, k_rope, need_weights):
         unpacked = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         k_nope, v = unpacked.split([self.nope, self.v_dim], -1)
+        if v.is_cuda and self.nope * v.element_size() % 16:
+            v = v.contiguous()  # cuDNN reads 16 bytes at a time and was seen to give other numbers between them
         k = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], -1)  # (B, H, S, K)
         return self.attend(torch.cat([q_nope, q_rope], -1), k, v, need_weights)  # (B, H, T, V)
 
