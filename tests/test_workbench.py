@@ -97,6 +97,32 @@ def jupyterlab(folder, **environment):
             os.killpg(server.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def workbench_in_a_browser(folder, request, settings, results):
+    """The notebook opened in JupyterLab, its cells asked to run; gives the page, and what the browser complains of."""
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = chromium()
+    if browser_path is None:
+        pytest.skip("needs Chromium: playwright install chromium")
+    with (
+        jupyterlab(folder, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address,
+        sync.sync_playwright() as p,
+    ):
+        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page, problems = browser.new_page(viewport=dict(width=1280, height=1000)), []
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        request.addfinalizer(lambda: print("browser's console:", problems))
+        page.goto(f"{address}/lab/tree/workbench.ipynb")
+        # asked to run before it has its kernel, JupyterLab shows a dialog
+        page.wait_for_function("document.body.innerText.includes('| Idle')")
+        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        yield page, problems
+        browser.close()
+
+
 POINTS = "+(document.querySelector('.knb-curves svg[data-points]')?.dataset.points ?? 0)"
 
 
@@ -107,10 +133,6 @@ def steps_of(live):
 
 @pytest.mark.timeout(170)
 def test_a_person_chooses_trains_and_compares(tmp_path, request):
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    browser_path = chromium()
-    if browser_path is None:
-        pytest.skip("needs Chromium: playwright install chromium")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     settings = tmp_path / "settings.ini"
@@ -125,23 +147,7 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
     settings.write_text(settings_text(**wanted).replace("[tiny]", "[quick]").replace("data.num_documents = 60\n", ""))
     results = tmp_path / "results"
     store = Store(results)
-    with (
-        jupyterlab(tmp_path, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address,
-        sync.sync_playwright() as p,
-    ):
-        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page, problems = browser.new_page(viewport=dict(width=1280, height=1000)), []
-        page.set_default_timeout(60_000)
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: problems.append(str(e)))
-        request.addfinalizer(lambda: print("browser's console:", problems))
-        page.goto(f"{address}/lab/tree/workbench.ipynb")
-        page.wait_for_function(
-            "document.body.innerText.includes('| Idle')"
-        )  # asked to run before it has its kernel, JupyterLab shows a dialog
-        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
-        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-
+    with workbench_in_a_browser(tmp_path, request, settings, results) as (page, problems):
         # while the kernel starts: another run, to compare with later
         from kimi_nb.config import load_profile
         from kimi_nb.runner import run_one
@@ -204,7 +210,90 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         row.get_by_role("button", name="open").click()  # its configuration back in the picker
         page.wait_for_selector('.knb-model-attention-kind button.mod-active:text-is("mha")')
         assert problems == []
-        browser.close()
+
+
+SCRIPTS = (
+    "<img src=x onerror=window.reached=1>",
+    '"><svg onload=window.reached=1>',
+    "</pre><iframe srcdoc='<script>parent.reached=1</script>'></iframe>",
+    "</style><script>window.reached=1</script>",
+)
+
+
+def store_of_strangers(results):
+    """Records as somebody else might send them: scripts in the corpus, the tokenizer, an error, a metric's name."""
+    from kimi_nb.config import RunConfig
+    from kimi_nb.study import Record
+
+    store, runs = Store(results), []
+    for seed, script in enumerate(SCRIPTS):
+        data = RunConfig().data.model_copy(update=dict(corpus=script, tokenizer=script))
+        run = RunConfig().model_copy(update=dict(data=data, seed=seed))
+        curve = dict(step=[1, 2, 3], value=[3.0, 2.0, 1.0 + seed])
+        record = Record.of(run, "done", {"test_bpb": 2.0 + seed, script: 1.0}, dict(train_loss=curve))
+        store.put(record, script)
+        runs.append(run)
+    failed = RunConfig().model_copy(update=dict(seed=99))
+    store.put(Record.of(failed, "failed", provenance=dict(error=SCRIPTS[0])), SCRIPTS[1])
+    return runs, failed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_scripts_in_records_names_and_corpora_are_text(tmp_path, request):
+    corpus = tmp_path / "<img src=x onerror=window.reached=1>.txt"
+    corpus.write_text(TEXT)
+    settings, results = tmp_path / "settings.ini", tmp_path / "<svg onload=window.reached=1> results"
+    wanted = {"data__corpus": str(corpus), "data__tokenizer": "char"}
+    settings.write_text(settings_text(**wanted).replace("[tiny]", "[quick]").replace("data.num_documents = 60\n", ""))
+    runs, failed = store_of_strangers(results)
+    with workbench_in_a_browser(tmp_path, request, settings, results) as (page, _):
+        page.locator("[data-cost=total_parameters]").wait_for()
+        page.locator(".knb-data-corpus input").fill(SCRIPTS[0])
+        page.keyboard.press("Tab")
+        page.wait_for_function("s => document.querySelector('.knb-picker').textContent.includes(s)", arg=SCRIPTS[0])
+
+        page.click('.lm-TabBar-tabLabel:text-is("Compare")')
+        for run in runs:
+            row = page.locator(".knb-run", has=page.locator(f"[data-run='{run.run_id}']"))
+            row.locator("input[type=checkbox]").check()
+            page.wait_for_selector(f".knb-compare code:text-is('{run.run_id}')")
+        shown = page.locator(".knb-compare").text_content()
+        assert all(script in shown for script in SCRIPTS), "what was sent is shown as it was written"
+
+        page.click('.lm-TabBar-tabLabel:text-is("Train")')
+        page.locator(".widget-dropdown:has-text('watch') select").select_option(index=1)
+        page.wait_for_selector(".knb-progress [data-state]")
+        for other in [failed, *runs]:
+            label = page.locator(f".widget-dropdown:has-text('watch') option:text('{other.run_id}')").inner_text()
+            page.locator(".widget-dropdown:has-text('watch') select").select_option(label=label)
+            page.wait_for_selector(f".knb-progress code:text-is('{other.run_id}')")
+        page.click('.lm-TabBar-tabLabel:text-is("Explore")')
+        page.wait_for_selector(".widget-dropdown:has-text('model')")
+        page.click('.lm-TabBar-tabLabel:text-is("Plan")')
+        page.wait_for_selector(".knb-plan [data-plan]")
+        assert page.evaluate("window.reached") is None
+        assert page.locator(".knb img, .knb iframe, .knb script").count() == 0
+
+
+def test_menus_are_the_registries_of_the_model_and_show_what_is_added(monkeypatch):
+    """What can be chosen is what the model has; and a kind that is added is drawn in its own words."""
+    from kimi_nb.config import RunConfig
+    from kimi_nb.lab import block_svg, settings_of
+    from kimi_nb.model import ATTENTIONS, FEED_FORWARDS, NORMS, ROUTERS, Attention
+
+    tables = {"attention.kind": ATTENTIONS, "norm.kind": NORMS, "moe.router": ROUTERS, "ffn.kind": FEED_FORWARDS}
+    known = settings_of()
+    for path, table in tables.items():
+        assert set(known[f"model.{path}"].words) == set(table), path
+    monkeypatch.setitem(NORMS, "novel", type("NovelNorm", (), dict(words=lambda config: "a < norm")))
+    monkeypatch.setitem(ATTENTIONS, "novel", type("NovelAttention", (Attention,), dict(kind="novel")))
+    parts = {
+        part: getattr(RunConfig().model, part).model_copy(update=dict(kind="novel")) for part in ("norm", "attention")
+    }
+    run = RunConfig().model_copy(update=dict(model=RunConfig().model.model_copy(update=parts)))
+    shown = block_svg(run, RunConfig())
+    assert shown.count("a &lt; norm") == 3 and "novel: 4 heads" in shown
 
 
 def test_a_run_outlives_the_kernel_that_started_it(tmp_path):
