@@ -221,11 +221,28 @@ def decodable(draw):
         else pick(dict(), dict(yarn_factor=4.0))
     )
     kind = pick("dense", "moe")
+    moe = dict(
+        router=pick("standard", "aux_tc", "noaux_tc"),
+        n_experts=4,
+        top_k=pick(1, 2),
+        d_expert=16,
+        n_shared_experts=pick(0, 2),
+        routed_scaling_factor=pick(1.0, 2.5),
+    )
     return ModelConfig(
-        d_model=32, n_heads=pick(2, 4), n_layers=2, vocab_size=61, max_seq_len=24, tie_embeddings=pick(True, False), first_dense_layers=pick(0, 1) if kind == "moe" else 0,
-        attention=attention, position=position, norm=pick(dict(kind="rmsnorm"), dict(), dict(bias=True)), ffn=dict(kind=kind, activation=pick("swiglu", "gelu", "relu")),
-        moe=dict(router=pick("standard", "aux_tc", "noaux_tc"), n_experts=4, top_k=pick(1, 2), d_expert=16, n_shared_experts=pick(0, 2), routed_scaling_factor=pick(1.0, 2.5)),
-    )  # fmt: skip
+        d_model=32,
+        n_heads=pick(2, 4),
+        n_layers=2,
+        vocab_size=61,
+        max_seq_len=24,
+        tie_embeddings=pick(True, False),
+        first_dense_layers=pick(0, 1) if kind == "moe" else 0,
+        attention=attention,
+        position=position,
+        norm=pick(dict(kind="rmsnorm"), dict(), dict(bias=True)),
+        ffn=dict(kind=kind, activation=pick("swiglu", "gelu", "relu")),
+        moe=moe,
+    )
 
 
 def awake(config, dtype=torch.float32):
@@ -285,10 +302,18 @@ def test_tokenizer_that_comes_with_the_model_or_bytes_with_a_warning(monkeypatch
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(temperature=-1), "temperature -1"), (dict(temperature=float("nan")), "temperature nan"), (dict(top_k=-1), "top_k -1"), (dict(top_p=1.5), "top_p 1.5"), (dict(repetition_penalty=0), "repetition_penalty 0"),
-        (dict(max_new_tokens=-1), "max_new_tokens -1"), (dict(stop=[""]), "stop"), (dict(topk=1), "topk is not an option"), (dict(prompt=3), "prompt 3"), (dict(seed=1.5), "seed 1.5"),
+        (dict(temperature=-1), "temperature -1"),
+        (dict(temperature=float("nan")), "temperature nan"),
+        (dict(top_k=-1), "top_k -1"),
+        (dict(top_p=1.5), "top_p 1.5"),
+        (dict(repetition_penalty=0), "repetition_penalty 0"),
+        (dict(max_new_tokens=-1), "max_new_tokens -1"),
+        (dict(stop=[""]), "stop"),
+        (dict(topk=1), "topk is not an option"),
+        (dict(prompt=3), "prompt 3"),
+        (dict(seed=1.5), "seed 1.5"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_in_one_line(options, words):
     with pytest.raises(GenerateError, match=words) as e:
         writer().generate_text(**(dict(prompt="a") | options))

@@ -1,4 +1,4 @@
-"""nanoKimi's interface: its snippets run with the import changed, its files load, and what is said about nanoGPT was measured."""
+"""nanoKimi's interface: its snippets run, its files load, and what is said about nanoGPT was measured."""
 
 import io
 import math
@@ -88,7 +88,9 @@ def ran(*argv):
 
 
 def test_the_names_come_without_torch_until_one_needs_it():
-    code = "import sys, kimi_nb; from kimi_nb import KimiConfig, RunConfig, ModelEvaluator, TextDataProcessor, TokenDataset; KimiConfig(n_layer=1); assert 'torch' not in sys.modules; from kimi_nb import KimiModel, Generator; assert 'torch' in sys.modules"
+    light = "KimiConfig, RunConfig, ModelEvaluator, TextDataProcessor, TokenDataset"
+    without = f"import sys; from kimi_nb import {light}; KimiConfig(n_layer=1); assert 'torch' not in sys.modules"
+    code = f"{without}; from kimi_nb import KimiModel, Generator; assert 'torch' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
     import kimi_nb
 
@@ -207,8 +209,24 @@ def test_nanokimis_file_is_read_and_every_switch_does_something(tmp_path):
         return read_config(tmp_path / "c.yaml")
 
     run, tracking = read(NANOKIMI)
-    assert run.flat() | {"model.n_layers": 1, "model.max_seq_len": 32, "model.ffn.kind": "moe", "model.moe.n_experts": 4, "train.steps": 50, "train.batch_size": 4, "train.lr": 2e-3,
-                         "train.optimizer.weight_decay": 0.2, "train.optimizer.name": "muon", "train.precision": "auto", "data.corpus": "tinyworld", "data.tokenizer": "byte"} == run.flat()  # fmt: skip
+    assert (
+        run.flat()
+        | {
+            "model.n_layers": 1,
+            "model.max_seq_len": 32,
+            "model.ffn.kind": "moe",
+            "model.moe.n_experts": 4,
+            "train.steps": 50,
+            "train.batch_size": 4,
+            "train.lr": 2e-3,
+            "train.optimizer.weight_decay": 0.2,
+            "train.optimizer.name": "muon",
+            "train.precision": "auto",
+            "data.corpus": "tinyworld",
+            "data.tokenizer": "byte",
+        }
+        == run.flat()
+    )
     assert (tracking.tool, tracking.project, tracking.name) == ("wandb", "my-nanokimi-experiments", "experiment-1")
     for change, path, value in (
         ("mixed_precision: true", "train.precision", "fp32"),
@@ -362,9 +380,14 @@ def test_what_cannot_be_processed_is_refused_in_one_line(texts):
     short = texts / "short.txt"
     short.write_text("too short")
     for arguments, line in (
-        (("x", [train], []), "no val files"), (("x", [train], [train]), "two splits"), (("x", [texts / "none.txt"], [val]), "does not exist"), (("x", [odd], [val]), "rename it"),
-        (("pydocs", [train], [val]), "is not possible"), (("a/b", [train], [val]), "is not possible"), (("x", [train], [short]), "needs 33"),
-    ):  # fmt: skip
+        (("x", [train], []), "no val files"),
+        (("x", [train], [train]), "two splits"),
+        (("x", [texts / "none.txt"], [val]), "does not exist"),
+        (("x", [odd], [val]), "rename it"),
+        (("pydocs", [train], [val]), "is not possible"),
+        (("a/b", [train], [val]), "is not possible"),
+        (("x", [train], [short]), "needs 33"),
+    ):
         with pytest.raises(KimiError, match=line) as e:
             p.process_dataset(*arguments)
         assert "\n" not in str(e.value)
@@ -423,7 +446,7 @@ def test_training_on_a_data_set_takes_the_steps_of_the_run(tmp_path):
 
 
 def test_perplexity_is_that_of_the_definition():
-    """exp of the mean negative log-likelihood over all tokens but the first, each in its window, computed by hand in float64."""
+    """exp of the mean negative log-likelihood over all tokens but the first, by hand in float64."""
     model, ids = (
         KimiModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=257), seed=1),
         ByteTokenizer().encode("The cat sat on the mat. " * 8)[:161],
@@ -465,12 +488,22 @@ def test_the_evaluator_takes_a_folder_and_refuses_what_it_cannot_score_in_one_li
         precision="auto"
     ).evaluate(model, list(ids)) | {"seconds": 0}
     for options, arguments, line in (
-        ({}, (model, ids - 1), "the text has token -1: ids are at least 0"), ({}, (model, ids + 0.5), "the token ids are float64: give whole numbers"), ({}, (model, ids > 3), "the token ids are bool: give whole numbers"),
-        ({}, (model, "pets"), "data set 'pets' is only a name: give "), ({}, (model, model), "the data set is a KimiModel: give "), ({}, (model, [[1], [2, 3]]), "the data set is a list: give "), ({}, (model, {}), "the data set is a dict: give "),
-        ({}, (model, ids, 0), "seq_len 0 is not possible: a whole number of at least 1"), ({}, (model, ids, 8.0), "seq_len 8.0 is not possible"), (dict(max_tokens=-5), (model, ids), "max_tokens -5 is not possible"),
-        (dict(precision="fp8"), (model, ids), "precision 'fp8' is unknown: one of auto, fp32, bf16, fp16"), (dict(precision="fp16"), (model, ids), "precision 'fp16' is not possible on a CPU: fp32 or bf16"),
-        ({}, (None, ids), "the model is a NoneType: give a KimiModel, the folder of a run"), ({}, (torch.nn.Linear(2, 2), ids), "the Linear does not say its context: give seq_len"), ({}, (tmp_path / "none", ids), "holds no checkpoint"),
-    ):  # fmt: skip
+        ({}, (model, ids - 1), "the text has token -1: ids are at least 0"),
+        ({}, (model, ids + 0.5), "the token ids are float64: give whole numbers"),
+        ({}, (model, ids > 3), "the token ids are bool: give whole numbers"),
+        ({}, (model, "pets"), "data set 'pets' is only a name: give "),
+        ({}, (model, model), "the data set is a KimiModel: give "),
+        ({}, (model, [[1], [2, 3]]), "the data set is a list: give "),
+        ({}, (model, {}), "the data set is a dict: give "),
+        ({}, (model, ids, 0), "seq_len 0 is not possible: a whole number of at least 1"),
+        ({}, (model, ids, 8.0), "seq_len 8.0 is not possible"),
+        (dict(max_tokens=-5), (model, ids), "max_tokens -5 is not possible"),
+        (dict(precision="fp8"), (model, ids), "precision 'fp8' is unknown: one of auto, fp32, bf16, fp16"),
+        (dict(precision="fp16"), (model, ids), "precision 'fp16' is not possible on a CPU: fp32 or bf16"),
+        ({}, (None, ids), "the model is a NoneType: give a KimiModel, the folder of a run"),
+        ({}, (torch.nn.Linear(2, 2), ids), "the Linear does not say its context: give seq_len"),
+        ({}, (tmp_path / "none", ids), "holds no checkpoint"),
+    ):
         with pytest.raises(KimiError, match=re.escape(line)) as e:
             ModelEvaluator(**options).evaluate(*arguments)
         assert "\n" not in str(e.value)
