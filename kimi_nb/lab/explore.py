@@ -321,44 +321,18 @@ def _story(prompt, text, done):
     cursor = None if done else tag("span", "▌", style="color:#0072B2")
     return page(tag("div", tag("b", prompt), text, cursor, cls="knb-card story written"))
 
-# %% ../../nbs/lab/08_explore.ipynb #4db969d3
+# %% ../../nbs/lab/08_explore.ipynb #76a6e834
 _REDRAWN = 0.05  # seconds between two looks of the page
 
 
-class _Writer:
-    "Text that is being written in a thread; `box` is the playground it belongs to."
+class _Writing:
+    "Text that is being written; `box` is the playground it belongs to."
 
     def __init__(self, subject, box):
         from kimi_nb.use import Generator
 
         self.generator, self.tokenizer, self.box = Generator(subject.model, subject.tokenizer), subject.tokenizer, box
         self.halted = threading.Event()
-
-    def options(self):
-        "What the sliders ask for."
-        values = {name: self.box.sliders[name].value for name in self.box.sliders}
-        seed = None if values["seed"] < 0 else values["seed"]
-        return values | dict(seed=seed, top_k=values["top_k"] or None)
-
-    def write(self, _=None):
-        "Begin, unless it is writing."
-        box = self.box
-        if box.thread is not None and box.thread.is_alive():
-            return
-        prompt = box.controls["prompt"].value
-        try:
-            pieces = self.generator.stream(prompt, **self.options())
-        except Exception as e:
-            box.message.value = note(error_words(e), bad=True)
-            return
-        self.halted.clear()
-        box.text, box.message.value = "", ""
-        self._busy(True)
-        box.thread = threading.Thread(target=self._work, args=(prompt, pieces), daemon=True)
-        box.thread.start()
-
-    def halt(self, _=None):
-        self.halted.set()
 
     def _busy(self, on):
         self.box.controls["go"].disabled, self.box.controls["stop"].disabled = on, not on
@@ -389,6 +363,37 @@ class _Writer:
         speed = number(round(tokens / max(seconds, 1e-9)))
         begin = "stopped after " if self.halted.is_set() else ""
         return f"{begin}about {tokens} tokens in {seconds:.1f} s ({speed} a second)"
+
+# %% ../../nbs/lab/08_explore.ipynb #0b7a1dcb
+class _Writer(_Writing):
+    "The buttons of a playground."
+
+    def options(self):
+        "What the sliders ask for."
+        values = {name: slider.value for name, slider in self.box.sliders.items()}
+        seed = None if values["seed"] < 0 else values["seed"]
+        return values | dict(seed=seed, top_k=values["top_k"] or None)
+
+    def write(self, _=None):
+        "Begin, unless it is writing."
+        box = self.box
+        if box.thread is not None and box.thread.is_alive():
+            return
+        prompt = box.controls["prompt"].value
+        try:
+            pieces = self.generator.stream(prompt, **self.options())
+        except Exception as e:
+            box.message.value = note(error_words(e), bad=True)
+            return
+        self.halted.clear()
+        box.text, box.message.value = "", ""
+        self._busy(True)
+        box.thread = threading.Thread(target=self._work, args=(prompt, pieces), daemon=True)
+        box.thread.start()
+
+    def halt(self, _=None):
+        "Stop after the piece that is under way."
+        self.halted.set()
 
 # %% ../../nbs/lab/08_explore.ipynb #2dc00d90
 def playground(subject: Subject):
@@ -426,8 +431,8 @@ EXPLORERS = {
 _SMALL = "a small model, trained now (some seconds)"
 
 
-class _Explorers:
-    "What happens when a run is chosen or a tab opened; `box` is the widget."
+class _Tabs:
+    "The explorers of one model, each made when its tab is opened; `box` is the widget."
 
     def __init__(self, box, found):
         self.box, self.found, self.made = box, found, set()
@@ -459,6 +464,10 @@ class _Explorers:
         for child in self.box.tabs.children:
             child.children = ()
         self.fill()
+
+# %% ../../nbs/lab/08_explore.ipynb #da9934a0
+class _Explorers(_Tabs):
+    "What happens when a model is chosen."
 
     def train(self):
         "Train the small model and look at it."

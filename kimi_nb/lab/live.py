@@ -329,7 +329,7 @@ class _DrawnRun(_WatchList):
         except Exception as e:
             self._error.value = page(error_html(e), style=False)
 
-# %% ../../nbs/lab/05_live.ipynb #774fc30c
+# %% ../../nbs/lab/05_live.ipynb #7546975f
 class _FollowedRun(_DrawnRun):
     "A page that follows its run in a thread."
 
@@ -378,7 +378,7 @@ class _FollowedRun(_DrawnRun):
             self.refresh()  # the state stands in the list
         return seen, late
 
-
+# %% ../../nbs/lab/05_live.ipynb #6076dc6b
 class LiveView(_FollowedRun):
     "Buttons and curves of one run after the other: `widget`, `start(run)`, `watch(run_id)`."
 

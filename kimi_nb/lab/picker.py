@@ -359,7 +359,7 @@ class _CountedRun(PickedRun):
         self._code.value = page(elsewhere_html(self._run), style=False)
         self._count()
 
-# %% ../../nbs/lab/04_picker.ipynb #e1ceca05
+# %% ../../nbs/lab/04_picker.ipynb #828493ad
 def _starts():
     "What one can start from: words -> function that gives the run."
     found = {"start from …": None}
@@ -376,7 +376,7 @@ def _section(name, about, rows):
     title = W.HTML(page(tag("h4", name or "run", title=about), style=False))
     return W.VBox([title, *(row.box for row in rows)]).add_class("knb-section")
 
-
+# %% ../../nbs/lab/04_picker.ipynb #4561bd9a
 class Picker(_CountedRun):
     "Controls over a run's settings: `run` is chosen, `widget` shows it, `on_change(f)` calls f with every new run."
 
@@ -502,7 +502,7 @@ def factors_page(
     columns = {"factor": "", "base": "", "also tried": "wrap", "what it is": "wrap"}
     return page(table_of(columns, rows))
 
-# %% ../../nbs/lab/04_picker.ipynb #c7ecac72
+# %% ../../nbs/lab/04_picker.ipynb #04cc8204
 def _result_of(study, arm, store):
     "Mean of the study's metric over the arm's seeds, in words."
     values = []
@@ -539,7 +539,7 @@ def arms_html(
         return tag("p", *how, cls="soft")
     return table_of(dict(study="", arm="", result=""), rows)
 
-
+# %% ../../nbs/lab/04_picker.ipynb #12b9ea8e
 def phase_picker(
     profile: Profile | str,  # what the phase runs under
     studies: list[Study],  # its studies

@@ -455,19 +455,9 @@ class _BoardPage:
         if not self.quiet:
             act()
 
-# %% ../../nbs/lab/06_pinboard.ipynb #7d8b8cf5
-class Pinboard(_BoardPage):
-    "The store's table, and what is pinned from it: `widget`, `pins`, `pin(run_id)`, `refresh()`."
-
-    def __init__(
-        self,
-        store: Store,
-        open_run=None,  # function of a RunConfig: what to do with a run that is opened
-    ):
-        self.store, self.open_run = store, open_run
-        self.pins, self._page, self._found, self.quiet = [], 0, [], False
-        self._build()
-        self.refresh()
+# %% ../../nbs/lab/06_pinboard.ipynb #a7c1020d
+class _FoundRuns(_BoardPage):
+    "The store's table: runs that were looked for, in an order, a page of them shown."
 
     def refresh(self):
         "Read the store again."
@@ -499,6 +489,20 @@ class Pinboard(_BoardPage):
             for n, row in enumerate(self._rows):
                 run = self._found[begin + n] if begin + n < len(self._found) else None
                 row.show(run, run is not None and run["run_id"] in self.pins)
+
+# %% ../../nbs/lab/06_pinboard.ipynb #08edf361
+class Pinboard(_FoundRuns):
+    "The store's table, and what is pinned from it: `widget`, `pins`, `pin(run_id)`, `refresh()`."
+
+    def __init__(
+        self,
+        store: Store,
+        open_run=None,  # function of a RunConfig: what to do with a run that is opened
+    ):
+        self.store, self.open_run = store, open_run
+        self.pins, self._page, self._found, self.quiet = [], 0, [], False
+        self._build()
+        self.refresh()
 
     def _ticked(self, run_id, on):
         if self.quiet or run_id is None:

@@ -429,7 +429,7 @@ def _by_rules(z, ids, asked):
         z = keep_top_p(z, asked.top_p)
     return z
 
-
+# %% ../../nbs/lab/07_views.ipynb #7ad6a42c
 def next_token(
     model,  # a KimiModel
     tokenizer,  # of the model

@@ -291,22 +291,8 @@ TABS = ("Choose", "Train", "Compare", "Explore", "Plan")
 _CHOOSE, _TRAIN, _COMPARE, _EXPLORE, _PLAN = range(len(TABS))
 
 
-class Workbench:
-    "All parts over one store: `widget`, `picker`, `live`, `board`; `plan` is None until it is first looked at."
-
-    def __init__(
-        self,
-        store: Store,
-        run: RunConfig | None = None,  # chosen to begin with; none is the profile's base
-        profile: str = "quick",  # of the plan view, and of the base run
-        threads: int = 0,  # CPU threads of a run; 0 leaves PyTorch's number
-    ):
-        self.store, self.profile, self.plan = store, profile, None
-        self.picker = Picker(run or load_profile(profile).base, frame=lambda: store.frame(stale=True))
-        self.live = LiveView(store, lambda: self.picker.run, self._finished, self.pin, threads=threads)
-        self.board = Pinboard(store, self.open)
-        self.live.in_front = False
-        self._build()
+class _Tabs:
+    "The parts side by side."
 
     def _build(self):
         import ipywidgets as W
@@ -320,25 +306,6 @@ class Workbench:
         parts = [choose, self.live.widget, self.board.widget, *self._later.values()]
         self.widget = W.Tab(parts, titles=TABS).add_class("knb-workbench")
         self.widget.observe(lambda c: self._looked_at(c["new"]), "selected_index")
-
-    def train(self):
-        "Start what is chosen, and look at it."
-        self.widget.selected_index = _TRAIN
-        self.live.attempt(lambda: self.live.start(self.picker.run))
-
-    def pin(self, run_id: str):
-        "Compare this run."
-        self.board.refresh()
-        self.board.pin(run_id)
-        self.widget.selected_index = _COMPARE
-
-    def open(self, run: RunConfig):
-        "Choose the configuration of a run."
-        self.picker.run = run
-        self.widget.selected_index = _CHOOSE
-
-    def _finished(self, run_id, state):
-        self.board.refresh()
 
     def _looked_at(self, tab):
         import ipywidgets as W
@@ -361,6 +328,43 @@ class Workbench:
     def _plan_view(self):
         self.plan = PlanView(self.store, self.profile)
         return self.plan.widget
+
+# %% ../../nbs/lab/09_workbench.ipynb #18671eff
+class Workbench(_Tabs):
+    "All parts over one store: `widget`, `picker`, `live`, `board`; `plan` is None until it is first looked at."
+
+    def __init__(
+        self,
+        store: Store,
+        run: RunConfig | None = None,  # chosen to begin with; none is the profile's base
+        profile: str = "quick",  # of the plan view, and of the base run
+        threads: int = 0,  # CPU threads of a run; 0 leaves PyTorch's number
+    ):
+        self.store, self.profile, self.plan = store, profile, None
+        self.picker = Picker(run or load_profile(profile).base, frame=lambda: store.frame(stale=True))
+        self.live = LiveView(store, lambda: self.picker.run, self._finished, self.pin, threads=threads)
+        self.board = Pinboard(store, self.open)
+        self.live.in_front = False
+        self._build()
+
+    def train(self):
+        "Start what is chosen, and look at it."
+        self.widget.selected_index = _TRAIN
+        self.live.attempt(lambda: self.live.start(self.picker.run))
+
+    def pin(self, run_id: str):
+        "Compare this run."
+        self.board.refresh()
+        self.board.pin(run_id)
+        self.widget.selected_index = _COMPARE
+
+    def open(self, run: RunConfig):
+        "Choose the configuration of a run."
+        self.picker.run = run
+        self.widget.selected_index = _CHOOSE
+
+    def _finished(self, run_id, state):
+        self.board.refresh()
 
 # %% ../../nbs/lab/09_workbench.ipynb #ef0fbf9f
 def workbench_page(
