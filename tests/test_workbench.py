@@ -269,7 +269,7 @@ def test_scripts_in_records_names_and_corpora_are_text(tmp_path, request):
             page.locator(".widget-dropdown:has-text('watch') select").select_option(label=label)
             page.wait_for_selector(f".knb-progress code:text-is('{other.run_id}')")
         page.click('.lm-TabBar-tabLabel:text-is("Explore")')
-        page.wait_for_selector(".widget-dropdown:has-text('model')")
+        page.wait_for_selector('.widget-label:text-is("model")')
         page.click('.lm-TabBar-tabLabel:text-is("Plan")')
         page.wait_for_selector(".knb-plan [data-plan]")
         assert page.evaluate("window.reached") is None
