@@ -1804,6 +1804,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kimi_nb.model.routing.sigmoid_route': ( 'model/routing.html#sigmoid_route',
                                                                                 'kimi_nb/model/routing.py'),
                                        'kimi_nb.model.routing.switch_loss': ('model/routing.html#switch_loss', 'kimi_nb/model/routing.py')},
+            'kimi_nb.model.rows': { 'kimi_nb.model.rows.rows_by_head': ('model/rows.html#rows_by_head', 'kimi_nb/model/rows.py'),
+                                    'kimi_nb.model.rows.rows_of_latent': ('model/rows.html#rows_of_latent', 'kimi_nb/model/rows.py')},
             'kimi_nb.phases.attention': { 'kimi_nb.phases.attention.Kernels': ( 'phases/attention.html#kernels',
                                                                                 'kimi_nb/phases/attention.py'),
                                           'kimi_nb.phases.attention.Kernels.efficient': ( 'phases/attention.html#kernels.efficient',

@@ -37,6 +37,9 @@ __getattr__, __dir__, __all__ = lazily(
     latent="""
         LatentAttention LatentCache latent_pairs
     """,
+    rows="""
+        rows_by_head rows_of_latent
+    """,
     attention="""
         ATTENTIONS attention_flops_per_token attention_of build_attention build_cache cache_bytes
         cache_bytes_per_token kernel_name rope_dim score_pairs

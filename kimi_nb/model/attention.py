@@ -13,6 +13,7 @@ from .kernels import Attention, flash_provider
 from .latent import LatentAttention
 from .mha import MultiHeadAttention
 from .mla import MultiHeadLatentAttention
+from .rows import rows_by_head  # noqa: F401  (with it the attentions know which rows are whose)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import ModelConfig

@@ -23,10 +23,11 @@ TRAINING_WINGS = ("config", "data", "model", "train")
 def training_files(
     folder=None,  # of the package; none is the installed one
 ) -> list[Path]:
-    "The source files that decide what a run gives."
+    "The files that decide what a run gives; the faces of the wings, which only say what is where, are none."
     if folder is None:
         folder = next(iter(importlib.util.find_spec("kimi_nb").submodule_search_locations))
-    return sorted(file for wing in TRAINING_WINGS for file in (Path(folder) / wing).glob("*.py"))
+    found = [file for wing in TRAINING_WINGS for file in (Path(folder) / wing).glob("*.py")]
+    return sorted(file for file in found if file.name != "__init__.py")
 
 # %% ../../nbs/study/00_code.ipynb #a0dd7a36
 def without_docstrings(
@@ -119,13 +120,16 @@ def _uses(file, components):
 # %% ../../nbs/study/00_code.ipynb #a73b98eb
 def asked_for(
     run: RunConfig | Mapping,  # or its fields, as a record has them
-) -> dict[str, str]:  # setting below `model.` -> value
-    "The kinds of components that a run's network is made of."
+) -> dict[str, str]:  # setting below `model.`, or of the optimizer -> value
+    "The kinds of components that a run is made of."
     fields = run.model_dump() if isinstance(run, RunConfig) else run
     model = fields.get("model") or {}
     kinds = {f"{part}.kind": model.get(part, {}).get("kind", "") for part in ("attention", "norm", "ffn")}
     if kinds["ffn.kind"] == "moe":
         kinds["moe.router"] = model.get("moe", {}).get("router", "")
+    split = (fields.get("train") or {}).get("optimizer", {}).get("muon_split", "fused")
+    if split != "fused":
+        kinds["optimizer.muon_split"] = "apart"
     return kinds
 
 
