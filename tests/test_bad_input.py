@@ -259,8 +259,9 @@ def test_a_log_that_was_altered(stopped, tmp_path, capsys):
     refused(
         capsys,
         ["train", "--quiet", "--out", folder, *options(train__save_every=4)],
-        "metrics.jsonl",
-        "step 3",
+        folder / "metrics.jsonl",
+        "altered or cut short: its lines are not those that the checkpoint knows",
+        f"restore it, or delete {folder / 'checkpoints'}",
         untouched=folder,
     )
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_only_what_changed_is_executed_again(place, capsys):
         assert code == 0 and executed(out) == ["norm"] and ", 0 to train" in out
         assert (place.results / "notebooks" / "03_norm.ipynb").exists()
     assert executed(call(capsys, *PLAN)[1]) == []
+
+
+def test_keys_are_made_by_one_thread(place, capsys, monkeypatch):
+    """Python 3.11 fails where two threads make syntax trees at once: "AST constructor recursion depth mismatch"."""
+    made, key = [], kimi_nb.plan.run.phase_key
+
+    def watched(*about):
+        made.append(threading.current_thread())
+        return key(*about)
+
+    monkeypatch.setattr(kimi_nb.plan.run, "phase_key", watched)
+    assert call(capsys, *PLAN)[::2] == (0, "")
+    assert made == [threading.main_thread()] * 2
 
 
 def test_words_and_formatting_redo_nothing(place, capsys):

@@ -392,14 +392,18 @@ def _face(file):
     return homes
 
 
+@functools.lru_cache(maxsize=512)
 def _imports(source, module):
     "(module, names) of every import in a text; `module` is the dotted name of the text."
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, ()) for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
-            yield ".".join([*above, *([node.module] if node.module else [])]), tuple(a.name for a in node.names)
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            found.append((name, tuple(a.name for a in node.names)))
+    return tuple(found)
 
 
 def _homes(name, names, root):
@@ -591,8 +595,8 @@ def _report_phase(report, phase, outcome, seconds, executed, say):
 def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
     "Two notebooks at a time, since most of one is the start of its kernel; those that read outcomes at the end."
 
-    def one(phase):
-        start, key = time.perf_counter(), phase_key(notebooks[phase], studies[phase], store, profile)
+    def one(phase, key):
+        start = time.perf_counter()
         known = read_outcome(store, phase, profile.name)
         if known and known.key == key and _still_there(store, notebooks[phase], known):
             return phase, known, None
@@ -609,8 +613,10 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
     early = sorted((n for n in notebooks if n not in last), key=lambda n: not takes_long(modules[n]))
     for group in (early, last):
         at_once = max(1, min(2, os.cpu_count() or 1))
+        # before there are threads: Python 3.11 fails where two of them make a syntax tree at once
+        keys = {phase: phase_key(notebooks[phase], studies[phase], store, profile) for phase in group}
         with _threads(at_once), ThreadPoolExecutor(at_once) as pool, _no_kernel_left():
-            jobs = [pool.submit(one, phase) for phase in group]
+            jobs = [pool.submit(one, phase, key) for phase, key in keys.items()]
             try:
                 for job in as_completed(jobs):
                     phase, outcomes[phase], seconds = job.result()

@@ -59,16 +59,17 @@ TABLES = ("ATTENTIONS", "NORMS", "ROUTERS", "FEED_FORWARDS", "RESIDUALS")  # nam
 _NOT_COUNTED = {"__all__", *TABLES}
 
 
+@functools.lru_cache(maxsize=512)
 def definitions(
     source: str,  # text of a module
-) -> list[str]:  # one per statement at the top of the module; imports, `__all__` and tables left out
+) -> tuple[str, ...]:  # one per statement at the top of the module; imports, `__all__` and tables left out
     "What a module defines, each statement as a syntax tree."
     found = []
     for node in without_docstrings(ast.parse(source)).body:
         names = {target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)}
         if not isinstance(node, (ast.Import, ast.ImportFrom)) and not names & _NOT_COUNTED:
             found.append(spelled(node))
-    return found
+    return tuple(found)
 
 # %% ../../nbs/study/00_code.ipynb #7778357a
 SETTINGS_FILES = ("schema.py", "profile.py")  # of the wing config
