@@ -114,4 +114,4 @@ def test_arms_train_on_equal_tokens(profile):
         for runs in by_block(study).values():
             tokens = {r.train.steps * r.tokens_per_step for r in runs.values()}
             assert len(tokens) == 1 or varies, (study.name, tokens)
-            assert not varies or study.phase in ("baseline", "benchmarks"), study.name
+            assert not varies or study.phase in ("baseline", "benchmarks") or study.name == "contest-budget", study.name

@@ -386,7 +386,7 @@ def test_profiles_fit_their_budgets(monkeypatch):
     """What the published runs of `quick` took on two cores leaves room for the notebooks within the budget it declares; `smoke` is a small part of it."""
     from kimi_nb.config import load_profile
     from kimi_nb.plan import phase_studies, published
-    from kimi_nb.runner import distinct
+    from kimi_nb.runner import TUNING_SEEDS, distinct
 
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
     planned = {
@@ -394,9 +394,9 @@ def test_profiles_fit_their_budgets(monkeypatch):
         for name in ("smoke", "quick")
     }
     took = {r.run_id: r.metrics["seconds"] for r in published("quick").records()}
-    assert (
-        80 <= len(planned["quick"]) == len(took)
-    )  # by number: the learning rates that the plan chooses are part of a run's id
+    compared = [r.run_id for r in published("quick").records() if r.run.seed not in TUNING_SEEDS]
+    # by number: the rates that the plan chooses are part of a run's id, and a search goes on for as long as it must
+    assert 80 <= sum(run.seed not in TUNING_SEEDS for run in planned["quick"]) == len(compared)
     assert sum(took.values()) / 2 / 60 < 0.8 * load_profile("quick").budget_minutes
     steps = {name: sum(r.train.steps * r.tokens_per_step for r in runs) for name, runs in planned.items()}
     assert len(planned["smoke"]) >= 14 and steps["smoke"] < 0.02 * steps["quick"]
