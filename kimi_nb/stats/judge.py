@@ -151,9 +151,9 @@ def lost_runs(
             diverged = row["n_diverged" + end]
             caveats.append(f"{failed} of the runs of {label} did not finish ({diverged} diverged).")
     for end, label in (("", row["arm"]), ("_baseline", row["baseline"])):
-        late = row.get("n_late" + end)
-        if late:
-            caveats.append(f"{late} of the runs of {label} never got there and count with their whole length.")
+        late = row.get("n_late" + end, 0)
+        if late > 0:  # NaN in a table of several metrics, where this one has no such runs
+            caveats.append(f"{late:.0f} of the runs of {label} never got there and count with their whole length.")
     return caveats
 
 
