@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import kimi_nb.cli.here
+import kimi_nb.cli.machine
 from kimi_nb.cli import lab_command, main
 
 
@@ -24,7 +24,7 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(tmp_path, monkeypatch, cap
     def broken():
         raise RuntimeError("a library's\nwords")
 
-    monkeypatch.setattr(kimi_nb.cli.here, "workbench_notebook", broken)
+    monkeypatch.setattr(kimi_nb.cli.machine, "workbench_notebook", broken)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert main(["lab"]) == 1

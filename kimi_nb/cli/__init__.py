@@ -4,24 +4,24 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
-    options="""
+    shared="""
         Parser add_command add_setting add_settings at_least_one cell_text chosen_run given_settings
         results_store starting_run table_text with_short_warmup
     """,
-    single="""
+    one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
         cmd_data cmd_eval cmd_generate cmd_trace cmd_train converse metrics_text print_pieces
         print_task_scores score_number score_text tracker
     """,
-    many="""
+    studies="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
         cmd_profiles cmd_run declared dry_run profile_text runner_options
     """,
-    kept="""
+    records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report export_file import_file
         open_profile publish_profile refuse_a_name show_list show_one verify_folder
     """,
-    here="""
+    machine="""
         OTHERS add_bench add_env add_lab cmd_bench cmd_env cmd_lab done_so_far installed lab_command
         next_steps where_it_stands workbench_notebook
     """,

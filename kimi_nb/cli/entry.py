@@ -15,14 +15,14 @@ from contextlib import contextmanager
 
 # %% ../../nbs/cli/06_entry.ipynb #2e37f329
 FAMILIES = (  # modules of this wing and their commands, in the order of the help
-    ("many", "plan run"),
-    ("single", "train trace eval generate"),
-    ("kept", "records"),
-    ("many", "new-phase"),
-    ("single", "data"),
-    ("many", "profiles"),
-    ("here", "lab env bench"),
-    ("kept", "report"),
+    ("studies", "plan run"),
+    ("one_run", "train trace eval generate"),
+    ("records", "records"),
+    ("studies", "new-phase"),
+    ("one_run", "data"),
+    ("studies", "profiles"),
+    ("machine", "lab env bench"),
+    ("records", "report"),
 )
 
 
@@ -34,7 +34,7 @@ def build_parser(
     from importlib import import_module
 
     from kimi_nb import __version__
-    from kimi_nb.cli.options import Parser
+    from kimi_nb.cli.shared import Parser
 
     parser = Parser(
         prog="kimi-nb",
@@ -104,7 +104,7 @@ def call(
 ) -> int:  # exit status
     "The command that was asked for."
     if args.command is None:
-        from kimi_nb.cli.here import where_it_stands
+        from kimi_nb.cli.machine import where_it_stands
 
         print(where_it_stands(args.results))
         return 0
