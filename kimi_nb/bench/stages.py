@@ -23,9 +23,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from .step import matrix_peak, profiled, repeated_run, seconds_of, spread_with_and_without
-from .step import stepping, utilisation
 
+from kimi_nb.bench.step import (
+    matrix_peak,
+    profiled,
+    repeated_run,
+    seconds_of,
+    spread_with_and_without,
+    stepping,
+    utilisation,
+)
 from ..config import KimiError, RunConfig, near, write_file
 from ..data import prepare
 from ..model import kernel_name

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from .step import matrix_peak, repeated_run, seconds_of, spread_with_and_without, utilisation
 
+from .step import matrix_peak, repeated_run, seconds_of, spread_with_and_without, utilisation
 from ..config import KimiError, RunConfig, near, settings_path, write_file
 from ..data import prepare
 from ..model import ModelOutput

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+
 from .tasks import BenchmarkError
 
 # %% ../../nbs/evals/03_adapter.ipynb #c1d2ff96

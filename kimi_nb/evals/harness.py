@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from ..data import DataError, hub_reachable
 from .adapter import answer_tokens, harness_model
 from .items import TASK_NAMES, tasks_folder
 from .tasks import BenchmarkError, chance_level, pick_tasks, read_rows
-
-from ..data import DataError, hub_reachable
 from ..study import RunFolder
 
 # %% ../../nbs/evals/04_harness.ipynb #c091fbe8

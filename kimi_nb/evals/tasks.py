@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from .items import TASK_NAMES
 
 from ..config import KimiError, near
+from .items import TASK_NAMES
 
 
 class BenchmarkError(KimiError):

@@ -16,9 +16,22 @@ from typing import Any, NamedTuple
 
 from ..config import KimiError, RunConfig
 from .markup import error_words, page, tag
-from .views import attention_figure, example_model, next_token_figure, rank_html, rank_table, rope_figure
-from .views import routed_load, routed_text, routes, samples_html, singular_values, spectrum_figure
-from .views import training_change, update_of_a_step
+from kimi_nb.lab.views import (
+    attention_figure,
+    example_model,
+    next_token_figure,
+    rank_html,
+    rank_table,
+    rope_figure,
+    routed_load,
+    routed_text,
+    routes,
+    samples_html,
+    singular_values,
+    spectrum_figure,
+    training_change,
+    update_of_a_step,
+)
 from ..stats import number
 
 # %% ../../nbs/lab/08_explore.ipynb #27bbfcdb

@@ -10,7 +10,7 @@ import threading
 import time
 
 from ..config import KimiError, RunConfig
-from .markup import View, error_html, together, page, tag
+from .markup import View, error_html, page, tag, together
 from .picker import keeping_quiet
 from .svg import chart_svg, load_svg
 from ..runner import ACTIVE, LiveError, LiveRun, live_runs, start_run

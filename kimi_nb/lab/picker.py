@@ -12,8 +12,17 @@ import time
 from contextlib import contextmanager
 
 from ..config import PRESETS, ConfigError, Profile, RunConfig, load_profile, profile_names
-from .choices import change, command_line, estimate_seconds, python_code, quick_costs
-from .choices import section_help, settings_of, typed_value, why_not
+from kimi_nb.lab.choices import (
+    change,
+    command_line,
+    estimate_seconds,
+    python_code,
+    quick_costs,
+    section_help,
+    settings_of,
+    typed_value,
+    why_not,
+)
 from .markup import View, error_html, page, style_sheet, table_of, tag
 from .svg import block_svg
 from ..stats import amount, duration, number, percent

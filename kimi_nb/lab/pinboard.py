@@ -14,7 +14,7 @@ import pandas as pd
 
 from .choices import settings_of, typed_value
 from .live import follow_record, smooth
-from .markup import View, error_html, hue, together, page, style_sheet, table_of, table_row, tag
+from .markup import View, error_html, hue, page, style_sheet, table_of, table_row, tag, together
 from .picker import elsewhere_html, keeping_quiet
 from .svg import chart_svg
 from ..stats import StatsError, amount, compare, decide, number, say

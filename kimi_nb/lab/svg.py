@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from ..config import RunConfig
-from .markup import hue, together, tag
+from .markup import hue, tag, together
 from ..stats import amount
 
 # %% ../../nbs/lab/03_svg.ipynb #ba377010

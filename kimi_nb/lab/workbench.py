@@ -16,7 +16,7 @@ from pathlib import Path
 from ..config import RunConfig, load_profile, profile_names
 from .choices import estimate_seconds, quick_costs
 from .live import LiveView, live_page
-from .markup import View, error_html, hue, together, page, table_of, table_row, tag
+from .markup import View, error_html, hue, page, table_of, table_row, tag, together
 from .picker import Picker, picker_page
 from .pinboard import Pinboard, pinboard_page
 from ..plan import phase_studies

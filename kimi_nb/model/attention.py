@@ -8,15 +8,15 @@ __all__ = ['ATTENTIONS', 'attention_of', 'build_attention', 'rope_dim', 'score_p
 
 # %% ../../nbs/model/39_attention.ipynb #6766fa1e
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..config import ModelConfig
 from .caches import LayerCaches
 from .kernels import Attention, flash_provider
 from .latent import LatentAttention
 from .mha import MultiHeadAttention
 from .mla import MultiHeadLatentAttention
 from .rows import rows_by_head  # noqa: F401  (with it the attentions know which rows are whose)
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ..config import ModelConfig
 
 # %% ../../nbs/model/39_attention.ipynb #772f2633
 ATTENTIONS = dict(mha=MultiHeadAttention, mla=MultiHeadLatentAttention, latent=LatentAttention)

@@ -7,10 +7,11 @@ __all__ = ['Decoder']
 
 # %% ../../nbs/model/61_decoder.ipynb #86be6ca5
 import torch
+from torch import Tensor
+
 from .caches import LayerCaches
 from .network import KimiModel
 from .precision import autocasting
-from torch import Tensor
 
 # %% ../../nbs/model/61_decoder.ipynb #32e6682b
 class Decoder:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from .dense import ACTIVATIONS, activate, is_gated
 from .precision import autocasting
-from torch import Tensor, nn
 
 # %% ../../nbs/model/51_experts.ipynb #a05cf870
 __component__ = ("ffn.kind", "moe")

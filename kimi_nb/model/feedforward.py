@@ -6,11 +6,11 @@
 __all__ = ['FEED_FORWARDS', 'feed_forward_kind', 'build_feed_forward']
 
 # %% ../../nbs/model/59_feedforward.ipynb #47ed8faf
-from .dense import FeedForward
-from .moe import MoE
 from torch import nn
 
 from ..config import ModelConfig
+from .dense import FeedForward
+from .moe import MoE
 
 # %% ../../nbs/model/59_feedforward.ipynb #cdfae03d
 FEED_FORWARDS = dict(dense=FeedForward, moe=MoE)

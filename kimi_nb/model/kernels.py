@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from .rope import position_words, yarn_mscale
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from ..config import KimiError, ModelConfig
+from .rope import position_words, yarn_mscale
 
 # %% ../../nbs/model/21_kernels.ipynb #c7062698
 class AttentionError(KimiError):

@@ -8,13 +8,13 @@ __all__ = ['latent_pairs', 'LatentCache', 'LatentAttention']
 # %% ../../nbs/model/32_latent.ipynb #c110c8b5
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
 from .caches import TokenCache
 from .kernels import Attention, AttentionError, attention_logits, causal_mask, kernel_words, logit_maxima
 from .rmsnorm import RMSNorm
 from .rope import apply_rope
-from torch import Tensor, nn
-
-from ..config import ModelConfig
 
 # %% ../../nbs/model/32_latent.ipynb #5d1264fc
 __component__ = ("attention.kind", "latent")

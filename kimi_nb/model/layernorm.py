@@ -8,10 +8,10 @@ __all__ = ['layer_norm', 'LayerNorm']
 # %% ../../nbs/model/10_layernorm.ipynb #ddd4fdab
 import torch
 import torch.nn.functional as F
-from .precision import widened
 from torch import Tensor, nn
 
 from ..config import NormConfig
+from .precision import widened
 
 # %% ../../nbs/model/10_layernorm.ipynb #40b66b8b
 __component__ = ("norm.kind", "layernorm")

@@ -7,13 +7,13 @@ __all__ = ['KVCache', 'scale_heads_', 'MultiHeadAttention']
 
 # %% ../../nbs/model/30_mha.ipynb #634871c8
 import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
 from .caches import TokenCache
 from .kernels import Attention, AttentionError, kernel_words
 from .rmsnorm import RMSNorm
 from .rope import apply_rope, turn_
-from torch import Tensor, nn
-
-from ..config import ModelConfig
 
 # %% ../../nbs/model/30_mha.ipynb #2701cd7e
 __component__ = ("attention.kind", "mha")

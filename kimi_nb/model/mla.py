@@ -7,14 +7,14 @@ __all__ = ['MLACache', 'absorbing_pays', 'MultiHeadLatentAttention']
 
 # %% ../../nbs/model/31_mla.ipynb #c2198ec6
 import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
 from .caches import TokenCache
 from .kernels import Attention, flash_refusal, kernel_words
 from .mha import scale_heads_
 from .rmsnorm import RMSNorm
 from .rope import apply_rope, turn_
-from torch import Tensor, nn
-
-from ..config import ModelConfig
 
 # %% ../../nbs/model/31_mla.ipynb #1ac2faf2
 __component__ = ("attention.kind", "mla")

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
 from .dense import FeedForward
 from .experts import Experts, dispatch_plan
 from .parallel import total
 from .precision import autocasting
 from .routers import ROUTERS
 from .routing import Route
-from torch import Tensor, nn
-
-from ..config import ModelConfig
 
 # %% ../../nbs/model/57_moe.ipynb #34c44e4b
 __component__ = ("ffn.kind", "moe")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F401
 from kimi_nb.model.attention import (
     attention_flops_per_token,
     build_attention,
@@ -26,8 +28,6 @@ from .feedforward import build_feed_forward
 from .moe import MoE, RouterStats
 from .norm import build_norm
 from .rope import RotaryEmbedding
-
-from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F401
 
 # %% ../../nbs/model/60_network.ipynb #62f211b7
 def parameter_generator(

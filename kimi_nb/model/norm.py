@@ -6,11 +6,11 @@
 __all__ = ['NORMS', 'build_norm']
 
 # %% ../../nbs/model/19_norm.ipynb #48735817
-from .layernorm import LayerNorm
-from .rmsnorm import RMSNorm
 from torch import nn
 
 from ..config import NormConfig
+from .layernorm import LayerNorm
+from .rmsnorm import RMSNorm
 
 # %% ../../nbs/model/19_norm.ipynb #2eebce15
 NORMS = dict(layernorm=LayerNorm, rmsnorm=RMSNorm)

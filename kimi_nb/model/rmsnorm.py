@@ -8,11 +8,11 @@ __all__ = ['rms_norm', 'RMSNorm']
 # %% ../../nbs/model/11_rmsnorm.ipynb #7f58b9cd
 import torch
 import torch.nn.functional as F
-from .precision import widened
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import NormConfig
+from .precision import widened
 
 # %% ../../nbs/model/11_rmsnorm.ipynb #0b002e54
 __component__ = ("norm.kind", "rmsnorm")

@@ -10,10 +10,10 @@ __all__ = ['rope_frequencies', 'apply_rope', 'turn_', 'to_half_split', 'yarn_fre
 import math
 
 import torch
-from .precision import widened
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from .precision import widened
 
 # %% ../../nbs/model/20_rope.ipynb #1bbdea8f
 def rope_frequencies(

@@ -6,8 +6,9 @@
 __all__ = ['AuxLossRouter']
 
 # %% ../../nbs/model/54_router_aux_tc.ipynb #d9c58b50
-from .routing import Route, Router, sequence_loss, sigmoid_route, switch_loss
 from torch import Tensor
+
+from .routing import Route, Router, sequence_loss, sigmoid_route, switch_loss
 
 # %% ../../nbs/model/54_router_aux_tc.ipynb #391699c5
 __component__ = ("moe.router", "aux_tc")

@@ -6,8 +6,9 @@
 __all__ = ['BiasRouter']
 
 # %% ../../nbs/model/55_router_noaux_tc.ipynb #45a970d7
-from .routing import Route, Router, sequence_loss, sigmoid_route
 from torch import Tensor
+
+from .routing import Route, Router, sequence_loss, sigmoid_route
 
 # %% ../../nbs/model/55_router_noaux_tc.ipynb #4d2631f9
 __component__ = ("moe.router", "noaux_tc")

@@ -6,8 +6,9 @@
 __all__ = ['softmax_route', 'StandardRouter']
 
 # %% ../../nbs/model/53_router_standard.ipynb #fc181aa2
-from .routing import Route, Router, scale_weights, switch_loss
 from torch import Tensor
+
+from .routing import Route, Router, scale_weights, switch_loss
 
 # %% ../../nbs/model/53_router_standard.ipynb #e119c79e
 __component__ = ("moe.router", "standard")

@@ -125,9 +125,7 @@ def score_runs(
     limit=None,  # items of each task
 ) -> tuple[dict, dict]:
     "Run -> results, and run -> samples; each run's scores are kept under `benchmarks/` of the results folder."
-    from kimi_nb.evals import run_benchmarks
-
-    from kimi_nb.evals import load_any
+    from kimi_nb.evals import load_any, run_benchmarks
     from kimi_nb.study import write_sealed
 
     results, samples = {}, {}
@@ -282,10 +280,9 @@ def score_along(
 ):  # run_id, seed, step, task, score, chance; one row a task and checkpoint
     "Scores of every checkpoint that a trained run kept; its seed's untrained run is step 0, its final model the end."
     import pandas as pd
-    from kimi_nb.evals import run_benchmarks
 
     from kimi_nb.bench import remembered
-    from kimi_nb.evals import load_any
+    from kimi_nb.evals import load_any, run_benchmarks
     from kimi_nb.train import checkpoints
 
     rows, done = [], frame[frame["run_id"].isin(results)]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from ..config import DataConfig, KimiError, RunConfig
 from kimi_nb.runner.attempt import (
     PlanInterrupted,
     RunnerError,
@@ -33,8 +34,6 @@ from kimi_nb.runner.attempt import (
 )
 from .cluster import connected, has_gpus, room, spread
 from .forecast import default_workers, pick_workers, share_of_cores, visible_gpus, weight
-
-from ..config import DataConfig, KimiError, RunConfig
 from ..study import Record, Store, Study, code_hash
 
 # %% ../../nbs/runner/04_pool.ipynb #c2c950a8

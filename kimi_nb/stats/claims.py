@@ -9,9 +9,9 @@ __all__ = ['WHOLE', 'with_targets', 'to_target', 'with_late', 'comparisons', 'an
 import math
 
 import pandas as pd
+
 from .comparison import compare
 from .judge import decide, joint_finding
-
 from ..study import Finding, Study, steps_to
 
 # %% ../../nbs/stats/05_claims.ipynb #990fe313

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
 from kimi_nb.stats.inference import (
     StatsError,
     adjust,
@@ -27,7 +28,6 @@ from kimi_nb.stats.inference import (
     welch,
 )
 from .judge import decide, not_in_table
-
 from ..study import metric_info
 
 # %% ../../nbs/stats/04_comparison.ipynb #db81c927

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+
 from .comparison import Rule, compare, family_statistics, words_of
 from .inference import StatsError, adjust, seeds_needed, t_interval, t_pvalue, tost_pvalue
 

@@ -13,9 +13,9 @@ import math
 from typing import NamedTuple
 
 import pandas as pd
+
 from .inference import StatsError, detectable_ncp, t_interval, tost_pvalue
 from .words import difference, listed, number, p_words
-
 from ..study import Finding, Metric, metric_info, not_testable
 
 # %% ../../nbs/stats/03_judge.ipynb #7cb241a0

@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 import pandas as pd
+
 from .inference import StatsError, detectable_dz, paired_power
 from kimi_nb.stats.plots import (
     COLORS,
@@ -26,7 +27,6 @@ from kimi_nb.stats.plots import (
     styled,
 )
 from .words import short_number
-
 from ..study import metric_info
 
 # %% ../../nbs/stats/08_pictures.ipynb #5e014340

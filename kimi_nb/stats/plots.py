@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from .inference import StatsError
 from .judge import say
 from .words import cell, p_words, short_number
-
 from ..study import metric_info
 
 # %% ../../nbs/stats/07_plots.ipynb #75b8d89f

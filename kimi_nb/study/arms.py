@@ -9,10 +9,10 @@ __all__ = ['LONGEST_NAME', 'Arm', 'Planned', 'Declaration', 'Study']
 from collections import defaultdict
 from typing import Annotated, Any, Literal, NamedTuple
 
-from .record import plain
 from pydantic import Field, field_validator, model_validator
 
 from ..config import Config, ConfigError, Count, Float, Positive, RunConfig, data_identity, near
+from .record import plain
 
 # %% ../../nbs/study/02_arms.ipynb #d1a20005
 class Arm(Config):

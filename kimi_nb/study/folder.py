@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from .code import code_hash
-from .record import Record, plain, seal, unseal
 
 from ..config import KimiError, RunConfig, fsync, write_file, writing
+from .code import code_hash
+from .record import Record, plain, seal, unseal
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a005
 class StoreError(KimiError):

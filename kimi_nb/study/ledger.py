@@ -14,6 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+
+from ..config import KimiError, RunConfig, near, write_file, writing
+from .arms import Study
+from .code import code_hash
 from kimi_nb.study.folder import (
     EXPERIMENTS,
     LOCKS,
@@ -25,11 +29,7 @@ from kimi_nb.study.folder import (
     readable_name,
     remove_if_left,
 )
-from .arms import Study
-from .code import code_hash
 from .record import Record, digest_of, seal, unseal
-
-from ..config import KimiError, RunConfig, near, write_file, writing
 
 # %% ../../nbs/study/05_ledger.ipynb #f1bb7946
 class RunsBase:

@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from .code import code_hash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..config import KimiError, RunConfig, setting_paths
+from .code import code_hash
 
 # %% ../../nbs/study/01_record.ipynb #70ba8979
 class RecordError(KimiError):

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from .deepseek import HubError, deepseek_obstacles, from_deepseek_v3, model_type_of
-from .deepseek import to_deepseek_v3  # noqa: F401, offered here too
-from .generate import select_cache_rows
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -28,6 +25,14 @@ from ..data import IGNORE, PairTokenizer, Tokenizer
 from ..model import KimiModel, RotaryEmbedding, TopKGate, count_parameters, update_biases
 from ..study import Record, record_beside
 from ..train import load_model
+from kimi_nb.use.deepseek import (
+    HubError,
+    deepseek_obstacles,
+    from_deepseek_v3,
+    model_type_of,
+    to_deepseek_v3,  # noqa: F401, offered here too
+)
+from .generate import select_cache_rows
 
 # %% ../../nbs/use/03_hub.ipynb #90cec4eb
 _SAID_BY_NETWORK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
