@@ -1,4 +1,4 @@
-"""Attention over random configurations: causality, caches, the forms of MLA, QK-clip, and transformers' DeepSeek-V3 as a witness."""
+"""Attention, randomly configured: causality, caches, forms of MLA, QK-clip; transformers' DeepSeek-V3 as witness."""
 
 import math
 
@@ -189,7 +189,7 @@ def test_clipping_scales_the_largest_logit_by_gamma(config, length, seed):
 @FEW
 @given(configs(), st.integers(2, 30))
 def test_logit_maxima_are_those_of_the_weights(config, length):
-    """A single forward over everything, or one per sequence: the running maximum is the same, and weights follow from it."""
+    """A single forward over everything, or one per sequence: the same running maximum, and weights follow from it."""
     layer, x, rope = built(config, length)
     layer.track_logits = True
     layer(x, rope)
@@ -216,9 +216,11 @@ def test_mla_is_transformers_deepseek_v3(config, length):
         }
         scaling |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
     theirs = ds.DeepseekV3Config(
-        hidden_size=config.d_model, num_attention_heads=config.n_heads, num_key_value_heads=config.n_heads, q_lora_rank=a.q_lora_rank,
-        kv_lora_rank=a.kv_lora_rank, qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim, v_head_dim=a.v_head_dim,
-        max_position_embeddings=config.max_seq_len, rope_parameters=scaling, rope_interleave=True, attention_bias=False, attn_implementation="sdpa",
+        hidden_size=config.d_model, num_attention_heads=config.n_heads, num_key_value_heads=config.n_heads,
+        q_lora_rank=a.q_lora_rank, kv_lora_rank=a.kv_lora_rank,
+        qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim, v_head_dim=a.v_head_dim,
+        max_position_embeddings=config.max_seq_len, rope_parameters=scaling, rope_interleave=True,
+        attention_bias=False, attn_implementation="sdpa",
     )  # fmt: skip
     twin = ds.DeepseekV3Attention(theirs, 0)
     for name in (

@@ -407,7 +407,7 @@ def test_a_full_disk(place, small_disk, capsys, command):
     [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 7)), 11, pytest.param(16, marks=pytest.mark.slow)],
 )
 def test_a_disk_that_fails_at_any_moment(tmp_path, capsys, monkeypatch, n):
-    """The disk refuses the n-th write that is forced to it: one line; the same command then ends with the bits of an unbroken run."""
+    """The disk refuses the n-th write forced to it: one line; the command then ends with an unbroken run's bits."""
     argv = ["train", "--quiet", "--out", tmp_path / "run", *options(train__save_every=4)]
     calls, real = [], os.fsync
 
@@ -452,7 +452,7 @@ def test_a_read_only_results_folder(place, read_only, capsys):
 
 
 def test_a_notebook_that_fails_half_way(place, capsys):
-    """A phase notebook that fails: the other phases are executed and reported, the executed copy is kept, the end is non-zero."""
+    """A phase notebook fails: the others are executed and reported, the executed copy is kept, the end is non-zero."""
     place.phase("baseline", then="1 / 0")
     code, out, err = call(capsys, *PLAN)
     assert (
@@ -513,7 +513,7 @@ def test_a_file_that_is_no_notebook(place, capsys):
 
 @pytest.mark.slow
 def test_a_failing_kernel_is_reported_in_a_line(place, monkeypatch):
-    """With papermill and a real kernel: the terminal shows the plan's own lines, and one line for the cell that failed."""
+    """With papermill and a real kernel: the terminal shows the plan's own lines, and one for the cell that failed."""
     place.phase("baseline", then="import os\nraise ValueError('two\\nlines')")
     place.phase("norm", then="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"

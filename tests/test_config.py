@@ -25,7 +25,7 @@ from kimi_nb.config import (
     write_json,
 )
 
-# What each setting needs to be awake, and another value for it. `MLA` and `MOE` are bases in which those parts are in use.
+# What each setting needs to be awake, and another value for it. `MLA` and `MOE` are bases with those parts in use.
 MLA = {
     "model.attention.kind": "mla",
     "model.attention.kv_lora_rank": 16,
@@ -409,7 +409,7 @@ def test_compile_is_true_false_or_auto():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**15), st.integers(0, 4))
 def test_a_whole_number_is_decimal_however_it_is_written(number, zeros):
-    """Leading zeros, underscores and a sign change nothing: no text is an octal, a sexagesimal or a hexadecimal number."""
+    """Leading zeros, underscores and a sign change nothing: no text is an octal, sexagesimal or hexadecimal number."""
     for text in ("0" * zeros + str(number), f"{number:_}", f"+{number}", f" {number} "):
         assert RunConfig().override(seed=text).seed == number == parse_value(text)
 
@@ -459,7 +459,7 @@ def test_what_is_no_decimal_number_is_refused(text):
 
 @pytest.mark.timeout(20)
 def test_a_settings_file_is_bounded(tmp_path):
-    """Aliases of aliases, a section that holds itself, a device, a pipe, a huge file, a long name: one line, at once."""
+    """Aliases of aliases, a section that holds itself, a device, a pipe, a huge file, a long name: one line at once."""
     laughs = "a0: &a0 [" + ",".join("x" * 10) + "]\n"
     laughs += "".join(f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]\n" for i in range(1, 12))
     for text in (

@@ -121,7 +121,10 @@ def test_cutting_long_texts_changes_nothing(bpe, parts):
 
 
 def test_byte_pairs_are_learnt_alike_in_every_process(tiny, bpe):
-    code = "from kimi_nb.data import load_corpus\nfrom kimi_nb.data import PairTokenizer\nprint(PairTokenizer.train(load_corpus('tinyworld', num_documents=200), 300).fingerprint)"
+    code = (
+        "from kimi_nb.data import load_corpus\nfrom kimi_nb.data import PairTokenizer\n"
+        "print(PairTokenizer.train(load_corpus('tinyworld', num_documents=200), 300).fingerprint)"
+    )
     for threads in ("1", "3"):
         env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         assert (
@@ -539,7 +542,7 @@ def test_a_damaged_cache_is_named_and_made_again(cache, damage):
 
 @pytest.mark.parametrize("change", [dict(vocab_size=700), dict(n_bytes=dict(train=1, val=1, test=1)), dict(lost={})])
 def test_what_a_cache_says_is_sealed(cache, change):
-    """meta.json decides the size of the model and what bits per byte divide by: a changed one is damage, never another model."""
+    """meta.json decides the model's size and what divides bits per byte: changed, it is damage, never another model."""
     data = make(cache, tokenizer="bpe:300")
     meta = json.loads((data.folder / "meta.json").read_text())
     for damaged in (meta | change, {k: v for k, v in (meta | change).items() if k != "digest"}):
@@ -790,8 +793,10 @@ def test_tokenizing_runs_at_a_megabyte_a_second(name, tiny):
     text = "".join(tiny) * 20
     code = (
         "import sys, time\nfrom kimi_nb.data import load_corpus\nfrom kimi_nb.data import build_tokenizer\n"
-        "tiny = load_corpus('tinyworld', num_documents=200)\nt = build_tokenizer(sys.argv[1], tiny)\ntexts = [''.join(tiny)] * 20\n"
-        "def once():\n    start = time.process_time(); t.encode_batch(texts); return time.process_time() - start\nprint(min(once() for _ in range(3)))"
+        "tiny = load_corpus('tinyworld', num_documents=200)\nt = build_tokenizer(sys.argv[1], tiny)\n"
+        "texts = [''.join(tiny)] * 20\n"
+        "def once():\n    start = time.process_time(); t.encode_batch(texts); return time.process_time() - start\n"
+        "print(min(once() for _ in range(3)))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code, name],
@@ -805,7 +810,10 @@ def test_tokenizing_runs_at_a_megabyte_a_second(name, tiny):
 
 
 def test_importing_the_data_path_is_light():
-    code = "import sys, kimi_nb.data.tokens; print([m for m in ('torch', 'transformers', 'datasets', 'tokenizers', 'pandas', 'huggingface_hub') if m in sys.modules])"
+    code = (
+        "import sys, kimi_nb.data.tokens; print([m for m in "
+        "('torch', 'transformers', 'datasets', 'tokenizers', 'pandas', 'huggingface_hub') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -829,15 +837,16 @@ file_names = st.text(
     alphabet=st.characters(blacklist_categories=("Cs",), blacklist_characters="/\x00\n\r"), min_size=1, max_size=40
 ).filter(lambda name: name.strip(". ") and len(name.encode()) < 200 and not name.endswith((".parquet", ".json")))
 odd_names = st.sampled_from(
-    ["lang=en", "a,b.txt", "a;b.txt", "notes #1.txt", "c#.txt", "v1:2", "x,val=y.txt", "{seed}", "*", "[1]", "%s", "~", "a::b",
-     "files:train=a", "hf:a/b".replace("/", "_"), "zip:x", "pydocs", "pydocs:0.5,tinyworld:0.5", "$HOME", " spaced ", "é"]
+    ["lang=en", "a,b.txt", "a;b.txt", "notes #1.txt", "c#.txt", "v1:2", "x,val=y.txt", "{seed}",
+     "*", "[1]", "%s", "~", "a::b", "files:train=a", "hf:a/b".replace("/", "_"), "zip:x",
+     "pydocs", "pydocs:0.5,tinyworld:0.5", "$HOME", " spaced ", "é"]
 )  # fmt: skip
 
 
 @quick
 @given(name=odd_names | file_names, other=odd_names | file_names)
 def test_a_path_that_exists_is_a_path(tmp_path, name, other):
-    """Whatever its name has in it: it is read, the run's identity and the cache's key follow its content, and as a member too."""
+    """Whatever its name: it is read, the run's identity and the cache's key follow its content; as a member too."""
     from kimi_nb.config import RunConfig, data_identity
     from kimi_nb.data import signature
 

@@ -67,7 +67,10 @@ def told(run, folder, **how):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_same_seed_gives_the_same_bits(component, tmp_path):
-    """Two fits of one run agree in every bit of curves, metrics and weights on the CPU, for each attention, norm, router, activation, position and optimizer."""
+    """Two fits of one run agree in every bit of curves, metrics and weights on the CPU.
+
+    For each attention, norm, router, activation, position and optimizer.
+    """
     run = tiny_run(train__steps=3, train__save_every=0, train__eval_every=2, train__eval_tokens=64).override(
         COMPONENTS[component]
     )
@@ -102,7 +105,10 @@ FILLED = "torch.utils.deterministic.fill_uninitialized_memory"
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_deterministic_switch_refuses_nothing_and_changes_nothing_on_the_cpu(component, tmp_path, monkeypatch):
-    """Every component trains under the deterministic switch, reads no memory that nobody wrote, and gives the bits that it gives without on the CPU."""
+    """Every component trains under the deterministic switch and reads no memory that nobody wrote.
+
+    On the CPU it gives the bits that it gives without the switch.
+    """
     run = tiny_run(train__steps=3, train__save_every=0, train__eval_every=2, train__eval_tokens=64).override(
         COMPONENTS[component]
     )
@@ -148,7 +154,8 @@ def test_an_operation_without_a_deterministic_form_is_named():
     with (
         pytest.raises(
             TrainError,
-            match=r"^put_ has no deterministic form: choose another setting, or train without the deterministic switch$",
+            match=r"^put_ has no deterministic form: "
+            r"choose another setting, or train without the deterministic switch$",
         ),
         deterministically(),
     ):

@@ -41,7 +41,10 @@ def test_an_arm_changes_only_what_it_declares(profile):
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
 def test_what_decides_the_batches_is_the_same_in_a_block(profile):
-    """Text, tokenizer, context, batch size and seed make the batches: equal in a block, unless the text is what the study is about."""
+    """Text, tokenizer, context, batch size and seed make the batches.
+
+    They are equal in a block, unless the text is what the study is about.
+    """
     for study in studies(profile):
         about = {k for a in study.arms for k in a.delta if k.startswith("data.")}
         for (block, seed), runs in by_block(study).items():
@@ -80,7 +83,7 @@ def test_batches_follow_from_those_alone():
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "standard"])
 def test_parameters_that_arms_share_start_equal(profile):
-    """Every parameter with the name and shape of one in the baseline starts at its values; other seeds start elsewhere."""
+    """A parameter with the name and shape of one in the baseline starts at its values; other seeds start elsewhere."""
     compared = 0
     for study in studies(profile):
         for (block, seed), runs in by_block(study).items():

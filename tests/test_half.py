@@ -1,4 +1,7 @@
-"""bf16 against float64: every component, the whole model and a run, forward and backward, on the CPU and on a CUDA GPU where there is one."""
+"""bf16 against float64: every component, the whole model and a run, forward and backward.
+
+On the CPU, and on a CUDA GPU where there is one.
+"""
 
 import copy
 
@@ -13,9 +16,10 @@ from kimi_nb.config import ModelConfig, NormConfig
 from kimi_nb.model import AttentionError, KimiModel, RotaryEmbedding, apply_rope, attention, experts, moe, norm, routing
 from kimi_nb.train import build_optimizer, fit, muon
 
-# Why these sizes: bf16 has 8 bits of mantissa, so one rounding moves a number by up to 2^-8 = 0.004 of itself and a vector by 0.0017 of its length;
-# n of them, one after another, by 0.0017 sqrt(n), and the softmax turns an error of a logit into as large a one of a weight. Allowed is about
-# twice what is seen: |bf16 - exact| / |exact|, of a component's result and of its gradients.
+# Why these sizes: bf16 has 8 bits of mantissa, so one rounding moves a number by up to 2^-8 = 0.004 of itself
+# and a vector by 0.0017 of its length; n of them, one after another, by 0.0017 sqrt(n), and the softmax turns
+# an error of a logit into as large a one of a weight. Allowed is about twice what is seen: |bf16 - exact| / |exact|,
+# of a component's result and of its gradients.
 TOLERANCE = {
     "norm": (0.002, 0.002),      # one rounding, at the end: the statistics are float32
     "rope": (0.002, 0.002),      # the same: so are the tables
@@ -23,7 +27,7 @@ TOLERANCE = {
     "mha": (0.02, 0.03),         # input, weights, projections, rotation, softmax, sum
     "mla": (0.02, 0.03),         # one projection more, and norms between
     "latent": (0.02, 0.06),      # three attentions one after another
-    "model": (0.002, 0.05),      # two layers of all this, their gradients through both; the loss is a mean over many tokens
+    "model": (0.002, 0.05),      # two layers of all this, gradients through both; the loss is a mean over many tokens
     "muon": 0.03,                # five iterations of three products, by a polynomial that enlarges what is small
     "adamw": 1e-5,               # float32
     "routing": 1e-5,             # float32, whatever is computed around it
@@ -88,7 +92,10 @@ ATTENTION = {
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention(kind, implementation, device):
-    """As training has it, float32 weights under autocast; and as generation may have it, bf16 weights without gradients. From 512 tokens on, PyTorch's own kernel on the CPU."""
+    """As training has it, float32 weights under autocast; as generation may, bf16 weights without gradients.
+
+    From 512 tokens on, PyTorch's own kernel on the CPU.
+    """
     config = ModelConfig(
         d_model=64,
         n_heads=4,
@@ -177,7 +184,10 @@ def test_moe_with_an_expert_that_nobody_chooses(router, width, device):
 @on_each_device
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norms(kind, device):
-    """Far from zero, where statistics in bf16 would be lost; the exact input is the rounded one. With weights of bf16 too, as a model that only reads may have."""
+    """Far from zero, where statistics in bf16 would be lost; the exact input is the rounded one.
+
+    With weights of bf16 too, as a model that only reads may have.
+    """
     layer = redraw(norm.build_norm(NormConfig(kind=kind, bias=kind == "layernorm"), 64))
     x, upstream = (20 * random(8, 64, 64) + 60).to(BF16), random(8, 64, 64, seed=2).to(BF16)
     exact, exact_x = copy.deepcopy(layer).double(), x.double().requires_grad_()

@@ -1,4 +1,7 @@
-"""Experts and routers: against float64 loops and transformers, bit for bit twice, over micro-batches, checkpointing and ranks."""
+"""Experts and routers: against float64 loops and transformers, and bit for bit twice.
+
+Over micro-batches, checkpointing and ranks.
+"""
 
 import copy
 
@@ -326,7 +329,7 @@ def test_checkpointing_counts_each_token_once(how):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("router", ["standard", "aux_tc", "noaux_tc"])
 def test_compiled_layers_count_and_agree(router, half):
-    """In one graph: a break would hand back to Python in every layer. In bf16 with enough tokens that eager CPU code pads."""
+    """In one graph: a break returns to Python in every layer. In bf16 with enough tokens that eager CPU code pads."""
     layer, x = (
         layer_of(router=router, n_shared_experts=1, seq_loss_weight=0.0 if router == "standard" else 0.1),
         tokens(8, 64, 16),
@@ -446,7 +449,10 @@ def test_the_backend_is_named_for_the_record():
 
 @pytest.mark.slow
 def test_the_bias_balances_a_model_on_a_skewed_stream():
-    """Tokens with Zipf frequencies, repeated from a few positions back: validation load over 51,200 tokens, with and without balancing."""
+    """Tokens with Zipf frequencies, repeated from a few positions back.
+
+    Validation load over 51,200 tokens, with and without balancing.
+    """
     from kimi_nb.model import KimiModel
 
     vocab, length = 128, 32

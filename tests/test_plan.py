@@ -46,7 +46,7 @@ def executed(out):
 
 
 def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
-    """A second `kimi-nb plan` trains nothing, executes nothing, says the same verdicts, and computes for under two seconds."""
+    """A second `kimi-nb plan` trains and executes nothing, says the same verdicts, computes for under two seconds."""
     code, out, err = call(capsys, *PLAN)
     assert (code, err) == (0, "") and sorted(executed(out)) == ["baseline", "norm"]
     before = {p: p.stat().st_mtime_ns for p in place.results.glob("experiments/*/result.json")}
@@ -65,7 +65,7 @@ def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
 
 
 def test_only_what_changed_is_executed_again(place, capsys):
-    """A deleted executed copy, a changed notebook or a deleted outcome: only that phase is executed again, and nothing is trained."""
+    """A deleted executed copy or outcome, a changed notebook: only that phase is executed again, nothing is trained."""
     call(capsys, *PLAN)
     for change in (
         (place.results / "notebooks" / "03_norm.ipynb").unlink,
@@ -132,7 +132,7 @@ def test_phases_are_discovered(place, monkeypatch):
 
 
 def test_the_plans_own_interpreter_and_package_execute(place, monkeypatch, tmp_path):
-    """Whatever kernel is called python3, in results whose name holds braces, and nothing is left in the temporary folder."""
+    """Whatever kernel is called python3, braces in the name of results; nothing is left in the temporary folder."""
     import tempfile
 
     monkeypatch.undo()
@@ -209,7 +209,7 @@ def test_a_dry_run_changes_nothing(place, capsys):
 
 
 def test_timing_accounts_for_all_of_it(place, capsys):
-    """--timing names the parts, training and evaluation apart; they add up to the whole, and what is no work is the overhead."""
+    """--timing names the parts, training and evaluation apart; they make up the whole; what is no work is overhead."""
     code, out, _ = call(capsys, *PLAN, "--timing")
     parts = {m[1].strip(): float(m[2]) for m in re.finditer(r"^([a-z,:-]+(?: [a-z,:-]+)*) +([\d.]+) s", out, re.M)}
     assert (
@@ -292,7 +292,10 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
 
 
 def test_an_executed_notebook_with_papermill(place):
-    """With papermill and real kernels: two lines for two phases, nothing else on the terminal, an executed copy with its parameters and without its hidden tests."""
+    """With papermill and real kernels: two lines for two phases, nothing else on the terminal.
+
+    The executed copy has its parameters and not its hidden tests.
+    """
     place.phase("norm", cells=[*phase_cells("norm"), "#| hide\nraise AssertionError('a hidden test was executed')"])
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     r = subprocess.run([sys.executable, "-c", code, *PLAN], capture_output=True, text=True, timeout=300, check=False)
@@ -310,7 +313,8 @@ def test_a_text_is_not_read_more_often_than_the_profile_allows(place, capsys):
     settings.write_text(settings.read_text().replace("max_epochs = 1000", "max_epochs = 0.001"))
     code, _, err = call(capsys, *PLAN)
     assert code == 2 and re.fullmatch(
-        r"kimi-nb: error: study baseline, arm \w+: [\d.]+ passes over \S+ are more than max_epochs 0.001: .*raise max_epochs in settings.ini\n",
+        r"kimi-nb: error: study baseline, arm \w+: [\d.]+ passes over \S+ are more than max_epochs 0.001: "
+        r".*raise max_epochs in settings.ini\n",
         err,
     ), err
     assert not list(Store(place.results).records())
@@ -340,7 +344,10 @@ def test_a_study_may_keep_what_its_runs_were_on_their_way(tmp_path):
 
 
 def test_timing_says_what_the_notebooks_did_and_what_is_overhead(tmp_path):
-    """Seconds of an executed notebook by what its cells are tagged with; the rest of its time, the kernel's start included, is the remainder."""
+    """Seconds of an executed notebook by what its cells are tagged with.
+
+    The rest of its time, the kernel's start included, is the remainder.
+    """
     import nbformat
 
     cell = nbformat.v4.new_code_cell
@@ -383,7 +390,10 @@ def test_kernels_share_the_cores(monkeypatch):
 
 
 def test_profiles_fit_their_budgets(monkeypatch):
-    """What the published runs of `quick` took on two cores leaves room for the notebooks within the budget it declares; `smoke` is a small part of it."""
+    """What the published runs of `quick` took on two cores leaves room for the notebooks within its declared budget.
+
+    `smoke` is a small part of it.
+    """
     from kimi_nb.config import load_profile
     from kimi_nb.plan import phase_studies, published
     from kimi_nb.runner import TUNING_SEEDS, distinct

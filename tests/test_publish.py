@@ -85,7 +85,7 @@ def test_a_damaged_folder_is_not_published(opened, tmp_path, what):
 
 
 def test_some_phases_are_published_alone(opened, tmp_path):
-    """What other phases left does not matter; the bundle says which it holds, has their records and the tuning, and opens."""
+    """Whatever other phases left, the bundle says which it holds, has their records and the tuning, and opens."""
     results, home = tmp_path / "results", checkout(tmp_path / "checkout")
     shutil.copytree(opened, results)
     (results / "phases" / "rope.json").unlink()

@@ -14,8 +14,10 @@ from tiny import start, tiny_run
 from kimi_nb.study import Record
 
 KIMI = dict(
-    model__n_layers=2, model__first_dense_layers=1, model__ffn__kind="moe", model__ffn__activation="swiglu", model__moe__router="noaux_tc", model__moe__n_experts=4, model__moe__top_k=2, model__moe__d_expert=8, model__moe__n_shared_experts=1,
-    train__optimizer__name="muonclip", train__optimizer__qk_clip_threshold=0.01, train__batch_size=4, train__micro_batch_size=2, train__save_every=0,
+    model__n_layers=2, model__first_dense_layers=1, model__ffn__kind="moe", model__ffn__activation="swiglu",
+    model__moe__router="noaux_tc", model__moe__n_experts=4, model__moe__top_k=2, model__moe__d_expert=8,
+    model__moe__n_shared_experts=1, train__optimizer__name="muonclip", train__optimizer__qk_clip_threshold=0.01,
+    train__batch_size=4, train__micro_batch_size=2, train__save_every=0,
 )  # fmt: skip
 
 
@@ -92,7 +94,10 @@ def close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("kind", ["plain", "kimi"])
 def test_two_ranks_take_the_steps_of_one(kind, tmp_path):
-    """Same global batch, same micro-batches: the curve of two ranks is that of one to 2e-5 (sums in another order), experts' counts and clipped heads included; there is one record."""
+    """Same global batch, same micro-batches: the curve of two ranks is that of one to 2e-5 (sums in another order).
+
+    Experts' counts and clipped heads included; there is one record.
+    """
     from kimi_nb.train import fit
 
     run = tiny_run(**(KIMI if kind == "kimi" else dict(train__micro_batch_size=2, train__save_every=0)))
@@ -120,7 +125,10 @@ def back_to(folder, step):
 
 
 def test_sharded_ranks_take_the_steps_of_one(tmp_path):
-    """Parameters, gradients and optimizer state cut in two (three experts, so unevenly): the curve of one process to 2e-5, its weights to 1e-5, checkpoints of the same form; each goes on from the other's."""
+    """Parameters, gradients and optimizer state cut in two (three experts, so unevenly).
+
+    The curve of one process to 2e-5, its weights to 1e-5, checkpoints of the same form; each goes on from the other's.
+    """
     from kimi_nb.train import fit, load_checkpoint, load_model
 
     mla = dict(
@@ -169,7 +177,10 @@ def test_one_process_has_nothing_to_shard(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(tmp_path):
-    """SIGKILL of one of two ranks in the middle: the other ends with one line; three ranks are refused, one goes on from the checkpoint to the same end."""
+    """SIGKILL of one of two ranks in the middle: the other ends with one line.
+
+    Three ranks are refused; one goes on from the checkpoint to the same end.
+    """
     from kimi_nb.train import fit
 
     run = tiny_run(**KIMI | dict(train__save_every=2))
@@ -190,7 +201,10 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_and_the_command_line(tmp_path):
-    """torchrun … kimi-nb train: one record in the store, one report on the terminal; a batch that two ranks cannot share is one line."""
+    """torchrun … kimi-nb train: one record in the store, one report on the terminal.
+
+    A batch that two ranks cannot share is one line.
+    """
     text = tmp_path / "t.txt"
     text.write_text("All the world is a stage, and all the men and women merely players. " * 200)
     sizes = [

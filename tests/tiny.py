@@ -1,4 +1,4 @@
-"""A workplace small enough for tests: runs of milliseconds, phase notebooks of two cells, processes that start at once."""
+"""A workplace small enough for tests: runs of milliseconds, notebooks of two cells, processes that start at once."""
 
 import functools
 import multiprocessing
@@ -11,10 +11,15 @@ import nbformat
 RUN = {
     "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 2, "model.d_ff": 32, "model.max_seq_len": 32,
     "data.corpus": "tinyworld", "data.tokenizer": "byte", "data.num_documents": 60,
-    "train.batch_size": 4, "train.steps": 12, "train.eval_every": 6, "train.eval_tokens": 256, "train.test_tokens": 256, "train.save_every": 3, "train.lr": 1e-3, "train.warmup_steps": 0,
+    "train.batch_size": 4, "train.steps": 12, "train.eval_every": 6, "train.eval_tokens": 256, "train.test_tokens": 256,
+    "train.save_every": 3, "train.lr": 1e-3, "train.warmup_steps": 0,
 }  # fmt: skip
 
-SETTINGS = "[tiny]\nbudget_minutes = 1\nmax_epochs = 1000\nseeds = 2\nmodel.attention.kv_lora_rank = 8\nmodel.attention.qk_nope_head_dim = 4\nmodel.attention.qk_rope_head_dim = 4\nmodel.attention.v_head_dim = 8\nmodel.moe.d_expert = 16\n"
+SETTINGS = (
+    "[tiny]\nbudget_minutes = 1\nmax_epochs = 1000\nseeds = 2\nmodel.attention.kv_lora_rank = 8\n"
+    "model.attention.qk_nope_head_dim = 4\nmodel.attention.qk_rope_head_dim = 4\nmodel.attention.v_head_dim = 8\n"
+    "model.moe.d_expert = 16\n"
+)
 PHASES = {"baseline": "01_baseline", "norm": "03_norm"}
 
 
@@ -53,7 +58,8 @@ def phase_cells(phase, then=""):
     finding = "Finding(id='RQ0', claim='It runs.', word='supported', reason='It ran.')"
     return [
         "profile = 'tiny'\nresults = ''\nseeds = 0",
-        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.study import Finding, Store, record_outcome\nrecord_outcome(Store(results), '{phase}', load_profile(profile), [{finding}])",
+        f"{then}\nfrom kimi_nb.config import load_profile\nfrom kimi_nb.study import Finding, Store, record_outcome\n"
+        f"record_outcome(Store(results), '{phase}', load_profile(profile), [{finding}])",
     ]
 
 
