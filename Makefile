@@ -80,7 +80,7 @@ test-slow: $(VENV)/.installed ## the slow checks: notebooks with `#| slow` cells
 check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, ruff passes
 	@bad=; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
 	cp -R nbs pyproject.toml "$$copy"; \
-	for f in $$(find kimi_nb -name __init__.py); do mkdir -p "$$copy/$$(dirname $$f)"; cp $$f "$$copy/$$f"; done; \
+	for f in $$(find kimi_nb -type f \( -name __init__.py -o ! -name '*.py' ! -name '*.pyc' \)); do mkdir -p "$$copy/$$(dirname $$f)"; cp $$f "$$copy/$$f"; done; \
 	(unset IN_TEST; cd "$$copy" && '$(CURDIR)'/$(BIN)/nbdev-export && '$(CURDIR)'/$(PY) '$(CURDIR)'/docs/faces.py . && '$(CURDIR)'/$(BIN)/nbdev-clean) || bad=1; \
 	for d in nbs kimi_nb; do diff -rq -x __pycache__ -x '.ipynb_checkpoints' -x '.last_checked' $$d "$$copy"/$$d || bad=1; done; \
 	[ -z "$$bad" ] || echo 'notebooks and kimi_nb/ disagree, or a notebook is not clean: edit in nbs/, then run make export' >&2; \
