@@ -301,10 +301,16 @@ def published(profile: str = PROFILE) -> tuple[dict, dict[str, bytes]]:
 def meaning(source: str) -> str:
     """What a cell does, whatever its layout, comments and import lines are; the text itself where it is not Python."""
     try:
-        body = ast.parse(source).body
+        tree = ast.parse(source)
     except SyntaxError:
         return source.strip()
-    return "\n".join(ast.dump(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                kept = [s for s in statements if not isinstance(s, ast.Import | ast.ImportFrom)]
+                setattr(node, field, kept)
+    return "\n".join(ast.dump(node) for node in tree.body)
 
 
 def code_cells(notebook: dict) -> list[dict]:

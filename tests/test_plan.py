@@ -396,16 +396,17 @@ def test_profiles_fit_their_budgets(monkeypatch):
     """
     from kimi_nb.config import load_profile
     from kimi_nb.plan import phase_studies, published
-    from kimi_nb.runner import TUNING_SEEDS, distinct
+    from kimi_nb.runner import TUNING_SEEDS, distinct, tuned
 
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(REPO / "settings.ini"))
+    profiles = {name: tuned(load_profile(name), published("quick"), run=False) for name in ("smoke", "quick")}
     planned = {
-        name: [p.run for p in distinct(s for group in phase_studies(load_profile(name)).values() for s in group)]
-        for name in ("smoke", "quick")
+        name: [p.run for p in distinct(s for group in phase_studies(profile).values() for s in group)]
+        for name, profile in profiles.items()
     }
     took = {r.run_id: r.metrics["seconds"] for r in published("quick").records()}
     compared = [r.run_id for r in published("quick").records() if r.run.seed not in TUNING_SEEDS]
-    # by number: the rates that the plan chooses are part of a run's id, and a search goes on for as long as it must
+    # by number: the text of another Python gives other ids; a search goes on for as long as it must
     assert 80 <= sum(run.seed not in TUNING_SEEDS for run in planned["quick"]) == len(compared)
     assert sum(took.values()) / 2 / 60 < 0.8 * load_profile("quick").budget_minutes
     steps = {name: sum(r.train.steps * r.tokens_per_step for r in runs) for name, runs in planned.items()}

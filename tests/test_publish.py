@@ -71,7 +71,7 @@ def test_a_damaged_folder_is_not_published(opened, tmp_path, what):
     shutil.copytree(opened, results)
     path = {
         "a record": next(results.glob("experiments/*/result.json")),
-        "an outcome": results / "phases" / "norm.json",
+        "an outcome": results / "phases" / "quick" / "norm.json",
         "a notebook": results / "notebooks" / phase_notebooks()["norm"].name,
     }[what]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -88,7 +88,7 @@ def test_some_phases_are_published_alone(opened, tmp_path):
     """Whatever other phases left, the bundle says which it holds, has their records and the tuning, and opens."""
     results, home = tmp_path / "results", checkout(tmp_path / "checkout")
     shutil.copytree(opened, results)
-    (results / "phases" / "rope.json").unlink()
+    (results / "phases" / "quick" / "rope.json").unlink()
     store = Store(results)
     mine = {
         i

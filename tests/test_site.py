@@ -217,7 +217,7 @@ def conf(tmp_path, monkeypatch) -> dict:
 def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     """With one profile published there is no section; with a second, both verdicts stand in a row."""
     from kimi_nb.plan import open_published, publish_records, published_profiles
-    from kimi_nb.study import Store, read_outcome, write_outcome
+    from kimi_nb.study import Finding, Store, read_outcome, write_outcome
 
     if "quick" not in published_profiles(REPO):
         pytest.skip("no reference run is published")
@@ -230,7 +230,9 @@ def test_a_second_size_is_set_beside_the_first(tmp_path, conf):
     open_published("quick", results, home)
     old = read_outcome(results, "norm", "quick")
     words = {"supported": "contradicted", "contradicted": "supported", "undecided": "supported"}
-    other = [f.changed(word=words.get(f.word, f.word), reason="It was | so.") for f in old.findings]
+    other = [
+        Finding(id=f.id, claim=f.claim, word=words.get(f.word, f.word), reason="It was | so.") for f in old.findings
+    ]
     new = old.changed(profile="standard", findings=tuple(other))
     write_outcome(results, new)
     publish_records(Store(results), "standard", home, stale=True, only=["norm"])

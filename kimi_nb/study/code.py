@@ -119,17 +119,22 @@ def _uses(file, components):
     return found & set(components)
 
 # %% ../../nbs/study/00_code.ipynb #a73b98eb
+def _field(fields, *names):
+    "A setting as text; '' where there is none, also in a record that is none."
+    for name in names:
+        fields = fields.get(name) if isinstance(fields, Mapping) else None
+    return str(fields or "")
+
+
 def asked_for(
     run: RunConfig | Mapping,  # or its fields, as a record has them
 ) -> dict[str, str]:  # setting below `model.`, or of the optimizer -> value
     "The kinds of components that a run is made of."
     fields = run.model_dump() if isinstance(run, RunConfig) else run
-    model = fields.get("model") or {}
-    kinds = {f"{part}.kind": model.get(part, {}).get("kind", "") for part in ("attention", "norm", "ffn")}
+    kinds = {f"{part}.kind": _field(fields, "model", part, "kind") for part in ("attention", "norm", "ffn")}
     if kinds["ffn.kind"] == "moe":
-        kinds["moe.router"] = model.get("moe", {}).get("router", "")
-    split = (fields.get("train") or {}).get("optimizer", {}).get("muon_split", "fused")
-    if split != "fused":
+        kinds["moe.router"] = _field(fields, "model", "moe", "router")
+    if _field(fields, "train", "optimizer", "muon_split") not in ("", "fused"):
         kinds["optimizer.muon_split"] = "apart"
     return kinds
 
