@@ -2267,6 +2267,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kimi_nb/report/evidence.py'),
                                          'kimi_nb.report.evidence.Ran.span': ( 'report/evidence.html#ran.span',
                                                                                'kimi_nb/report/evidence.py'),
+                                         'kimi_nb.report.evidence.Ran.tuning': ( 'report/evidence.html#ran.tuning',
+                                                                                 'kimi_nb/report/evidence.py'),
                                          'kimi_nb.report.evidence.Ran.values': ( 'report/evidence.html#ran.values',
                                                                                  'kimi_nb/report/evidence.py'),
                                          'kimi_nb.report.evidence.ReportError': ( 'report/evidence.html#reporterror',

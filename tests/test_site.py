@@ -142,8 +142,11 @@ def test_what_is_published_is_whole_and_small():
 
 def meaning(source: str) -> str:
     """What a cell does, whatever its layout and imports are."""
-    body = ast.parse(source).body
-    return "\n".join(ast.dump(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [s for s in node.body if not isinstance(s, ast.Import | ast.ImportFrom)]
+    return "\n".join(map(ast.dump, tree.body))
 
 
 def test_phase_pages_show_the_published_results(pages):

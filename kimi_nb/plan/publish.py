@@ -129,7 +129,9 @@ def studies_of(
     only=(),  # phases; none is all
 ) -> list[str]:  # names
     "The studies of some phases, and the tuning from which they took their learning rates."
-    return [n for n in store.studies() if not only or n == "tuning" or (store.manifest(n)[0].phase or n) in only]
+    return [
+        n for n in store.studies() if not only or n.startswith("tuning") or (store.manifest(n)[0].phase or n) in only
+    ]
 
 
 def records_of(

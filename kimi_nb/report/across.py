@@ -192,7 +192,7 @@ def what_ran(
     phases,  # names
 ) -> Marked:  # '146 runs of 412,000 active parameters, ...'
     "Models, training, seeds and machine behind some phases."
-    names = [name for name, study in e.studies.items() if study.phase in phases and name != "tuning"]
+    names = [name for name, study in e.studies.items() if study.phase in phases and not name.startswith("tuning")]
     frames = [frame for frame in map(e.frame, names) if frame is not None]
     if not frames:
         return as_text(f"no runs of {listed(sorted(phases))}")
@@ -222,7 +222,8 @@ def settings_apart(
     sizes: list[Evidence],
 ) -> dict[str, list]:  # setting -> its value at each size
     "In what the base runs of a study that all have differ; {} where they share none."
-    shared = set.intersection(*(set(e.studies) for e in sizes)) - {"tuning"}
+    every = set.intersection(*(set(e.studies) for e in sizes))
+    shared = {name for name in every if not name.startswith("tuning")}
     names = [name for name in (sizes[0].main, *sizes[0].studies) if name in shared]
     if not names:
         return {}

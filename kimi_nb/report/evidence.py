@@ -107,6 +107,12 @@ class Ran:
             self._frames[study] = None if frame is None or frame.empty else frame
         return self._frames[study]
 
+    def tuning(self):
+        "The runs of all rounds of tuning; None where nothing was tuned."
+        rounds = [self.frame(name) for name in self.studies if name.startswith("tuning")]
+        found = [frame for frame in rounds if frame is not None]
+        return pd.concat(found, ignore_index=True) if found else None
+
     def facts(self, name: str) -> list[str]:
         "Different values of a column of the runs, as text, the most frequent first."
         return [str(v) for v in self.runs[name].dropna().value_counts().index] if name in self.runs else []

@@ -105,7 +105,7 @@ def phase_tables(
     phase: str,
 ) -> list[TableBlock]:
     "The tables of a phase's section, in order."
-    about, names = e.about[phase], [n for n, s in e.studies.items() if s.phase == phase and n != "tuning"]
+    about, names = e.about[phase], [n for n, s in e.studies.items() if s.phase == phase and not n.startswith("tuning")]
     tables = combined_tables(e) if phase == "combined" else []
     tables += [runs_table(e, name, about.metrics) if about.metrics else runs_table(e, name) for name in names]
     scores = benchmark_table(e) if phase == "benchmarks" else None
@@ -152,7 +152,7 @@ def phase_section(
 ) -> list:  # blocks
     "Question, set-up, figures, tables and findings of a phase; a sentence where it has not run."
     about = e.about[phase]
-    names = [n for n, s in e.studies.items() if s.phase == phase and n != "tuning"]
+    names = [n for n, s in e.studies.items() if s.phase == phase and not n.startswith("tuning")]
     figures = [figure(e, phase, spec) for spec in about.figures]
     tables = phase_tables(e, phase)
     long = [table for table in tables if len(table.rows) > LONGEST]
@@ -163,7 +163,7 @@ def phase_section(
         about=about,
         missing=phase not in e.outcomes and not names,
         elsewhere=phase in e.others,
-        untuned=phase == "optimizer" and "tuning" not in e.studies,
+        untuned=phase == "optimizer" and not any(name.startswith("tuning") for name in e.studies),
         studies=[set_up(e, name) for name in names],
         unconcluded=phase not in e.outcomes,
         findings=own_findings(e, phase),
@@ -362,7 +362,7 @@ def all_comparisons(
         whole = [
             t for t in kept.get(study.phase, ()) if t.caption.startswith(("Every comparison", "Numbers of experts"))
         ]
-        table = None if whole or name in ("tuning", "baseline-repeats") else comparison_table(e, name)
+        table = None if whole or name.startswith("tuning") or name == "baseline-repeats" else comparison_table(e, name)
         if table:
             table.id = f"all-{name}"
             tables.append(table)
@@ -413,7 +413,7 @@ def _prepared(e):
 
 def _method_values(e):
     "What the templates of introduction and methods print."
-    corpora, tune = _prepared(e), e.frame("tuning")
+    corpora, tune = _prepared(e), e.tuning()
     tokens = e.values("tokens").sum()
     main = e.studies.get("combined") or next(iter(e.studies.values()), None)
     return dict(

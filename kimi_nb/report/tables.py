@@ -393,7 +393,7 @@ def tuning_table(
     e: Evidence,
 ) -> TableBlock | None:
     "The learning rates tried for each optimizer and the one it kept; None where nothing was tuned."
-    tune = e.frame("tuning")
+    tune = e.tuning()
     if tune is None or not {"val_loss", "train.optimizer.name"} <= set(tune):
         return None
     done, rows = tune[(tune["status"] == "done") & tune["val_loss"].notna()], []
