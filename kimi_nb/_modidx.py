@@ -2577,6 +2577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast._cores': ('runner/forecast.html#_cores', 'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast._hear': ('runner/forecast.html#_hear', 'kimi_nb/runner/forecast.py'),
+                                         'kimi_nb.runner.forecast._kept': ('runner/forecast.html#_kept', 'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast._machine': ( 'runner/forecast.html#_machine',
                                                                                'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast._measured_rates': ( 'runner/forecast.html#_measured_rates',

@@ -162,17 +162,20 @@ def _timing_file():
     return cache_dir() / "timings.json"
 
 
-def read_timings(
-    path,  # of the file
-) -> dict[str, float]:  # configuration -> seconds of a step
-    "The step times measured here before; none where the file is missing or damaged."
+def _kept(path):
+    "What a file of measurements holds; nothing where it is missing or damaged."
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(known, dict):
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, float) and 0 < value < math.inf}
+    return known if isinstance(known, dict) else {}
+
+
+def read_timings(
+    path,  # of the file
+) -> dict[str, float]:  # configuration -> seconds of a step
+    "The step times measured here before; none where the file is missing or damaged."
+    return {key: value for key, value in _kept(path).items() if isinstance(value, float) and 0 < value < math.inf}
 
 
 def _machine():
@@ -370,13 +373,7 @@ def read_sharing(
     path,  # of the file
 ) -> dict[str, dict[int, float]]:  # configuration -> processes -> steps a second together
     "What was measured here before; nothing where the file is missing or damaged."
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    whole = {key: rates for key, rates in known.items() if _whole_rates(rates)}
+    whole = {key: rates for key, rates in _kept(path).items() if _whole_rates(rates)}
     return {key: dict(zip(map(int, rates), rates.values())) for key, rates in whole.items()}
 
 
