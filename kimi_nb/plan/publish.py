@@ -20,6 +20,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from filelock import FileLock
+
 from ..config import KimiError, load_profile, near, profile_names, settings_path, write_file, writing
 from ..data import cache_dir
 from .run import phase_notebooks, pick_phases
@@ -526,9 +528,10 @@ def published(
 ) -> Store:  # in the cache: look, do not write
     "The store of a published reference run, laid out once."
     about, _ = read_bundle(profile, root)
-    return open_published(
-        profile, cache_dir() / "published" / f"{profile}-{hashlib.sha256(_dump(about)).hexdigest()[:12]}", root
-    )
+    folder = cache_dir() / "published" / f"{profile}-{hashlib.sha256(_dump(about)).hexdigest()[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two processes may ask for the first time at once
+        return open_published(profile, folder, root)
 
 
 def where_from(
