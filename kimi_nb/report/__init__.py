@@ -38,8 +38,8 @@ __getattr__, __dir__, __all__ = lazily(
         threats
     """,
     slides="""
-        Notes PARTS_TABLE Slide build_slides bullets figure_of largest_pair redrawn reference_file
-        screen slides_of talk_markdown talk_typst write_slides
+        MOST_SLIDES Notes PARTS_TABLE Slide build_slides bullets figure_of largest_pair own_slides
+        redrawn reference_file screen shared_slide slides_of talk_markdown talk_typst write_slides
     """,
     guide="""
         ANSWERS Advice CHAPTERS HOWTO Lesson PART_COSTS PART_NAMES VIRTUES advice_table advise
