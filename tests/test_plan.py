@@ -198,6 +198,20 @@ def test_more_seeds(place, capsys):
     assert "seeds = 5" in "".join("".join(c["source"]) for c in json.loads(notebook.read_text())["cells"])
 
 
+def test_another_block_of_seeds(place, capsys):
+    """--seeds 100+ is the same plan with as many seeds, from 100 on; what is no number of seeds is one line."""
+    code, out, _ = call(capsys, *PLAN, "--only", "norm", "--seeds", "100+", "--dry-run")
+    assert code == 0 and " 2 " in out
+    from kimi_nb.config import load_profile
+    from kimi_nb.plan import phase_studies
+
+    found = phase_studies(load_profile(PLAN[2]), ("norm",), "100+")["norm"]
+    assert [study.seeds for study in found] == [(100, 101)]
+    with pytest.raises(SystemExit):
+        main([*PLAN, "--seeds", "1e2"])
+    assert "1e2" in capsys.readouterr().err
+
+
 def test_a_dry_run_changes_nothing(place, capsys):
     """--dry-run says what would be trained and for how long, and makes no file."""
     code, out, _ = call(capsys, *PLAN, "--dry-run")

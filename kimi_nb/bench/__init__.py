@@ -9,8 +9,8 @@ __getattr__, __dir__, __all__ = lazily(
         speed_caveats speed_comparison speed_rounds
     """,
     step="""
-        Profiled ProfilingError Utilisation matrix_peak profile_steps profiled repeat_spread
-        repeated_run seconds_of spread_with_and_without stepping utilisation
+        Profiled ProfilingError Utilisation profile_steps profiled repeat_spread repeated_run
+        spread_with_and_without stepping utilisation
     """,
     nanogpt="""
         Comparison NanoGPTComparison nanogpt_equal

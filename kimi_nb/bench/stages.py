@@ -24,18 +24,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kimi_nb.bench.step import (
-    matrix_peak,
-    profiled,
-    repeated_run,
-    seconds_of,
-    spread_with_and_without,
-    stepping,
-    utilisation,
-)
+from .step import profiled, repeated_run, spread_with_and_without, stepping, utilisation
 from ..config import KimiError, RunConfig, near, write_file
 from ..data import prepare
 from ..model import kernel_name
+from ..runner import matrix_peak, seconds_of
 from ..train import DTYPES, Trainer, fit, pick_device
 
 # %% ../../nbs/bench/05_stages.ipynb #c08142de

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .step import matrix_peak, repeated_run, seconds_of, spread_with_and_without, utilisation
+from .step import repeated_run, spread_with_and_without, utilisation
 from ..config import KimiError, RunConfig, near, settings_path, write_file
 from ..data import prepare
 from ..model import ModelOutput
+from ..runner import matrix_peak, seconds_of
 from ..train import Trainer, environment, fit, pick_device
 
 # %% ../../nbs/bench/04_suite.ipynb #7570a118
@@ -172,12 +173,8 @@ def bench_start(repeats: int = 5):
     "Seconds to import the package and to print the help, in a fresh interpreter."
 
     def best(*command):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        start = functools.partial(subprocess.run, [sys.executable, *command], check=True, capture_output=True)
+        return statistics.median(seconds_of(start, repeats, warmup=0))
 
     fresh = "median of fresh interpreters"
     asked = "import sys; sys.argv = ['kimi-nb', '--help']; from kimi_nb.cli import main; main()"
@@ -196,9 +193,7 @@ def bench_tokenizers():
     rows = []
     for name in ("byte", "char", "bpe:1024"):
         tokenizer = build_tokenizer(name, docs)
-        start = time.perf_counter()
-        tokenizer.encode_batch(docs)
-        seconds = time.perf_counter() - start
+        [seconds] = seconds_of(functools.partial(tokenizer.encode_batch, docs), times=1, warmup=0)
         rows.append(row(f"tokenizing, {name}", size / seconds, "MB/s", "at least", 1.0, f"{size:.1f} MB of pydocs"))
     return rows
 

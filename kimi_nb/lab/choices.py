@@ -309,11 +309,10 @@ def _step_by_neighbours(flops, timed):
 @functools.cache
 def _matrix_speed():
     "FLOP/s of a matrix product here, measured once a process."
-    import torch
+    from kimi_nb.runner import matrix_peak
+    from kimi_nb.train import pick_device
 
-    from kimi_nb.runner import product_rate
-
-    return product_rate(torch.get_num_threads())
+    return matrix_peak(pick_device(), seconds=0.1, sizes=(1024,))
 
 
 def _step_by_products(flops, layers):

@@ -35,12 +35,12 @@ def open_phase(
     studies,  # function of the profile that gives the phase's studies
     profile: str,  # a section of settings.ini
     results: str = "",  # folder of the records; '' is the default
-    seeds: int = 0,  # runs per arm; 0 is the profile's number
+    seeds: int | str = 0,  # as `Study.reseeded`; 0 is the profile's
 ) -> Phase:
     "The store, the profile with its tuned learning rates, and the studies to run."
     store = Store(results_folder(results))
     chosen = tuned(load_profile(profile), store)
-    mine = [s.with_seeds(seeds) if seeds and len(s.seeds) > 1 else s for s in studies(chosen)]
+    mine = [study.reseeded(seeds) for study in studies(chosen)]
     return Phase(store, chosen, mine, plan_table({mine[0].phase: mine} if mine else {}, store))
 
 # %% ../../nbs/plan/02_phase.ipynb #f1417173

@@ -122,7 +122,7 @@ def check_grids(
 def phase_studies(
     profile: Profile,
     only=(),  # phases; none is all
-    seeds: int | None = None,  # runs per arm, instead of the profile's
+    seeds: int | str | None = None,  # as `Study.reseeded`, instead of the profile's
 ) -> dict[str, list[Study]]:
     """Phase -> the studies it declares for this profile; tuning, where there is any, comes first under its own name.
 
@@ -133,7 +133,7 @@ def phase_studies(
     found = {"tuning": [first]} if first else {}
     for name, module in phases(only).items():
         studies = module.studies(profile)
-        found[name] = [s if seeds is None or len(s.seeds) == 1 else s.with_seeds(seeds) for s in studies]
+        found[name] = [study.reseeded(seeds) for study in studies]
     return found
 
 
@@ -198,7 +198,7 @@ def execute_phase(
     notebook: Path,
     store: Store,
     profile: Profile,
-    seeds: int | None = None,  # runs per arm, instead of the profile's
+    seeds: int | str | None = None,  # as `Study.reseeded`, instead of the profile's
     cwd=None,  # the kernel's working folder; none is the checkout
 ) -> Outcome:
     """The outcome of a phase notebook executed with this profile; the executed copy is in `notebooks/` of the results.
@@ -505,7 +505,7 @@ def run_plan(
     profile: Profile,
     store: Store,
     only=(),  # phases; none is all
-    seeds: int | None = None,  # runs per arm, instead of the profile's
+    seeds: int | str | None = None,  # as `Study.reseeded`, instead of the profile's
     executor: str = "process",  # as `run_studies`
     workers: int | None = None,
     progress: bool = True,

@@ -4,6 +4,9 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
+    clock="""
+        matrix_peak seconds_of settle
+    """,
     attempt="""
         Crowded PlanInterrupted RunnerError distinct pending run_one start_process usable
     """,
@@ -12,8 +15,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     forecast="""
         H100 SHARING StepTimer default_workers expect_h100 measure_sharing pick_sharing pick_workers
-        predict_seconds product_rate read_sharing read_timings shape_key share_of_cores step_flops
-        time_step visible_gpus vocabulary_size weight
+        predict_seconds read_sharing read_timings shape_key share_of_cores step_flops time_step
+        visible_gpus vocabulary_size weight
     """,
     pool="""
         EXECUTORS Progress RunnerOptions Worker run_studies run_study

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['H100', 'SHARING', 'share_of_cores', 'default_workers', 'weight', 'vocabulary_size', 'step_flops',
-           'StepTimer', 'time_step', 'product_rate', 'read_timings', 'shape_key', 'predict_seconds', 'expect_h100',
-           'visible_gpus', 'measure_sharing', 'read_sharing', 'pick_sharing', 'pick_workers']
+           'StepTimer', 'time_step', 'read_timings', 'shape_key', 'predict_seconds', 'expect_h100', 'visible_gpus',
+           'measure_sharing', 'read_sharing', 'pick_sharing', 'pick_workers']
 
 # %% ../../nbs/runner/03_forecast.ipynb #b2ca31dc
 import contextlib
@@ -23,6 +23,7 @@ from collections.abc import Iterable
 
 from ..config import RunConfig, write_file
 from .attempt import start_process
+from .clock import matrix_peak, settle
 
 # %% ../../nbs/runner/03_forecast.ipynb #f06ba902
 def share_of_cores(workers: int) -> int:
@@ -96,12 +97,7 @@ class StepTimer:
 
     def wait(self):
         "Until the device has done what it was told."
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        settle(self.device)
 
     def timed(
         self,
@@ -130,27 +126,6 @@ def time_step(
     for _ in range(3 if timer.trainer.compiled else 1):  # compiled for the first batch, and for what varies
         timer.step()
     return min(timer.timed(timer.step)[0] for _ in range(repeats))
-
-
-def product_rate(
-    threads: int,  # of the CPU
-) -> float:
-    "FLOP/s of a matrix product of the width of a small model's layers."
-    import torch
-
-    from kimi_nb.train import pick_device
-
-    before, times = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        a = torch.randn(1024, 1024, device=pick_device())
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(before)
-    return 2 * 1024**3 / min(times)
 
 # %% ../../nbs/runner/03_forecast.ipynb #d73064b6
 _WITHOUT_EFFECT = "steps lr min_lr warmup_steps eval_every eval_tokens test_tokens save_every schedule".split()
@@ -221,6 +196,8 @@ def _step_seconds(runs, workers):
     "Configuration -> seconds of a step: timed where it is cheap, from FLOPs where not."
     import torch
 
+    from kimi_nb.train import pick_device
+
     path, flops, threads = _timing_file(), {}, torch.get_num_threads()
     known = read_timings(path)
     torch.set_num_threads(share_of_cores(workers))
@@ -231,13 +208,13 @@ def _step_seconds(runs, workers):
                 flops[key] = step_flops(run)
                 if key not in known and _worth_timing(flops[key]):
                     known[key] = time_step(run)
+        # FLOP/s: what the timed reach, or a large matrix product's, less overhead
+        rates = [flops[key] / known[key] for key in flops if key in known]
+        if any(key not in known for key in flops):
+            rates.append(0.6 * matrix_peak(pick_device(), seconds=0.1, sizes=(1024,)))
     finally:
         torch.set_num_threads(threads)
     write_file(path, json.dumps(known), parents=True)
-    # FLOP/s: what the timed reach, or a large matrix product's, less overhead
-    rates = [flops[key] / known[key] for key in flops if key in known]
-    if any(key not in known for key in flops):
-        rates.append(0.6 * product_rate(share_of_cores(workers)))
     return {key: known.get(key, amount / max(rates)) for key, amount in flops.items()}
 
 

@@ -149,6 +149,16 @@ class Declaration(Config):
         chosen = range(seeds) if isinstance(seeds, int) else seeds
         return type(self)(**{**fields, "seeds": tuple(chosen)})
 
+    def reseeded(
+        self,
+        seeds: int | str | None,  # how many; `100+` for as many as there are, from 100 on; 0 or none for what there is
+    ):
+        "The same study with the seeds asked for; one of a single seed stays one."
+        if isinstance(seeds, str) and seeds.endswith("+"):
+            first = int(seeds[:-1])
+            return self.with_seeds(range(first, first + len(self.seeds)))
+        return self.with_seeds(int(seeds)) if seeds and len(self.seeds) > 1 else self
+
     def totals(self) -> dict[str, int]:
         "How large the study is: arms, seeds, runs and the tokens they train on."
         runs = [self.arm_run(arm) for arm in self.arms]
