@@ -18,8 +18,8 @@ __getattr__, __dir__, __all__ = lazily(
         cmd_profiles cmd_run declared dry_run profile_text runner_options seeds_asked_for
     """,
     records="""
-        ACTIONS LISTED add_records add_report cmd_records cmd_report export_file import_file
-        open_profile publish_profile refuse_a_name show_list show_one verify_folder
+        ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file
+        import_file open_profile publish_profile refuse_a_name show_list show_one verify_folder
     """,
     machine="""
         OTHERS add_bench add_env add_lab cmd_bench cmd_env cmd_lab done_so_far installed lab_command

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'ACTIONS', 'show_list', 'show_one', 'export_file', 'import_file', 'verify_folder', 'refuse_a_name',
-           'publish_profile', 'open_profile', 'add_records', 'cmd_records', 'add_report', 'cmd_report']
+           'publish_profile', 'open_profile', 'compare_two', 'add_records', 'cmd_records', 'add_report', 'cmd_report']
 
 # %% ../../nbs/cli/04_records.ipynb #faebf68c
 import json
@@ -108,7 +108,24 @@ def open_profile(store, args):
     print(f"{opened.path}: {count} runs of the published profile {args.profile}")
 
 
+def compare_two(store, args):
+    "How far the records of two machines lie apart, and which words change."
+    if len(args.names) != 2:
+        raise KimiError(
+            "kimi-nb records agree needs two stores, each a results folder, a file of exported records or a "
+            "published profile: kimi-nb records agree A B"
+        )
+    from kimi_nb.report import agree, agreement_data, agreement_figure, agreement_words, open_results, short_names
+    from kimi_nb.stats import save
+
+    found = agree(*map(open_results, args.names), names=short_names(args.names))
+    print(json.dumps(agreement_data(found), indent=1) if args.json else "\n".join(agreement_words(found)))
+    if args.figure:
+        save(agreement_figure(found), args.figure)
+
+
 ACTIONS = {
+    "agree": compare_two,
     "list": show_list,
     "show": show_one,
     "export": export_file,
@@ -125,11 +142,16 @@ def add_records(commands, with_settings: bool = True):
         commands,
         "records",
         cmd_records,
-        "list, show, export, import or verify records; publish a finished plan in the repository, "
-        "or open a published one",
+        "list, show, export, import or verify records; say how far two machines' records agree; publish a finished "
+        "plan in the repository, or open a published one",
     )
     p.add_argument("action", choices=tuple(ACTIONS))
-    p.add_argument("what", nargs="?", metavar="ID|FILE", help="show: a run_id; export, import: a file")
+    p.add_argument(
+        "names",
+        nargs="*",
+        metavar="ID|FILE",
+        help="show: a run_id; export, import: a file; agree: two results folders, exported files or published profiles",
+    )
     p.add_argument(
         "--profile",
         default="quick",
@@ -140,10 +162,15 @@ def add_records(commands, with_settings: bool = True):
     )
     p.add_argument("--stale", action="store_true", help="publish: also records of other training code than today's")
     p.add_argument("--study", help="only the records of this study")
+    p.add_argument("--json", action="store_true", help="agree: all numbers as JSON")
+    p.add_argument("--figure", metavar="FILE", help="agree: draw the differences, as PNG and SVG")
 
 
 def cmd_records(args):
-    return ACTIONS[args.action](None if args.action == "open" else results_store(args), args)
+    if args.action != "agree" and len(args.names) > 1:
+        raise KimiError(f"kimi-nb records {args.action} takes one name, not {' '.join(args.names)!r}")
+    args.what = args.names[0] if args.names else None
+    return ACTIONS[args.action](None if args.action in ("open", "agree") else results_store(args), args)
 
 # %% ../../nbs/cli/04_records.ipynb #8e0c67f1
 def add_report(commands, with_settings: bool = True):

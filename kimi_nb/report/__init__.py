@@ -48,4 +48,9 @@ __getattr__, __dir__, __all__ = lazily(
     write="""
         short_report write_report
     """,
+    machines="""
+        Agreement MACHINE_SETTINGS PARTED RESULTS TUNED_SETTINGS agree agreement_data
+        agreement_figure agreement_words chosen_rates common_runs grid_steps open_results
+        parting_step rates_apart short_names spread_apart without_machine words_apart
+    """,
 )
