@@ -14,14 +14,19 @@ from kimi_nb.model import (
     ATTENTIONS,
     FEED_FORWARDS,
     NORMS,
+    RESIDUALS,
     ROUTERS,
     Attention,
     Decoder,
     KimiModel,
     KVCache,
     RotaryEmbedding,
+    attention_flops_per_token,
+    attention_words,
+    attentions_of,
     build_cache,
     cache_bytes,
+    cache_bytes_per_token,
     costs,
     expert_backend,
     experts,
@@ -30,6 +35,7 @@ from kimi_nb.model import (
     kernels,
     measured_forward_flops_per_token,
     rope_dim,
+    state_bytes,
 )
 
 MLA = dict(kind="mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
@@ -45,6 +51,9 @@ ARMS = dict(
     mla=dict(attention=MLA, norm=dict(kind="rmsnorm")),
     mla_flash=dict(attention=MLA | dict(implementation="flash")),
     latent=dict(attention=LATENT),
+    nope=dict(position=dict(kind="nope")),
+    mla_nope=dict(attention=MLA, position=dict(kind="nope")),
+    mixed=dict(n_layers=3, attention=MLA | LATENT | dict(kind="mha", pattern="mla,latent,mha", qk_rope_head_dim=8)),
     standard=dict(ffn=dict(kind="moe", activation="silu"), moe=EXPERTS),
     aux_tc=dict(ffn=dict(kind="moe"), moe=EXPERTS | dict(router="aux_tc", seq_loss_weight=0.1)),
     kimi=dict(
@@ -132,6 +141,33 @@ def test_a_new_attention_is_one_class_and_one_entry(monkeypatch):
         model.layers[0].self_attn.clip_heads_(torch.ones(4))
 
 
+def test_the_table_of_residuals_has_what_is_built():
+    for name, cls in RESIDUALS.items():
+        assert sys.modules[cls.__module__].__component__ == ("residual.kind", name) and cls.kind == name
+    allowed = ModelConfig.model_fields["residual"].annotation.model_fields["kind"].annotation.__args__
+    assert set(RESIDUALS) <= set(allowed)
+
+
+def test_layers_of_several_kinds_add_up():
+    """Caches, costs and words of a pattern are those of its layers."""
+    config, one = (
+        config_of("mixed"),
+        lambda kind: (
+            config_of("mixed")
+            .override({"attention.pattern": None, "n_layers": 1})
+            .override({"attention.kind": kind} if kind != "mha" else {})
+        ),
+    )
+    parts = [one(kind) for kind in config.layer_kinds]
+    assert [cls.kind for cls in attentions_of(config)] == ["mla", "latent", "mha"]
+    for count in (lambda c: cache_bytes(c, 8), cache_bytes_per_token, lambda c: attention_flops_per_token(c, 16)):
+        assert count(config) == sum(map(count, parts))
+    model = KimiModel(config)
+    assert [layer.self_attn.kind for layer in model.layers] == list(config.layer_kinds)
+    assert [type(c).__name__ for c in model.make_cache(1)] == ["MLACache", "LatentCache", "KVCache"]
+    assert attention_words(config)[0] == "layers in turn: mla, latent, mha" and state_bytes(config) == 0
+
+
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +245,7 @@ def test_every_layer_is_one_graph(arm, tracked):
     layer = model.layers[0]
     layer.self_attn.track_logits = tracked
     x = torch.randn(2, 16, 32, requires_grad=True)
-    rope = None if model.config.position.kind == "learned" else model.rope(torch.arange(16))
+    rope = model.rope(torch.arange(16)) if model.config.position.kind == "rope" else None
     expected, _ = copy.deepcopy(layer)(x, rope)
     fast = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):

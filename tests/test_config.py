@@ -20,6 +20,7 @@ from kimi_nb.config import (
     RunConfig,
     load_profile,
     parse_value,
+    planned,
     profile_names,
     write_file,
     write_json,
@@ -55,6 +56,7 @@ WALK = {
     "model.position.theta": ({}, 100.0),
     "model.position.yarn_factor": ({}, 4.0),
     "model.attention.kind": (MLA | {"model.attention.kind": "mha"}, "mla"),
+    "model.attention.pattern": (MLA | {"model.attention.kind": "mha"}, "mha,mla"),
     "model.attention.implementation": ({}, "eager"),
     "model.attention.qk_norm": ({}, True),
     "model.attention.q_lora_rank": (MLA, 8),
@@ -152,7 +154,22 @@ def what_happens(run, folder):
 
 
 def test_the_walk_is_complete():
-    assert set(WALK) == set(RunConfig().flat())
+    """Settings of what is not built yet are refused; what needs one of them sleeps."""
+    run = RunConfig()
+    unbuilt = planned(run)
+    waiting = {path for path, need in run.dormant().items() if need.rpartition(" ")[0] in unbuilt}
+    assert set(WALK) == set(run.flat()) - unbuilt.keys() - waiting
+
+
+@pytest.mark.parametrize("path", planned(RunConfig()))
+def test_what_is_not_built_yet_is_refused(path):
+    run, only = RunConfig(), planned(RunConfig())[path]
+    assert only == run.flat()[path]
+    other = {str: "attention", bool: True, int: 3, float: 0.5}.get(type(only), 3)
+    if path.endswith("variant"):
+        other = "cautious"
+    with pytest.raises(ConfigError, match=f"^{path} .* is not built yet: leave it at"):
+        run.changed({path: other})
 
 
 @pytest.mark.parametrize("path", WALK)
@@ -185,6 +202,7 @@ def test_changing_a_setting_changes_the_run(path, tmp_path):
             "model.vocab_size",
             "model.max_seq_len",
             "model.attention.kind",
+            "model.attention.pattern",
             "model.ffn.kind",
             "model.moe.topk_group",
         )
@@ -371,6 +389,37 @@ def test_settings_that_came_later_leave_ids_as_they_were():
     for change in ({"train.optimizer.embed_lr_scale": 2.0}, {"train.optimizer.muon_split": "heads"}):
         assert muon.override(change).run_id != muon.run_id
         assert RunConfig(**muon.override(change).model_dump()).run_id == muon.override(change).run_id
+
+
+PATTERN = MLA | {"model.attention.kind": "mha", "model.n_layers": 4, "model.attention.pattern": "mha,mha,mla"}
+
+
+def test_a_pattern_of_layers_is_spelled_in_one_way():
+    """Commas or blanks, and no longer than it must be; what it wakes is awake, and the one kind sleeps."""
+    run = tiny(PATTERN | {"model.attention.qk_rope_head_dim": 8})
+    assert run.model.layer_kinds == ("mha", "mha", "mla", "mha")
+    for text in ("mha mha mla", "mha,mha,mla,mha,mha,mla", " mha, mha,mla "):
+        assert run.override({"model.attention.pattern": text}) == run
+    assert "model.attention.kv_lora_rank" not in run.dormant() and "model.attention.n_latents" in run.dormant()
+    with pytest.raises(ConfigError, match="would have no effect: it needs model.attention.pattern none"):
+        run.override({"model.attention.kind": "mla"})
+    assert RunConfig(**json.loads(run.to_json())).run_id == run.run_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "model.attention.qk_rope_head_dim 4 is not the 8 that RoPE turns in a head of mha"),
+        ({"model.attention.pattern": "mha"}, "'mha' is not several kinds of attention: set attention.kind"),
+        ({"model.attention.pattern": "mha,mlaa"}, "'mlaa' in 'mha,mlaa' is unknown: kinds of attention, out of mha"),
+        ({"model.n_layers": 2}, "mha,mha,mla names 3 of n_layers 2"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_one_line(changes, line):
+    with pytest.raises(ConfigError, match=line) as e:
+        tiny(PATTERN | changes)
+    assert "\n" not in str(e.value)
+    tiny(PATTERN | {"model.position.kind": "nope"})
 
 
 def test_parts_of_attention_need_an_attention_that_has_them():

@@ -17,8 +17,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     schema="""
         AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig MoEConfig ModelConfig
-        NEUTRAL Needs NormConfig OptimizerConfig PRESETS PositionConfig RunConfig TrainConfig
-        data_identity deciding mla_sizes needs sleeping
+        NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS PositionConfig ResidualConfig
+        RunConfig TrainConfig data_identity deciding mla_sizes needs planned refuse_planned sleeping
     """,
     profile="""
         LIKE Profile load_profile profile_names settings_path

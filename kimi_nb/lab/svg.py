@@ -346,10 +346,10 @@ class _Block(_Column):
         self.y += 8
 
     def attention(self):
-        from kimi_nb.model import attention_of
+        from kimi_nb.model import attention_words
 
         changed = self.changed("model.attention", "model.n_heads", "model.position")
-        self.box(280, attention_of(self.model).words(self.model), changed)
+        self.box(280, attention_words(self.model), changed)
 
     def feed_forward(self):
         from kimi_nb.model import FEED_FORWARDS

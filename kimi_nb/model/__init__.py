@@ -41,16 +41,26 @@ __getattr__, __dir__, __all__ = lazily(
         rows_by_head rows_of_latent
     """,
     attention="""
-        ATTENTIONS attention_flops_per_token attention_of build_attention build_cache cache_bytes
-        cache_bytes_per_token kernel_name rope_dim score_pairs
+        ATTENTIONS attention_flops_per_token attention_of attention_words attentions_of
+        build_attention build_cache cache_bytes cache_bytes_per_token kernel_name leaves_idle
+        rope_dim score_pairs state_bytes
     """,
     parallel="""
         RanksError anywhere check_shard cut first_rank_first for_disk gather is_loss is_sharded
         joined launched part part_of rank_and_size shard_ share_folder total wait whole
         whole_parameters
     """,
+    residual="""
+        Residual
+    """,
+    residual_sum="""
+        SumResidual
+    """,
+    residuals="""
+        RESIDUALS build_residual
+    """,
     dense="""
-        ACTIVATIONS FeedForward activate is_gated
+        ACTIVATIONS FeedForward GATED activate gated is_gated
     """,
     experts="""
         DispatchPlan Experts dispatch_plan expert_backend expert_counts padded_plan run_experts

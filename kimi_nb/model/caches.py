@@ -79,6 +79,13 @@ class TokenCache:
         self.length = at + 1
         return [b.narrow(2, 0, at + 1) for b in self.buffers]
 
+    def keep_rows(
+        self,
+        index: Tensor,  # (N,) texts to keep, in this order, repeats allowed
+    ):
+        "Hold these texts only."
+        self.buffers = [b.index_select(0, index.to(b.device)) for b in self.buffers]
+
 
 def _without_tokens(t):
     return t.shape[0], t.shape[1], t.shape[3]
@@ -96,3 +103,11 @@ class LayerCaches(list):
     def nbytes(self) -> int:
         "Bytes of what all layers hold."
         return sum(c.nbytes for c in self)
+
+    def keep_rows(
+        self,
+        index: Tensor,  # (N,) texts to keep, in this order, repeats allowed
+    ):
+        "Hold these texts only, in every layer."
+        for cache in self:
+            cache.keep_rows(index)

@@ -44,7 +44,8 @@ class Decoder:
         if not self._serves(ids, cache):
             return self.model(ids, cache=cache).logits[:, -1]
         x, rope = self.model.embed(ids, cache.length)
-        x, rope = x[:, 0], None if rope is None else torch.complex(*rope)  # (B, D), (1, Kr/2)
+        rope = None if rope is None else torch.complex(*rope)  # (1, Kr/2)
+        stream = self.model.residual.start(x[:, 0])  # (B, D) where it is a sum
         for step, held in zip(self.steps, cache):
-            step(x, rope, held)
-        return self.norm(x).mm(self.head)
+            stream = step(stream, rope, held)
+        return self.norm(self.model.residual.read(stream)).mm(self.head)

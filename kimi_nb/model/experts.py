@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dense import ACTIVATIONS, activate, is_gated
+from .dense import ACTIVATIONS, activate, gated, is_gated
 from .precision import autocasting
 
 # %% ../../nbs/model/51_experts.ipynb #a05cf870
@@ -273,7 +273,7 @@ class Experts(nn.Module):
 
     def decoding(self):
         "A function `step(x, h, chosen, weights)`: adds to `x` (B, D) what the chosen experts make of `h` (B, D)."
-        gated, act = is_gated(self.activation), ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         w_in, w_out = [w.t() for w in self.w_in], [w.t() for w in self.down_proj]
 
         def step(x, h, chosen, weights):
@@ -282,11 +282,7 @@ class Experts(nn.Module):
                 return
             for e, weight in zip(chosen[0].tolist(), weights[0].tolist()):  # read where they lie
                 y = h.mm(w_in[e])
-                if gated:
-                    gate, up = y.chunk(2, -1)
-                    inside = act(gate).mul_(up)
-                else:
-                    inside = act(y)
+                inside = gated(*y.chunk(2, -1), self.activation) if is_gated(self.activation) else act(y)
                 x.addmm_(inside, w_out[e], alpha=weight)
 
         return step

@@ -276,7 +276,7 @@ class _Answers(_Watched):
 
     @classmethod
     def rotated_width(cls, config: ModelConfig) -> int:
-        "Numbers of a head that RoPE turns."
+        "Numbers of a head that RoPE turns; 0 where it turns none."
         return config.head_dim
 
     @classmethod

@@ -41,7 +41,8 @@ class LatentCache:
         self.chunk_size, self.n_latents = config.attention.chunk_size, config.attention.n_latents
         shape = (config.n_heads, config.head_dim)
         room = max_len // self.chunk_size * self.n_latents
-        self._local = lambda: TokenCache(batch_size, [shape] * 2, self.chunk_size, device, dtype)
+        self.batch_size = batch_size
+        self._local = lambda: TokenCache(self.batch_size, [shape] * 2, self.chunk_size, device, dtype)
         self.latents, self.local = TokenCache(batch_size, [shape] * 4, room, device, dtype), self._local()
 
     @property
@@ -58,6 +59,15 @@ class LatentCache:
     def nbytes(self) -> int:
         "Bytes of what is held."
         return self.latents.nbytes + self.local.nbytes
+
+    def keep_rows(
+        self,
+        index: Tensor,  # (N,) texts to keep, in this order, repeats allowed
+    ):
+        "Hold these texts only."
+        self.latents.keep_rows(index)
+        self.local.keep_rows(index)
+        self.batch_size = len(index)  # the next chunk has as many rows
 
     def held(
         self,

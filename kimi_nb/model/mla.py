@@ -223,7 +223,8 @@ class MultiHeadLatentAttention(_Forms):
             q = (q_norm(h.mm(w_low)) if low_rank else h).mm(w_q).view(-1, H, self.qk_dim)
             q, q_rope = q.split([nope, self.rope], -1)
             c, k_rope = h.mm(w_kv)[:, None].split([R, self.rope], -1)
-            q_rope, k_rope = turn_(torch.cat([q_rope, k_rope], 1), rope).split([H, 1], 1)
+            if rope is not None:
+                q_rope, k_rope = turn_(torch.cat([q_rope, k_rope], 1), rope).split([H, 1], 1)
             (held,) = cache.append_one(torch.cat([kv_norm(c), k_rope], -1))
             held = held.squeeze(1)  # (B, S, R + Kr)
             q = torch.cat([q.transpose(0, 1).bmm(w_k).transpose(0, 1), q_rope], -1)  # (B, H, R + Kr)

@@ -31,11 +31,13 @@ class TopKGate(nn.Module):
         self,
         n_experts: int,  # E
         d_model: int,  # D
+        bins: int = 0,  # numbers per expert that its router counts beside the load
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.register_buffer("e_score_correction_bias", torch.zeros(n_experts))
         self.load_accumulator = torch.zeros(n_experts, dtype=torch.int64)
+        self.counted = torch.zeros(n_experts, bins, dtype=torch.int64) if bins else None
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
     def _apply(self, fn, recurse=True):
@@ -46,9 +48,18 @@ class TopKGate(nn.Module):
             self.e_score_correction_bias = torch.zeros_like(after, dtype=torch.float32)
         elif after.dtype != torch.float32:  # steps of 0.001 vanish in bfloat16
             self.e_score_correction_bias = (after if before.is_meta else before).to(after.device, torch.float32)
-        count = fn(self.load_accumulator)
-        self.load_accumulator = torch.zeros_like(count) if self.load_accumulator.is_meta else count
+        for name in ("load_accumulator", "counted"):
+            held = getattr(self, name)
+            if held is not None:
+                count = fn(held)
+                setattr(self, name, torch.zeros_like(count) if held.is_meta else count)
         return self
+
+    def forget(self):
+        "Start counting anew."
+        self.load_accumulator.zero_()
+        if self.counted is not None:
+            self.counted.zero_()
 
     def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, E) logits in float32
         kind = x.device.type
@@ -91,7 +102,7 @@ class _MoEParts(nn.Module):
         D, width = model_config.d_model, model_config.expert_width
         self.config, self.layer_idx = m, layer_idx
         self.router = ROUTERS[m.router](m)
-        self.gate = TopKGate(m.n_experts, D)
+        self.gate = TopKGate(m.n_experts, D, self.router.bins)
         self.experts = Experts(m.n_experts, D, width, activation)
         self.shared_experts = FeedForward(D, m.n_shared_experts * width, activation) if m.n_shared_experts else None
 
@@ -136,19 +147,26 @@ class MoE(_MoEParts):
         losses = self.router.losses(probs, counts)
         return sum(losses[1:], losses[0]) if losses else probs.new_zeros(())
 
+    def _count(self, logits, counts):
+        "Add what one forward pass gives to what is known of the batch."
+        self.gate.load_accumulator += counts
+        if self.gate.counted is not None:
+            self.gate.counted += self.router.count(logits, self.gate.e_score_correction_bias)
+
     def forward(
         self,
         x: Tensor,  # (B, T, D)
         keep_choice: bool = False,  # also return each token's experts and weights
     ) -> tuple[Tensor, RouterStats]:  # (B, T, D) and what the router did
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        route = self.route(self.gate(flat))
+        logits = self.gate(flat)
+        route = self.route(logits)
         plan = dispatch_plan(route.indices, self.config.n_experts)
         y = self.experts(flat, route.indices, route.weights, plan).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         if self.training and not _in_backward():
-            self.gate.load_accumulator += plan.counts
+            self._count(logits.detach(), plan.counts)
         aux_loss = self.aux_loss(route.probs.view(*x.shape[:-1], -1), plan.counts)
         choice = (route.indices, route.weights.detach()) if keep_choice else (None, None)
         return y, RouterStats(aux_loss, plan.counts, route.probs.detach(), *choice)
@@ -180,16 +198,13 @@ def update_biases(
     layers,  # the MoE layers, in the same order on every rank
     speed: float | None = None,  # step of the bias; none is each layer's configuration's
 ) -> Tensor:  # (L, E) int64 assignments since the last call, over all ranks
-    """`update_bias` for many layers: b += speed * sign(mean load - load), where the router moves its bias.
-
-    Source: Loss-free balancing, arXiv 2408.15664, algorithm 1.
-    """
+    "`update_bias` for many layers: each router moves its bias by what was counted, if it moves it at all."
     layers = list(layers)
     loads = total(torch.stack([layer.gate.load_accumulator for layer in layers]))  # (L, E)
-    direction = torch.sign(loads.sum(-1, keepdim=True) - loads * loads.shape[-1])
-    for layer, up in zip(layers, direction):
+    counted = [layer.gate.counted for layer in layers if layer.gate.counted is not None]
+    counted = total(torch.stack(counted)) if counted else [None] * len(layers)  # (L, E, bins)
+    for layer, load, seen in zip(layers, loads, counted):
         step = layer.config.bias_update_speed if speed is None else speed
-        if layer.router.moves_bias:
-            layer.gate.e_score_correction_bias.add_(up, alpha=step)
-        layer.gate.load_accumulator.zero_()
+        layer.router.move(layer.gate.e_score_correction_bias, load, seen, step)
+        layer.gate.forget()
     return loads

@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F401
 from kimi_nb.model.attention import (
     attention_flops_per_token,
+    attention_of,
     build_attention,
     build_cache,
     cache_bytes_per_token,
     rope_dim,
+    state_bytes,
 )
 from .feedforward import build_feed_forward
 from .moe import MoE, RouterStats
 from .norm import build_norm
+from .residuals import build_residual
 from .rope import RotaryEmbedding
 
 # %% ../../nbs/model/60_network.ipynb #62f211b7
@@ -43,6 +46,15 @@ INIT_STD = 0.02
 _RESIDUAL = ("o_proj.weight", "down_proj.weight", "down_proj")
 
 
+def _first_values(model):
+    "Parameter -> how it starts, where its module says so."
+    found = {}
+    for prefix, module in model.named_modules():
+        own = module.first_values() if hasattr(module, "first_values") else {}
+        found |= {f"{prefix}.{name}" if prefix else name: draw for name, draw in own.items()}
+    return found
+
+
 @torch.no_grad()
 def init_parameters(
     model: nn.Module,  # its parameters are overwritten
@@ -50,8 +62,11 @@ def init_parameters(
     n_layers: int,  # depth that the residual branches are scaled by
 ):
     "Draw every parameter by its name; Source: GPT-2 (Radford et al. 2019), section 2.3."
+    own = _first_values(model)
     for name, p in model.named_parameters():
-        if name.endswith("bias"):
+        if name in own:
+            p.copy_(own[name](p.shape, parameter_generator(seed, name)))
+        elif name.endswith("bias"):
             p.zero_()
         elif p.ndim == 1:
             p.fill_(1.0)
@@ -73,28 +88,32 @@ class Block(nn.Module):
         self.self_attn = build_attention(config, layer_idx)
         self.post_attention_layernorm = build_norm(config.norm, config.d_model)
         self.mlp = build_feed_forward(config, layer_idx)
+        self.attn_residual, self.mlp_residual = (build_residual(config, 2 * layer_idx + i) for i in (0, 1))
+        self.turns = attention_of(config, layer_idx).rotated_width(config) > 0
         self.sparse, self.dropout = isinstance(self.mlp, MoE), config.dropout
 
     def _drop(self, y):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
-    def forward(self, x, rope=None, cache=None, need_weights=False):
-        "(B, T, D) -> (B, T, D) and the router's statistics, None in a dense layer."
-        gathered = self.self_attn(self.input_layernorm(x), rope=rope, cache=cache, need_weights=need_weights)
-        x = x + self._drop(gathered)  # (B, T, D)
-        y, stats = self.mlp(self.post_attention_layernorm(x)), None
+    def forward(self, stream, rope=None, cache=None, need_weights=False):
+        "The stream after the block, (B, T, D) where it is a sum, and the router's statistics, None in a dense layer."
+        x = self.input_layernorm(self.attn_residual.read(stream))  # (B, T, D)
+        gathered = self.self_attn(x, rope=rope if self.turns else None, cache=cache, need_weights=need_weights)
+        stream = self.attn_residual.write(stream, self._drop(gathered))
+        y, stats = self.mlp(self.post_attention_layernorm(self.mlp_residual.read(stream))), None
         if self.sparse:
             y, stats = y
-        return x + self._drop(y), stats
+        return self.mlp_residual.write(stream, self._drop(y)), stats
 
     def decoding(self):
-        "A function `step(x, rope, cache)`: one token of every text through the block, `x` (B, D) changed in place."
+        "A function `step(stream, rope, cache)`: the stream after one token of every text has passed the block."
         before, attention = self.input_layernorm.decoding(), self.self_attn.decoding()
         between, feed_forward = self.post_attention_layernorm.decoding(), self.mlp.decoding()
 
-        def step(x, rope, cache):
-            attention(x, before(x), rope, cache)
-            feed_forward(x, between(x))
+        def step(stream, rope, cache):
+            turned = rope if self.turns else None
+            stream = self.attn_residual.step(stream, lambda into, x: attention(into, before(x), turned, cache))
+            return self.mlp_residual.step(stream, lambda into, x: feed_forward(into, between(x)))
 
         return step
 
@@ -136,12 +155,13 @@ class _Parts(nn.Module):
 
     def _make(self, config):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        if config.position.kind == "learned":
+        p, turned = config.position, rope_dim(config)
+        if p.kind == "learned":
             self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model)
-        else:
-            p = config.position
-            self.rope = RotaryEmbedding(rope_dim(config), p.theta, config.max_seq_len, p.yarn_factor)
+        elif p.kind == "rope" and turned:
+            self.rope = RotaryEmbedding(turned, p.theta, config.max_seq_len, p.yarn_factor)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.residual = build_residual(config, 2 * config.n_layers)
         self.norm = build_norm(config.norm, config.d_model)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -171,7 +191,7 @@ class KimiModel(_Parts):
         x = self.embed_tokens(input_ids)
         positions = torch.arange(start, stop, device=input_ids.device)
         if self.config.position.kind != "learned":
-            return x, self.rope(positions)
+            return x, self.rope(positions) if hasattr(self, "rope") else None
         if stop > self.config.max_seq_len:
             raise KimiError(
                 f"the input reaches position {stop}, learned positions end at "
@@ -194,11 +214,11 @@ class KimiModel(_Parts):
         x, rope = self.embed(input_ids, cache[0].length if cache else 0)
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
-        router = []
+        stream, router = self.residual.start(x), []
         for i, layer in enumerate(self.layers):
-            x, stats = layer(x, rope, cache[i] if cache else None, need_weights)
+            stream, stats = layer(stream, rope, cache[i] if cache else None, need_weights)
             router.append(stats)
-        scores = self.lm_head(self.norm(x))  # (B, T, V)
+        scores = self.lm_head(self.norm(self.residual.read(stream)))  # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
@@ -235,13 +255,13 @@ def forward_flops_per_token(
     model: KimiModel,
     seq_len: int,  # context in tokens
 ) -> float:
-    "FLOPs of the forward pass per token, by formula: two per active matrix weight, and the products of attention."
+    "FLOPs of the forward pass per token, by formula: two per active matrix weight, and what has no weights."
     c = model.config
     weights = sum(p.numel() for n, p in model.named_parameters() if _is_product(n, p))
     weights -= sum(layer.mlp.idle_parameters() for layer in model.layers)
     if c.tie_embeddings:
         weights += model.embed_tokens.weight.numel()
-    return 2 * weights + c.n_layers * attention_flops_per_token(c, seq_len)
+    return 2 * weights + attention_flops_per_token(c, seq_len) + model.residual.flops(c)
 
 
 def training_flops_per_token(
@@ -290,7 +310,9 @@ def costs(
 ) -> dict[str, float]:
     "Counts and costs under the names the records use."
     n, T = count_parameters(model), seq_len or model.config.max_seq_len
-    return {f"{k}_parameters": v for k, v in n.items()} | dict(
+    found = {f"{k}_parameters": v for k, v in n.items()} | dict(
         flops_per_token=training_flops_per_token(model, T),
         cache_bytes_per_token=cache_bytes_per_token(model.config, torch.float32),
     )
+    state = state_bytes(model.config, torch.float32)
+    return found | dict(state_bytes=state) if state else found

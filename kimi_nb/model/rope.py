@@ -147,6 +147,6 @@ def position_words(
     "How a token knows where it stands, for people."
     position = config.position
     if position.kind != "rope":
-        return "positions from the embedding"
+        return "positions from the embedding" if position.kind == "learned" else "no positions (NoPE)"
     stretched = f", YaRN × {position.yarn_factor:g}" if position.yarn_factor > 1 else ""
     return f"RoPE, θ {position.theta:,.0f}{stretched}"

@@ -6,6 +6,7 @@
 __all__ = ['BiasRouter']
 
 # %% ../../nbs/model/55_router_noaux_tc.ipynb #45a970d7
+import torch
 from torch import Tensor
 
 from .routing import Route, Router, sequence_loss, sigmoid_route
@@ -30,3 +31,10 @@ class BiasRouter(Router):
         "The loss per sequence, weighted, where it has a weight."
         weight = self.config.seq_loss_weight
         return [weight * sequence_loss(probs, self.config.top_k)] if weight else []
+
+    def move(self, bias: Tensor, load: Tensor, counted: Tensor | None, speed: float):
+        """Up where the load (E,) is under its mean, down where it is over it.
+
+        Source: Loss-free balancing, arXiv 2408.15664, algorithm 1.
+        """
+        bias.add_(torch.sign(load.sum() - load * len(load)), alpha=speed)

@@ -30,7 +30,8 @@ class Router:
     "Base of the routers; it has no parameters, the gate has them."
 
     kind = ""  # its name in moe.router
-    moves_bias = False  # whether the gate's correction bias moves against the load
+    moves_bias = False  # whether the gate's correction bias moves after every step
+    bins = 0  # numbers per expert, beside its load, that are counted over a whole batch to move it
     about = ""  # what it does, in a few words
 
     def __init__(
@@ -46,6 +47,13 @@ class Router:
     def losses(self, probs: Tensor, counts: Tensor) -> list[Tensor]:
         "The weighted losses that keep the load even, of probabilities (B, T, E) and assignments (E,)."
         return []
+
+    def count(self, logits: Tensor, bias: Tensor) -> Tensor:
+        "What is counted of the gate's logits (N, E) under its bias (E,), as (E, bins) int64; where `bins` is over 0."
+        raise NotImplementedError
+
+    def move(self, bias: Tensor, load: Tensor, counted: Tensor | None, speed: float):
+        "Move the bias (E,) after a step, by all ranks' load (E,) and counts (E, bins); at speed 0 nothing was learnt."
 
 # %% ../../nbs/model/52_routing.ipynb #b598ec73
 def scale_weights(

@@ -128,15 +128,31 @@ def _field(fields, *names):
 
 def asked_for(
     run: RunConfig | Mapping,  # or its fields, as a record has them
-) -> dict[str, str]:  # setting below `model.`, or of the optimizer -> value
+) -> dict[str, str]:  # setting below `model.` or `train.` -> its value, or values with commas between them
     "The kinds of components that a run is made of."
     fields = run.model_dump() if isinstance(run, RunConfig) else run
     kinds = {f"{part}.kind": _field(fields, "model", part, "kind") for part in ("attention", "norm", "ffn")}
+    pattern = _field(fields, "model", "attention", "pattern")
+    if pattern:
+        kinds["attention.kind"] = ",".join(sorted(set(pattern.split(","))))
     if kinds["ffn.kind"] == "moe":
         kinds["moe.router"] = _field(fields, "model", "moe", "router")
     if _field(fields, "train", "optimizer", "muon_split") not in ("", "fused"):
         kinds["optimizer.muon_split"] = "apart"
-    return kinds
+    kinds["residual.kind"] = _field(fields, "model", "residual", "kind") or "sum"
+    return kinds | _added(fields)
+
+
+def _added(fields):
+    "The components that a run has beside those which every run has one of."
+    found = {
+        "ffn.activation": _field(fields, "model", "ffn", "activation"),
+        "moe.latent_dim": "on" if _field(fields, "model", "moe", "latent_dim") else "",
+        "mtp_depth": "on" if _field(fields, "model", "mtp_depth") else "",
+        "optimizer.variant": _field(fields, "train", "optimizer", "variant").replace("none", ""),
+        "schedule": _field(fields, "train", "schedule"),
+    }
+    return {setting: value for setting, value in found.items() if value}
 
 
 def files_of(
@@ -146,7 +162,7 @@ def files_of(
     "The files of the core, of the components asked for, and of those that these use."
     files = list(files)
     components = {file: component_of(file) for file in files if component_of(file)}
-    used = {file for file, (setting, kind) in components.items() if kinds.get(setting) == kind}
+    used = {file for file, (setting, kind) in components.items() if kind in kinds.get(setting, "").split(",")}
     waiting = list(used)
     while waiting:
         more = _uses(waiting.pop(), components) - used

@@ -20,7 +20,7 @@ from ..model import cut, for_disk
 from .muon import Muon, OptimError, muon_scale
 
 # %% ../../nbs/train/02_optim.ipynb #7da17ab0
-_ADAMW_NAMES = ("embed", "lm_head", "norm", "latent", "bias")
+_ADAMW_NAMES = ("embed", "lm_head", "norm", "latents", "bias", "conv")
 
 
 def is_expert(name: str) -> bool:

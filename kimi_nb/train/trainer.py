@@ -17,8 +17,8 @@ from ..config import ConfigError, ModelConfig, RunConfig
 from ..data import Batches, TokenData, bytes_of
 from kimi_nb.model import (
     KimiModel,
-    attention_of,
     check_shard,
+    leaves_idle,
     max_violation,
     part_of,
     rank_and_size,
@@ -128,7 +128,7 @@ def with_vocabulary(
 # %% ../../nbs/train/06_trainer.ipynb #8cf8b579
 def _averaging(model: KimiModel, seq_len: int):
     "The model, whose backward pass averages gradients over ranks."
-    unused = attention_of(model.config).idle_parameters(model.config, seq_len)
+    unused = leaves_idle(model.config, seq_len)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the name that is coming means something else
         return torch.nn.parallel.DistributedDataParallel(
@@ -219,7 +219,7 @@ class _Retries(_Gradients):
         "As if the attempt had not been made."
         self.optimizer.zero_grad(set_to_none=True)
         for moe in self.moe.values():
-            moe.gate.load_accumulator.zero_()
+            moe.gate.forget()
         if self.clips:
             for layer in self.model.layers:
                 layer.self_attn.reset_logit_max()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import KimiError
 from ..data import ByteTokenizer, DataError, PairTokenizer, Tokenizer
-from ..model import Decoder, KimiModel, LatentCache, LayerCaches, TokenCache
+from ..model import Decoder, KimiModel, LayerCaches
 from ..train import load_model
 
 # %% ../../nbs/use/01_generate.ipynb #ba3e6619
@@ -180,20 +180,7 @@ def select_cache_rows(
     index: Tensor,  # (N,) rows to keep, in this order, repeats allowed
 ):
     "Keep these sequences of a cache."
-
-    def pick(store):
-        store.buffers = [b.index_select(0, index.to(b.device)) for b in store.buffers]
-
-    for c in caches:
-        if not isinstance(c, LatentCache):
-            pick(c)
-            continue
-        pick(c.latents)
-        pick(c.local)
-        b, size = c.local.buffers, c.chunk_size
-        c._local = lambda b=b, size=size: TokenCache(
-            len(index), [(t.shape[1], t.shape[3]) for t in b], size, b[0].device, b[0].dtype
-        )  # the next chunk has as many rows
+    caches.keep_rows(index)
 
 # %% ../../nbs/use/01_generate.ipynb #d42c7a03
 def default_tokenizer(
