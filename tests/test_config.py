@@ -401,7 +401,7 @@ def test_a_pattern_of_layers_is_spelled_in_one_way():
     for text in ("mha mha mla", "mha,mha,mla,mha,mha,mla", " mha, mha,mla "):
         assert run.override({"model.attention.pattern": text}) == run
     assert "model.attention.kv_lora_rank" not in run.dormant() and "model.attention.n_latents" in run.dormant()
-    with pytest.raises(ConfigError, match="would have no effect: it needs model.attention.pattern none"):
+    with pytest.raises(ConfigError, match=r"would have no effect: it needs model.attention.pattern none"):
         run.override({"model.attention.kind": "mla"})
     assert RunConfig(**json.loads(run.to_json())).run_id == run.run_id
 
@@ -416,9 +416,9 @@ def test_a_pattern_of_layers_is_spelled_in_one_way():
     ],
 )
 def test_a_pattern_that_cannot_be_is_one_line(changes, line):
-    with pytest.raises(ConfigError, match=line) as e:
+    with pytest.raises(ConfigError) as e:
         tiny(PATTERN | changes)
-    assert "\n" not in str(e.value)
+    assert line in str(e.value) and "\n" not in str(e.value)
     tiny(PATTERN | {"model.position.kind": "nope"})
 
 

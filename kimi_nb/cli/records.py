@@ -8,6 +8,7 @@ __all__ = ['LISTED', 'ACTIONS', 'show_list', 'show_one', 'export_file', 'import_
 
 # %% ../../nbs/cli/04_records.ipynb #faebf68c
 import json
+from collections import Counter
 from pathlib import Path
 
 from .shared import add_command, results_store, table_text
@@ -71,7 +72,11 @@ def verify_folder(store, args):
     if problems:
         print("\n".join(problems))
         return 1
-    print(f"{sum(1 for _ in store.records())} records in {store.path}: all whole and unaltered")
+    records = list(store.records())
+    print(f"{len(records)} records in {store.path}: all whole and unaltered")
+    shown = Counter("; ".join(step.words() for step in r.equivalence) for r in records if r.equivalence)
+    for words, count in shown.items():
+        print(f"{count} of them were made by equivalent code: {words}")
     return 0
 
 # %% ../../nbs/cli/04_records.ipynb #733ce98b

@@ -25,7 +25,16 @@ from filelock import FileLock
 from ..config import KimiError, load_profile, near, profile_names, settings_path, write_file, writing
 from ..data import cache_dir
 from .run import phase_notebooks, pick_phases
-from ..study import Outcome, Store, load_outcome, outcome_file, read_outcome, read_stored, sealed_outcome
+from kimi_nb.study import (
+    Outcome,
+    Store,
+    load_outcome,
+    outcome_file,
+    read_outcome,
+    read_stored,
+    sealed_outcome,
+    shown_since,
+)
 
 # %% ../../nbs/plan/03_publish.ipynb #3b05c2c7
 LIMIT = 8_000_000  # bytes of a whole bundle
@@ -547,7 +556,9 @@ def where_from(
     if about.get("commit"):
         commit = f"commit {about['commit'][:10]}" + (" with local changes" if about["dirty"] else "")
     others = f" {about['others']} of the runs come from another machine or commit." if about["others"] else ""
+    shown = [step.words() for step in shown_since(str(about.get("code_hash", "")).split())]
+    since = f" Later code gives the same: {'; '.join(shown)}." if shown else ""
     return (
         f"Profile {about['profile']}{part}: {about['runs']} runs ({statuses}) on {machine}; PyTorch {about['torch']}, "
-        f"Python {about['python']}; {commit}; finished {about['finished'][:10]}.{others}"
+        f"Python {about['python']}; {commit}; finished {about['finished'][:10]}.{others}{since}"
     )

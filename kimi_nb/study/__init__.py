@@ -9,7 +9,8 @@ __getattr__, __dir__, __all__ = lazily(
         hash_definitions properties spelled training_files without_docstrings
     """,
     record="""
-        NUMBERS PROVENANCE RESERVED Record RecordError canonical digest_of plain seal unseal
+        EqualCode NUMBERS PROVENANCE RESERVED Record RecordError canonical digest_of equal_code_file
+        plain seal shown_equal shown_since unseal
     """,
     arms="""
         Arm Declaration LONGEST_NAME Planned Study
