@@ -20,11 +20,12 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-NUMBERS_THAT_SWITCH = (  # settings with numbers of which only none or 0 is another path through the code
-    "model.attention.q_lora_rank", "model.first_dense_layers", "model.moe.n_shared_experts", "model.moe.n_group",
+SWITCHES = (  # settings with numbers of which none or 0 is another path through the code
+    "model.attention.q_lora_rank", "model.first_dense_layers", "model.moe.n_shared_experts",
     "model.moe.seq_loss_weight", "model.moe.d_expert", "model.moe.latent_dim", "model.mtp_depth", "model.dropout",
-    "train.grad_clip", "train.warmup_steps", "train.optimizer.weight_decay", "model.position.yarn_factor",
+    "train.grad_clip", "train.warmup_steps", "train.optimizer.weight_decay",
 )  # fmt: skip
+OVER_ONE = ("model.moe.n_group", "model.position.yarn_factor")  # the same for 1
 SCORED = 2048  # tokens of held-out text
 
 
@@ -53,8 +54,8 @@ def kind_of(config: dict) -> str:
             continue
         if isinstance(value, (str, bool)):
             found[path] = value
-        elif path in NUMBERS_THAT_SWITCH:
-            found[path] = bool(value) and value != 1
+        elif path in (*SWITCHES, *OVER_ONE):
+            found[path] = (value or 0) > (path in OVER_ONE)
     return json.dumps(found, sort_keys=True)
 
 

@@ -56,7 +56,10 @@ WALK = {
     "model.position.theta": ({}, 100.0),
     "model.position.yarn_factor": ({}, 4.0),
     "model.attention.kind": (MLA | {"model.attention.kind": "mha"}, "mla"),
-    "model.attention.pattern": (MLA | {"model.attention.kind": "mha"}, "mha,mla"),
+    "model.attention.pattern": (
+        MLA | {"model.attention.kind": "mha", "model.attention.qk_rope_head_dim": 8},
+        "mha,mla",
+    ),
     "model.attention.implementation": ({}, "eager"),
     "model.attention.qk_norm": ({}, True),
     "model.attention.q_lora_rank": (MLA, 8),

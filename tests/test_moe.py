@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kimi_nb.config import ModelConfig
+from kimi_nb.config import ModelConfig, planned
 from kimi_nb.model import (
     MoE,
     RouterStats,
@@ -256,7 +256,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("field", list(type(TINY.moe).model_fields))
+@pytest.mark.parametrize("field", [f for f in type(TINY.moe).model_fields if f not in planned(TINY.moe)])
 def test_every_setting_changes_something(field):
     base = {
         **TINY.moe.model_dump(),
