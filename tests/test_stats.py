@@ -403,7 +403,7 @@ def test_small_samples_are_refused_not_guessed():
 
 def test_importing_is_light():
     code = (
-        "import sys, kimi_nb.stats.judge, kimi_nb.stats.design, kimi_nb.stats.plots, kimi_nb.stats.pictures; "
+        "import sys, kimi_nb.stats.verdict, kimi_nb.stats.design, kimi_nb.stats.plots, kimi_nb.stats.pictures; "
         "print(sorted({'torch', 'matplotlib', 'scipy', 'statsmodels', 'seaborn'} & set(sys.modules)))"
     )
     assert (

@@ -28,4 +28,8 @@ __getattr__, __dir__, __all__ = lazily(
     entry="""
         FAMILIES STOPPED build_parser call ended_by_sigterm error_line main traceback_file
     """,
+    verdicts="""
+        add_judge add_noise add_reading cmd_judge cmd_noise margins_of named_settings noise_frame
+        noise_json number_above_zero roles_of trained
+    """,
 )

@@ -23,6 +23,7 @@ FAMILIES = (  # modules of this wing and their commands, in the order of the hel
     ("studies", "profiles"),
     ("machine", "lab env bench"),
     ("records", "report"),
+    ("verdicts", "judge noise"),
 )
 
 

@@ -53,4 +53,8 @@ __getattr__, __dir__, __all__ = lazily(
         agreement_figure agreement_words chosen_rates common_runs grid_steps open_results
         parting_step rates_apart short_names spread_apart without_machine words_apart
     """,
+    judgement="""
+        HEAD by_metric capital_first finding_row fitted forest_marks judged_heading judged_html
+        judged_json judged_markdown judged_text round_ticks
+    """,
 )

@@ -11,7 +11,7 @@ import math
 import pandas as pd
 
 from .comparison import compare
-from .judge import decide, joint_finding
+from .verdict import decide, joint_finding
 from ..study import Finding, Study, steps_to
 
 # %% ../../nbs/stats/05_claims.ipynb #990fe313

@@ -27,7 +27,7 @@ from kimi_nb.stats.inference import (
     tost_pvalue,
     welch,
 )
-from .judge import decide, not_in_table
+from .verdict import decide, not_in_table
 from ..study import metric_info
 
 # %% ../../nbs/stats/04_comparison.ipynb #db81c927

@@ -10,7 +10,6 @@ __all__ = ['EXACT_FLIPS', 'DRAWN_FLIPS', 'BOOTSTRAP_FROM', 'CORRECTIONS', 'Stats
 
 # %% ../../nbs/stats/01_inference.ipynb #98b60e28
 import math
-import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -54,19 +53,20 @@ def welch(
     x,  # (n,) values of the baseline
     y,  # (m,) values of the other arm
 ) -> tuple[float, float, float]:  # (standard error of the difference, degrees of freedom, two-sided p)
-    "Welch's unequal-variance t test (scipy), which ignores pairs.  Source: Welch, Biometrika 34 (1947)."
-    from scipy.stats import ttest_ind
+    """Welch's unequal-variance t test, which ignores pairs.
 
+    Source: Welch, Biometrika 34 (1947); Satterthwaite, Biometrics Bull. 2 (1946) for the degrees of freedom.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if min(len(x), len(y)) < 2:
         return math.nan, math.nan, math.nan
-    se = math.sqrt(x.var(ddof=1) / len(x) + y.var(ddof=1) / len(y))
+    own, other = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+    se = math.sqrt(own + other)
     if not se > 0:
         return 0.0, math.nan, math.nan
-    with warnings.catch_warnings():  # nearly equal values are not worth a warning: the test says so itself
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = ttest_ind(y, x, equal_var=False)
-    return se, float(found.df), float(found.pvalue)
+    a, b = own / (own + other), other / (own + other)
+    df = 1 / (a * a / (len(x) - 1) + b * b / (len(y) - 1))
+    return se, df, t_pvalue(float(y.mean() - x.mean()), se, df)
 
 # %% ../../nbs/stats/01_inference.ipynb #031c19fa
 EXACT_FLIPS = 16  # 2^16 patterns are still counted one by one, above that they are drawn
@@ -286,14 +286,19 @@ def _holm(p):
     return adjusted
 
 
+def _by_statsmodels(p, method):
+    "The other corrections."
+    from statsmodels.stats.multitest import multipletests  # a second to load, which Holm's does without
+
+    return multipletests(p, method=method)[1]
+
+
 def adjust(
     p,  # (k,) p values, NaN where a comparison could not be made
     correction: str = "holm",  # holm, bonferroni, fdr or none
     size: int | None = None,  # comparisons declared, where more than given here
 ) -> np.ndarray:  # (k,) adjusted p values, NaN where `p` was
     "Adjust p values for their number.  Raises: StatsError for an unknown correction."
-    from statsmodels.stats.multitest import multipletests
-
     if correction not in CORRECTIONS:
         raise StatsError(f"correction {correction!r} is unknown: one of {', '.join(CORRECTIONS)}")
     p = np.asarray(p, float)
@@ -301,7 +306,7 @@ def adjust(
         return p
     declared = np.ones(max(size or 0, len(p)))  # what could not be made counts as 1
     declared[: len(p)] = np.nan_to_num(p, nan=1.0)
-    adjusted = _holm(declared) if correction == "holm" else multipletests(declared, method=CORRECTIONS[correction])[1]
+    adjusted = _holm(declared) if correction == "holm" else _by_statsmodels(declared, CORRECTIONS[correction])
     return np.where(np.isnan(p), np.nan, adjusted[: len(p)])
 
 # %% ../../nbs/stats/01_inference.ipynb #d8106199

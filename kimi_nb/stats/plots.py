@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .inference import StatsError
-from .judge import say
+from .verdict import say
 from .words import cell, p_words, short_number
 from ..study import metric_info
 
