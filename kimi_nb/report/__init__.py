@@ -4,6 +4,13 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
+    parts="""
+        LEVEL_NAMES MARGIN PARTS_HEADS PART_CHANGES PART_COSTS PART_NAMES PartSeen RATES
+        agreement_line answer_lines best_cell best_line budget_line cell_in_words crossed_runs
+        effect_in_numbers effects_inside fairness_in_words part_effects part_in_words parts_line
+        parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs seen_in_words
+        size_in_words sizes
+    """,
     document="""
         DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text as_text blocks_of
         cited code marked numbered refer render sentence written
@@ -42,8 +49,8 @@ __getattr__, __dir__, __all__ = lazily(
         redrawn reference_file screen shared_slide slides_of talk_markdown talk_typst write_slides
     """,
     guide="""
-        ANSWERS Advice CHAPTERS HOWTO Lesson PART_COSTS PART_NAMES VIRTUES advice_table advise
-        answers_agree course howto_pages lessons_table part_effects read_lesson sizes wing_lines
+        ANSWERS Advice CHAPTERS HOWTO Lesson VIRTUES advice_table advise answers_agree course
+        howto_pages lessons_table read_lesson wing_lines
     """,
     write="""
         short_report write_report
