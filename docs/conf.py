@@ -4,8 +4,10 @@ No notebook is changed and no page is written by hand. While a notebook is read,
 cells marked hidden are left out, and the exported names are listed below it as an API reference made from their
 signatures and the comments beside their parameters. Library notebooks are not executed. Phase notebooks show what they
 showed in the published reference run (KIMI_NB_SITE_PROFILE names its profile, quick without it), so no page trains its
-models again; where other profiles are published too, a section below says what they found. The index, the promises and
-the how-to pages are executed, because what they show is computed in seconds.
+models again; where other profiles are published too, a section below says what they found. The how-to pages are
+executed, because what they show is computed in seconds; one that takes longer than KIMI_NB_SITE_LIMIT seconds (600
+without it) says so and costs the site nothing but its results. What no notebook holds, the landing page, the cards, the
+figures to touch and the command line, is made by pages.py.
 """
 
 import ast
@@ -24,13 +26,18 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 NBS = REPO / "nbs"
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "docs")]
 
+import pages
+
+from kimi_nb import __version__
 from kimi_nb.lab import trailing_comments
 from kimi_nb.plan import published as published_store
 from kimi_nb.plan import published_profiles, read_bundle, where_from
 from kimi_nb.report import (
+    CHAPTERS,
     Evidence,
+    advise,
     at_size,
     claims_markdown,
     claims_of,
@@ -38,8 +45,11 @@ from kimi_nb.report import (
     course,
     howto_pages,
     main_figures,
+    part_effects,
+    read_lesson,
     what_ran,
 )
+from kimi_nb.stats import answer_box
 
 project = "kimi_nb"
 author = "The kimi_nb authors"
@@ -53,33 +63,42 @@ html_theme = "pydata_sphinx_theme"
 html_title = "kimi_nb"
 html_static_path = ["_static"]
 html_css_files = ["kimi_nb.css"]
-html_js_files = ["kimi_nb.js"]
+html_js_files = ["kimi_nb.js", "kimi_figures.js"]
 html_favicon = "_static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
+version = release = __version__
+REPOSITORY = pages.repository(REPO)
 html_theme_options = {
     "navigation_with_keys": False,
-    "navbar_center": [],
+    "navbar_center": ["doors.html"],
     "navbar_persistent": [],
-    "navbar_end": ["search-button-field", "theme-switcher"],
+    "navbar_end": ["search-button-field", "theme-switcher", "navbar-icon-links"],
+    "icon_links": [{"name": "Repository", "url": REPOSITORY, "icon": "fa-brands fa-github"}] if REPOSITORY else [],
     "footer_start": ["copyright"],
-    "footer_end": [],
-    "secondary_sidebar_items": ["page-toc"],
+    "footer_end": ["about.html"],
+    "secondary_sidebar_items": {"index": [], "**": ["page-toc"]},
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"**": ["course.html"]}
-html_context = {"default_mode": "auto"}
+html_sidebars = {"index": [], "**": ["course.html"]}
+PAPERS = {"paper.pdf": "Paper", "slides.pdf": "Slides"}  # of a report that is laid beside the site
+papers = Path(os.environ.get("KIMI_NB_SITE_PAPERS", REPO / "_paper"))
+html_extra_path = [str(papers / name) for name in PAPERS if (papers / name).is_file()]
+html_context = {
+    "default_mode": "auto",
+    "papers": {Path(file).name: PAPERS[Path(file).name] for file in html_extra_path},
+    "folded_pages": pages.folded_pages,
+    "release": release,
+    "repository": REPOSITORY,
+}
 
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
-nb_execution_mode = "force"
-EXECUTED = {NBS / "index.ipynb", *(NBS / "howto").glob("*.ipynb")} - {
-    NBS / "howto" / "api.ipynb"
-}  # that one only imports
-nb_execution_excludepatterns = [p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if p not in EXECUTED]
-nb_execution_raise_on_error = True
-nb_execution_timeout = 180
+nb_execution_mode = "off"  # `executed` does it, so that a slow page is no error
+COLLECTED = {NBS / "index.ipynb", *(NBS / "howto" / f"{name}.ipynb" for name in ("api", "command_line"))}  # by pages.py
+EXECUTED = set((NBS / "howto").glob("*.ipynb")) - COLLECTED
+LIMIT = float(os.environ.get("KIMI_NB_SITE_LIMIT", "600"))  # seconds of a cell
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 
@@ -257,33 +276,8 @@ def reference(module: str) -> str:
     return "\n".join([*lines, *([f"Values: {', '.join(values)}."] if values else [])])
 
 
-def api_index() -> str:
-    """Every exported function and class, by module, with the first line of its docstring."""
-    lessons = [lesson for chapter in course(NBS).values() for lesson in chapter if lesson.module]
-    lines = []
-    for lesson in lessons:
-        module, page = lesson.module, f"../{lesson.path.relative_to(NBS).as_posix()}"  # the page itself is in howto/
-        parsed, exported, _ = exports(module)
-        found = [n for n in parsed.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in exported]
-        if found:
-            lines += [
-                f"## `kimi_nb.{module}`",
-                "",
-                f"[{lesson.title}]({page})",
-                "",
-                "| name | what it is |",
-                "|---|---|",
-            ]
-        for node in found:
-            kind = "class" if isinstance(node, ast.ClassDef) else "func"
-            about = (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "\\|")
-            lines.append(f"| {{py:{kind}}}`~kimi_nb.{module}.{node.name}` | {about} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def toctree(caption: str, pages: list[Path]) -> str:
-    names = [p.relative_to(NBS).with_suffix("").as_posix() for p in pages]
+def toctree(caption: str, notebooks: list[Path]) -> str:
+    names = [p.relative_to(NBS).with_suffix("").as_posix() for p in notebooks]
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```", ""])
 
 
@@ -410,6 +404,112 @@ def other_sizes(phase: str) -> list[dict]:
     return cells
 
 
+def executed(notebook: dict, path: Path) -> dict:
+    """The notebook with what its cells showed; a cell that takes too long ends the page, not the site."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError
+
+    node = nbformat.from_dict(notebook)
+    node.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    place = {"metadata": {"path": str(path.parent)}}
+    try:
+        NotebookClient(node, timeout=LIMIT, kernel_name="python3", resources=place).execute()
+    except CellTimeoutError:
+        note = f"A cell of this page took longer than {LIMIT:g} seconds on the machine that built the site: "
+        note += "what it and the cells below it show is left out."
+        node["cells"].insert(
+            1, pages.markdown_cell("too-slow", f":::{{admonition}} Not all results\n:class: warning\n{note}\n:::")
+        )
+    return json.loads(nbformat.writes(node))
+
+
+def answer_cell(phase: str) -> dict | None:
+    """The box with which a phase's page opens, from its sealed outcome; None where it is not published."""
+    if phase not in published()[0].get("phases", ()):
+        return None
+    return pages.html_cell("answer", answer_box(evidence(PROFILE).outcomes[phase]).html)
+
+
+def curves_cells(phase: str) -> list[dict]:
+    """The loss curves of a phase's study, to touch; none where it is not published or drew none."""
+    if phase not in published()[0].get("phases", ()) or phase not in evidence(PROFILE).studies:
+        return []
+    data = pages.curves_data(evidence(PROFILE), phase)
+    if data is None:
+        return []
+    title = "## The curves, to touch\n\nLine: mean over seeds; band: lowest to highest seed."
+    return [pages.markdown_cell("curves-title", title), pages.html_cell("curves", pages.figure(data))]
+
+
+def result_page(notebook: dict, path: Path) -> None:
+    """A phase notebook as a page: its answer, its results, its curves, what other sizes say; code is folded."""
+    phase = path.stem.partition("_")[2]
+    with_results(notebook, path.stem)
+    box = answer_cell(phase)
+    cells = [cell for cell in notebook["cells"] if "answer" not in cell["metadata"].get("tags", ())]
+    cells[0] = cells[0] | {"source": re.sub(r"^# ", "# Result: ", "".join(cells[0]["source"]), count=1)}
+    cells[1:1] = [box] if box else []
+    notebook["cells"] = [*cells, *curves_cells(phase), *other_sizes(phase)]
+    fold(notebook)
+
+
+def fold(notebook: dict) -> None:
+    """Code is there for those who open it."""
+    for cell in code_cells(notebook):
+        tags = cell["metadata"].setdefault("tags", [])
+        if not {"remove-input", "reading"} & set(tags):
+            tags.append("hide-input")
+        elif "reading" in tags:
+            tags.append("remove-input")
+
+
+def sizes_of_parts() -> dict:
+    """Profile -> evidence, of every published factorial, the smallest first."""
+    return {profile: evidence(profile) for profile in published_profiles(REPO, "combined")}
+
+
+def links() -> pages.Markup | None:
+    """Repository, paper and slides, as far as there are any."""
+    found = [("Repository", REPOSITORY)] if REPOSITORY else []
+    found += [(PAPERS[Path(file).name], Path(file).name) for file in html_extra_path]
+    told = [pages.tag("a", name, href=target) for name, target in found]
+    return pages.tag("p", *told, pages.tag("span", f"version {release}"), cls="knb-fine knb-links")
+
+
+def first_page() -> list[dict]:
+    """The landing page."""
+    sizes, source = sizes_of_parts(), f"figures/{PROFILE}/headline.png"
+    picture = ""
+    if (REPO / source).is_file():
+        picture = f"data:image/png;base64,{base64.b64encode((REPO / source).read_bytes()).decode()}"
+    return pages.landing(read_lesson(NBS / "index.ipynb").blurb, sizes, picture, links())
+
+
+START = ("get_started", "decision_guide", "found")
+QUESTIONS = ("own_data", "own_study", "own_component", "gpu", "cluster", "command_line")
+
+
+def trees() -> str:
+    """The list of all pages: what to begin with, the results, what to do, the course wing by wing, what to look up."""
+    by_name = {path.stem: path for path in howto_pages(NBS)}
+    begin = [by_name.pop(name) for name in START if name in by_name]
+    do = [by_name.pop(name) for name in QUESTIONS if name in by_name]
+    others = [p for p in sorted(NBS.glob("*.ipynb")) if p.stem != "index"]
+    chapters = course(NBS)
+    results = [lesson.path for lesson in chapters.pop(CHAPTERS["phases"])]
+    found = [
+        toctree("Begin", [begin[0], *others, *begin[1:]]),
+        toctree("Results", results),
+        toctree("Do it yourself", do),
+    ]
+    found.append(toctree("Look it up", list(by_name.values())))
+    found += [
+        toctree(f"Course: {chapter}", [lesson.path for lesson in lessons]) for chapter, lessons in chapters.items()
+    ]
+    return "\n".join(found)
+
+
 def read(app, docname, content):
     """Sphinx's source-read event: content[0] is the notebook as text."""
     path = NBS / f"{docname}.ipynb"
@@ -422,17 +522,24 @@ def read(app, docname, content):
     if path.parent.name == "phases":
         for profile in {PROFILE, *published_profiles(REPO)}:
             app.env.note_dependency(str(REPO / "data" / "records" / profile / "bundle.json"))
-        with_results(notebook, path.stem)
-        notebook["cells"] += other_sizes(path.stem.partition("_")[2])
+        result_page(notebook, path)
     notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
+    if path in EXECUTED:
+        notebook = executed(notebook, path)
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":
-        others = [p for p in sorted(NBS.glob("*.ipynb")) if p.stem != "index"]
-        trees = [toctree("How to", [*others, *howto_pages(NBS)])]
-        trees += [toctree(chapter, [lesson.path for lesson in lessons]) for chapter, lessons in course(NBS).items()]
-        extra = "\n".join(trees)
+        notebook["cells"], extra = first_page(), trees()
+    elif docname == "howto/decision_guide":
+        fold(notebook)
+        advice = {
+            p: [advise(row) for row in part_effects(e.store).to_dict("records")] for p, e in sizes_of_parts().items()
+        }
+        data = pages.effects_data(sizes_of_parts())
+        notebook["cells"][1:1] = [pages.html_cell("cards", pages.advice_cards(advice) + pages.figure(data))]
     elif docname == "howto/api":
-        extra = api_index()
+        extra = pages.api_index(course(NBS), exports, NBS)
+    elif docname == "howto/command_line":
+        extra = pages.command_line()
     if extra:
         notebook["cells"].append({"cell_type": "markdown", "id": "made-by-conf", "metadata": {}, "source": extra})
     content[0] = json.dumps(notebook)
@@ -440,10 +547,7 @@ def read(app, docname, content):
 
 def outdated(app, env, added, changed, removed):
     """Pages that are computed or collected, made anew each time; the others when what they are made from changed."""
-    return sorted(
-        {p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, NBS / "howto" / "api.ipynb"]}
-        & env.found_docs
-    )
+    return sorted({p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, *COLLECTED]} & env.found_docs)
 
 
 def setup(app):

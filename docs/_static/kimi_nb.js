@@ -1,4 +1,5 @@
 // Tables can be sorted: a click on a heading sorts by that column, a second click the other way round.
+// A table that is wider than its place scrolls in a box of its own, its first column fixed, with a line that says so.
 (() => {
   const number = (text) => {
     const m = text.replace(/[,\u2009]/g, "").replace(/\u2212/g, "-").match(/^[<>≈×~\s]*([-+]?\d*\.?\d+(?:e[-+]?\d+)?)/i);
@@ -9,10 +10,10 @@
     if (!isNaN(x) && !isNaN(y)) return x - y;
     return isNaN(x) !== isNaN(y) ? (isNaN(x) ? 1 : -1) : a.localeCompare(b);
   };
-  const prepare = (table) => {
+  const sortable = (table) => {
     const body = table.tBodies[0], head = table.tHead && table.tHead.rows.length === 1 && table.tHead.rows[0];
     const spans = [...table.querySelectorAll("th, td")].some((c) => c.colSpan > 1 || c.rowSpan > 1);
-    if (table.closest(".knb") || !head || !body || body.rows.length < 3 || spans) return;
+    if (table.closest(".knb, .knb-answer") || !head || !body || body.rows.length < 3 || spans) return;
     [...head.cells].forEach((cell, i) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -31,5 +32,25 @@
       });
     });
   };
-  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("article table").forEach(prepare));
+  const widen = (table) => {
+    if (table.closest(".knb, .knb-answer, .knb-wide") || table.closest("details:not([open])")) return;
+    const parent = table.parentElement;
+    if (table.scrollWidth <= parent.clientWidth + 1) return;
+    const box = document.createElement("div"), hint = document.createElement("p");
+    box.className = "knb-wide";
+    box.tabIndex = 0;
+    box.setAttribute("role", "region");
+    box.setAttribute("aria-label", "table, scrolls sideways");
+    hint.className = "knb-hint";
+    hint.textContent = "→ more columns: scroll sideways";
+    parent.insertBefore(box, table);
+    box.append(table);
+    box.after(hint);
+  };
+  const all = (root = document) => [...root.querySelectorAll("article table")];
+  document.addEventListener("DOMContentLoaded", () => {
+    all().forEach(sortable);
+    requestAnimationFrame(() => all().forEach(widen));
+    document.addEventListener("toggle", (event) => [...event.target.querySelectorAll("table")].forEach(widen), true);
+  });
 })();

@@ -17,4 +17,7 @@ __getattr__, __dir__, __all__ = lazily(
         publish_records published published_profiles read_bundle records_of slim_notebook small_png
         small_svg source_of studies_of where_from
     """,
+    lesson="""
+        AnswerPlace answer_at_top change_outcome change_study try_change
+    """,
 )

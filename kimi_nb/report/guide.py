@@ -71,6 +71,7 @@ def course(
 
 # %% ../../nbs/report/09_guide.ipynb #25e233bb
 HOWTO = (
+    "get_started",
     "found",
     "own_data",
     "own_study",
@@ -81,6 +82,7 @@ HOWTO = (
     "gpu",
     "cluster",
     "measured",
+    "command_line",
     "course",
     "api",
 )

@@ -36,9 +36,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     outcome="""
         FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS figures_folder
-        finding_of load_outcome not_testable outcome_file outcome_problems outcomes_by_profile
-        outcomes_of questions_of read_outcome record_outcome results_folder sealed_outcome
-        write_outcome
+        finding_of guarded load_outcome not_testable outcome_file outcome_problems
+        outcomes_by_profile outcomes_of questions_of read_outcome record_outcome results_folder
+        sealed_outcome write_outcome
     """,
     curves="""
         gradient_statistics loss_statistics running_median steps_to

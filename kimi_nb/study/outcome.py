@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'NOT_RUN', 'FLOOR', 'Finding', 'not_testable', 'KeptTable', 'Outcome', 'results_folder',
-           'outcome_file', 'figures_folder', 'sealed_outcome', 'write_outcome', 'record_outcome', 'finding_of',
-           'load_outcome', 'outcomes_by_profile', 'read_outcome', 'outcomes_of', 'outcome_problems', 'FigureAbout',
-           'PhaseAbout', 'questions_of']
+           'outcome_file', 'figures_folder', 'sealed_outcome', 'write_outcome', 'guarded', 'record_outcome',
+           'finding_of', 'load_outcome', 'outcomes_by_profile', 'read_outcome', 'outcomes_of', 'outcome_problems',
+           'FigureAbout', 'PhaseAbout', 'questions_of']
 
 # %% ../../nbs/study/08_outcome.ipynb #c74ea64f
 import json
@@ -164,6 +164,7 @@ class Outcome(_Data):
     mark: str = ""  # random: tells two outcomes of the same second apart
     key: str = ""  # hash over all that the executed notebook shows; '' until the plan has set it
     tokens: int = 0  # of the profile's base run: tells which profile is larger
+    steps: int = 0  # of the base run; 0 where that was not kept
     digest: str = ""  # of the file it was read from
 
     def finding(
@@ -225,6 +226,19 @@ def _table_key(caption):
     return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
 
 
+def guarded(
+    findings,  # of `Finding`
+    profile: Profile,  # that the runs used
+) -> list[Finding]:
+    "The findings; of a profile that is too short to decide with their words taken back."
+    steps = profile.base.train.steps
+    found = [finding_of(f) for f in findings]
+    if steps >= FLOOR:
+        return found
+    why = f"Runs of {steps} steps decide nothing: it takes {FLOOR}."
+    return [f if why in f.caveats else f.held_back(why) for f in found]
+
+
 def record_outcome(
     store,  # the results
     phase: str,  # its name
@@ -235,9 +249,6 @@ def record_outcome(
 ) -> Outcome:
     "Keep what a phase found; a profile that is too short to decide takes the words back."
     steps = profile.base.train.steps
-    findings = [finding_of(f) for f in findings]
-    if steps < FLOOR:
-        findings = [f.held_back(f"Runs of {steps} steps decide nothing: it takes {FLOOR}.") for f in findings]
     kept = {
         _table_key(caption): KeptTable(caption=caption, columns=t.columns, rows=t.rows)
         for caption, t in (tables or {}).items()
@@ -245,12 +256,13 @@ def record_outcome(
     outcome = Outcome(
         phase=phase,
         profile=profile.name,
-        findings=tuple(findings),
+        findings=tuple(guarded(findings, profile)),
         figures=tuple(os.path.relpath(p, store.path) for p in figures),
         tables=kept,
         finished=datetime.now(UTC).replace(microsecond=0),
         mark=secrets.token_hex(8),
         tokens=steps * profile.base.tokens_per_step,
+        steps=steps,
     )
     write_outcome(store, outcome)
     return outcome
