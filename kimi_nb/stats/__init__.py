@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazily(
         NOTHING amount capital cell counted difference duration listed number p_words percent
         short_number
     """,
-    judge="""
-        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide direction_seen
-        family_size_of found_better joint_finding lost_runs not_in_table row_of said_whole say seen
-        size_seen survivors word_for
+    verdict="""
+        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide digits_of direction_seen
+        family_size_of found_better joint_finding lost_runs metric_of not_in_table row_of said_whole
+        say seen size_seen survivors word_for
     """,
     comparison="""
         LOST Rule TESTS compare family_statistics paired words_of
@@ -39,11 +39,31 @@ __getattr__, __dir__, __all__ = lazily(
         scaling_fit spectra
     """,
     answer="""
-        AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE SIZES WIDTH answer_box answer_markdown
-        answer_rows banner decides_nothing effect_with_interval interval_picture reach_of size_words
+        AGAINST_MARGIN AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
+        answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
+        reach_of size_words
     """,
     reading="""
-        SHOWN read_comparisons read_correlations read_curves read_load read_means read_plan
+        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
         read_tradeoff
+    """,
+    foreign="""
+        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
+        read_table separator_of table_in text_of
+    """,
+    trackers="""
+        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
+        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
+    """,
+    roles="""
+        ARM_COLUMNS BASELINES RunTable SEED_COLUMNS better_way column_named first_named guess_metric
+        longer runs_of
+    """,
+    judging="""
+        Chance Judged chance_of compared_rows guess_baseline how_compared judge judged over_items
+        runs_needed seeds_for two_axes unpaired
+    """,
+    spread="""
+        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
     """,
 )
