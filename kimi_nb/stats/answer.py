@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from .judge import say
+from .verdict import say
 from .words import capital, counted, difference
 from ..study import FLOOR, Finding, Outcome, metric_info
 
