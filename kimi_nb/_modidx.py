@@ -3203,6 +3203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'kimi_nb.stats.roles': { 'kimi_nb.stats.roles.RunTable': ('stats/roles.html#runtable', 'kimi_nb/stats/roles.py'),
                                      'kimi_nb.stats.roles._across': ('stats/roles.html#_across', 'kimi_nb/stats/roles.py'),
                                      'kimi_nb.stats.roles._arm_columns': ('stats/roles.html#_arm_columns', 'kimi_nb/stats/roles.py'),
+                                     'kimi_nb.stats.roles._as_ours': ('stats/roles.html#_as_ours', 'kimi_nb/stats/roles.py'),
                                      'kimi_nb.stats.roles._cleaned': ('stats/roles.html#_cleaned', 'kimi_nb/stats/roles.py'),
                                      'kimi_nb.stats.roles._is_number': ('stats/roles.html#_is_number', 'kimi_nb/stats/roles.py'),
                                      'kimi_nb.stats.roles._joined': ('stats/roles.html#_joined', 'kimi_nb/stats/roles.py'),

@@ -252,7 +252,7 @@ def runs_of(
         said.append(f"compared by {metric}{also}")
     runs = pd.DataFrame(dict(arm=_joined(frame, arms), status=_statuses(frame, set(metrics))))
     runs["block"] = _joined(frame, blocks) if blocks else ""
-    runs = runs.assign(**{c: frame[c] for c in _OURS if c in frame and c not in (*arms, *metrics)})
+    runs = runs.assign(**{c: _as_ours(frame[c], c) for c in _OURS if c in frame and c not in (*arms, *metrics)})
     seeds = _seed_texts(frame[seed]) if seed else pd.Series("", index=frame.index)
     if not seed and (single or names):
         parts = split_names(runs["arm"], names)
@@ -264,6 +264,15 @@ def runs_of(
         said.append(f"seeds by {seed}")
     runs["seed"] = seeds
     return _cleaned(runs, frame, metrics, steps, decimal, said)
+
+
+def _as_ours(column, name):
+    "A column of one of our own tables, with its type again where the file had none."
+    if name in ("reached", "late"):
+        return column.astype(str).str.lower().isin(("true", "1", "1.0"))
+    if name in ("steps", "tokens", "training_seconds"):
+        return pd.to_numeric(column, errors="coerce")
+    return column
 
 
 def _seed_column(frame, seed):
@@ -310,10 +319,15 @@ def _cleaned(runs, frame, metrics, steps, decimal, said):
     return RunTable(runs.reset_index(drop=True), tuple(metrics), seeded, tuple(dict.fromkeys(said)))
 
 
+_SHARES = {"acc", "accuracy", "f1", "em", "match", "norm", "auc", "auroc", "pass"}  # what is a share or a percentage
+
+
 def _one_unit(runs, metric):
     "Refuse shares beside percent."
     values = runs[metric].dropna()
-    shares = values.between(0, 1) & (values > 0)
-    if better_way(metric) == "higher" and shares.any() and (values > 1.5).any() and values.between(0, 100).all():
-        low, high = values[shares].iloc[0], values[values > 1.5].iloc[0]
+    if not _SHARES & set(re.split(r"[^a-z0-9]+", metric.lower())) or not values.between(0, 100).all():
+        return
+    shares, percent = values[(values > 0) & (values <= 1)], values[values > 5]
+    if len(shares) and len(percent) and len(shares) + len(percent) == (values > 0).sum():
+        low, high = shares.iloc[0], percent.iloc[0]
         raise StatsError(f"{metric} mixes shares ({low:g}) and percent ({high:g}): write every value in one unit")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .inference import StatsError, detectable_dz, detectable_ncp
-from .roles import ARM_COLUMNS, first_named, runs_of
+from .roles import ARM_COLUMNS, first_named, longer, runs_of
 from .words import counted, listed
 
 # %% ../../nbs/stats/24_spread.ipynb #4d87853f
@@ -143,7 +143,8 @@ def noise(
 ) -> Noise:
     "The noise floor of a set-up, from runs of one configuration or of several.  Raises: StatsError."
     frame = frame.reset_index(drop=True)
-    causes, said = causes_in(frame), []
+    frame, said = longer(frame, metric)
+    causes = causes_in(frame)
     if not roles.get("arm"):
         roles["arm"] = first_named(frame, ARM_COLUMNS)
     if not roles["arm"]:
