@@ -3239,6 +3239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'kimi_nb.stats.trackers._from_folder': ( 'stats/trackers.html#_from_folder',
                                                                                  'kimi_nb/stats/trackers.py'),
                                         'kimi_nb.stats.trackers._objects': ('stats/trackers.html#_objects', 'kimi_nb/stats/trackers.py'),
+                                        'kimi_nb.stats.trackers._single': ('stats/trackers.html#_single', 'kimi_nb/stats/trackers.py'),
                                         'kimi_nb.stats.trackers._tensor_number': ( 'stats/trackers.html#_tensor_number',
                                                                                    'kimi_nb/stats/trackers.py'),
                                         'kimi_nb.stats.trackers._varint': ('stats/trackers.html#_varint', 'kimi_nb/stats/trackers.py'),

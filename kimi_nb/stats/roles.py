@@ -310,8 +310,8 @@ def _cleaned(runs, frame, metrics, steps, decimal, said):
             runs[f"{metric}_stderr"] = numbers_of(frame[f"{metric}_stderr"], f"{metric}_stderr").values
         _one_unit(runs, metric)
     keys = ["block", "arm", "seed"]
+    runs = runs[runs[metrics].notna().any(axis=1) | runs["status"].ne("done")]
     if steps and steps not in metrics and seeded:
-        runs = runs[runs[metrics].notna().any(axis=1) | runs["status"].ne("done")]
         runs = _last_steps(runs, keys, numbers_of(frame[steps], steps).values[runs.index], said)
     elif seeded and runs.duplicated(keys).any() and "run_id" not in runs:
         again = int(runs.duplicated(keys).sum())

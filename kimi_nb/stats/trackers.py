@@ -116,13 +116,18 @@ def fields_of(
         yield key >> 3, value
 
 
+def _single(raw):
+    "A number of 4 bytes, with the seven digits that it has."
+    return float(f"{struct.unpack('<f', raw)[0]:.7g}")
+
+
 def _tensor_number(data):
     "The number of a tensor that has one."
     tensor = dict(fields_of(data))
     kind = tensor.get(1, 1)
     raw = tensor.get(4) or tensor.get(6 if kind == 2 else 5) or b""
     if kind == 1 and len(raw) == 4:
-        return struct.unpack("<f", raw)[0]
+        return _single(raw)
     return struct.unpack("<d", raw)[0] if kind == 2 and len(raw) == 8 else None
 
 
@@ -139,7 +144,7 @@ def scalars_of(
             if number != 1:
                 continue
             parts = dict(fields_of(value))
-            found = struct.unpack("<f", parts[2])[0] if len(parts.get(2, b"")) == 4 else None
+            found = _single(parts[2]) if len(parts.get(2, b"")) == 4 else None
             if found is None and 8 in parts:
                 found = _tensor_number(parts[8])
             if found is not None and step >= last.get(parts[1], (-1, 0))[0]:
