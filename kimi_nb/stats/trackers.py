@@ -153,12 +153,12 @@ def scalars_of(
 
 # %% ../../nbs/stats/21_trackers.ipynb #3fe2befc
 def named_rows(
-    rows: dict[str, dict],  # name of a run -> what it ended with
+    rows: list[tuple[str, dict]],  # name of a run, what it ended with
     names: str = "",  # pattern of the names, for `split_names`
 ) -> pd.DataFrame:  # run, arm, perhaps seed, and what was measured
     "One row a run, its name taken apart."
-    parts = split_names(rows, names)
-    table = [dict(run=run, arm=arm, seed=seed) | row for (run, row), (arm, seed) in zip(rows.items(), parts)]
+    parts = split_names([run for run, _ in rows], names)
+    table = [dict(run=run, arm=arm, seed=seed) | row for (run, row), (arm, seed) in zip(rows, parts)]
     frame = pd.DataFrame(table)
     return frame.drop(columns="seed") if frame["seed"].isna().all() else frame
 
@@ -178,20 +178,21 @@ def from_tensorboard(
         kept = rows.setdefault(folder.name if run == "." else run, {})
         for tag, found in ended.items():
             kept[tag] = max(kept.get(tag, found), found, key=lambda pair: pair[0])
-    rows = {run: {tag: value for tag, (_, value) in kept.items()} for run, kept in rows.items() if kept}
+    rows = [(run, {tag: value for tag, (_, value) in kept.items()}) for run, kept in rows.items() if kept]
     if not rows:
         raise StatsError(f"no event file below {folder} has a scalar")
     return Loaded(named_rows(rows, names), (f"{counted(len(rows), 'run')} of TensorBoard, each by its last value",))
 
 # %% ../../nbs/stats/21_trackers.ipynb #44451a4e
 def _objects(database, table, column):
-    "(run, object) of each row of a table of trackio, in the order of writing."
+    "(key of a run, its name, object) of each row of a table of trackio, in the order of writing."
     known = {row[1] for row in database.execute(f"pragma table_info({table})")}
     if not {"run_name", column} <= known:
         return
+    key = "coalesce(run_id, run_name)" if "run_id" in known else "run_name"
     order = "step, rowid" if "step" in known else "rowid"
-    for run, text in database.execute(f"select run_name, {column} from {table} order by {order}"):
-        yield run, json.loads(text)
+    for run, name, text in database.execute(f"select {key}, run_name, {column} from {table} order by {order}"):
+        yield run, name, json.loads(text)
 
 
 def from_trackio(
@@ -202,16 +203,17 @@ def from_trackio(
     rows = {}
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            for run, metrics in _objects(database, "metrics", "metrics"):
-                rows.setdefault(run, {}).update(metrics)
-            for run, settings in _objects(database, "configs", "config"):
+            for run, name, metrics in _objects(database, "metrics", "metrics"):
+                rows.setdefault(run, (name, {}))[1].update(metrics)
+            for run, name, settings in _objects(database, "configs", "config"):
                 if run in rows:
-                    rows[run] = {k: v for k, v in settings.items() if not k.startswith("_")} | rows[run]
+                    kept = {k: v for k, v in settings.items() if not k.startswith("_")}
+                    rows[run] = name, kept | rows[run][1]
     except (sqlite3.Error, ValueError) as e:
         raise StatsError(f"{path} is no store of trackio, or it is damaged ({e})") from None
     if not rows:
         raise StatsError(f"{path} is a database without runs of trackio")
-    frame = named_rows(rows, names).loc[:, lambda f: ~f.columns.duplicated()]
+    frame = named_rows(list(rows.values()), names)
     return Loaded(frame, (f"{counted(len(rows), 'run')} of trackio, each by its last value",))
 
 # %% ../../nbs/stats/21_trackers.ipynb #1b13ad80
@@ -295,7 +297,9 @@ def from_chart(
         raise StatsError(
             f"the chart shows means of groups ({listed(grouped[:3])}), which hide their runs: export it ungrouped"
         )
-    return Loaded(named_rows(rows, names), (f"{counted(len(rows), 'curve')} of a chart, each by its last value",))
+    return Loaded(
+        named_rows(list(rows.items()), names), (f"{counted(len(rows), 'curve')} of a chart, each by its last value",)
+    )
 
 # %% ../../nbs/stats/21_trackers.ipynb #47bbafa2
 _LARGEST_LOG = 200_000_000  # bytes
