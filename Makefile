@@ -28,7 +28,7 @@ ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.installed
 endif
 
-.PHONY: help setup plan test test-slow check lint lab docs bench export readme lock audit clean distclean
+.PHONY: help setup plan test test-slow check lint lab docs release bench export readme lock audit clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -87,16 +87,23 @@ check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, r
 	$(MAKE) --no-print-directory lint || bad=1; [ -z "$$bad" ]
 
 # LINTED: what ruff checks
-LINTED := kimi_nb nbs tests docs
+LINTED := kimi_nb nbs tests docs setup.py
 lint: $(VENV)/.installed ## ruff: rules and format; then how the code reads, beside others', for orientation
 	@$(PY) docs/measure.py
-	@$(BIN)/ruff check --quiet $(LINTED) && $(BIN)/ruff format --check --quiet nbs tests docs
+	@$(BIN)/ruff check --quiet $(LINTED) && $(BIN)/ruff format --check --quiet nbs tests docs setup.py
 
 lab: $(VENV)/.installed ## open the workbench and the notebooks in JupyterLab
 	$(BIN)/kimi-nb lab $(ARGS)
 
 docs: $(VENV)/.installed ## build the site into _docs/
 	$(BIN)/sphinx-build -W --keep-going -q -j auto -c docs nbs _docs $(ARGS)
+
+release: $(VENV)/.installed ## the wheel, and paper and slides of the published run, into dist/
+	rm -rf dist build
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/kimi-nb report --published $(PROFILE) --out dist/report
+	for f in paper.pdf slides.pdf slides.html slides.pptx; do [ ! -f dist/report/$$f ] || cp dist/report/$$f dist/kimi_nb-$(PROFILE)-$$f; done
+	rm -rf dist/report
 
 bench: $(VENV)/.installed ## the measurements that the site shows
 	$(BIN)/kimi-nb bench $(ARGS)

@@ -21,10 +21,10 @@ def command_line(*argv: str, **how) -> subprocess.CompletedProcess:
 def test_a_fault_is_one_line_and_its_traceback_a_file(tmp_path, monkeypatch, capsys):
     """Whatever a library raises; a person can send the file."""
 
-    def broken():
+    def broken(name):
         raise RuntimeError("a library's\nwords")
 
-    monkeypatch.setattr(kimi_nb.cli.machine, "workbench_notebook", broken)
+    monkeypatch.setattr(kimi_nb.cli.machine, "find_spec", broken)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert main(["lab"]) == 1

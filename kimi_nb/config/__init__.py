@@ -20,7 +20,10 @@ __getattr__, __dir__, __all__ = lazily(
         NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS PositionConfig ResidualConfig
         RunConfig TrainConfig data_identity deciding mla_sizes needs planned refuse_planned sleeping
     """,
+    places="""
+        SHIPPED brought_along is_installed place settings_path working_folder
+    """,
     profile="""
-        LIKE Profile load_profile profile_names settings_path
+        LIKE Profile load_profile profile_names
     """,
 )

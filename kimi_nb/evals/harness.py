@@ -303,7 +303,9 @@ def run_benchmarks(
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise BenchmarkError("the benchmarks need lm-evaluation-harness: pip install 'kimi_nb[eval]'") from None
+        raise BenchmarkError(
+            "the benchmarks need lm-evaluation-harness: pip install lm-eval accelerate transformers"
+        ) from None
     lm, vocab_size = harness_model(model, tokenizer, batch_size), getattr(model.config, "vocab_size", None)
     results, results.samples = Results(), {}
     with tempfile.TemporaryDirectory(prefix="kimi-nb-eval-", ignore_cleanup_errors=True) as folder:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from ..config import settings_path, write_file
+from ..config import place, write_file
 from ..data import world
 
 # %% ../../nbs/evals/01_items.ipynb #3e7f0d60
@@ -132,8 +132,8 @@ def world_items(
 
 # %% ../../nbs/evals/01_items.ipynb #a8a19306
 def tasks_folder() -> Path:
-    "Where the files of the tasks are: `data/tasks` of the checkout."
-    return settings_path().parent / "data" / "tasks"
+    "Where the files of the tasks are: `data/tasks` beside settings.ini, else of the package."
+    return place("data/tasks")
 
 
 def task_rows(

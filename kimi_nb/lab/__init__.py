@@ -38,4 +38,7 @@ __getattr__, __dir__, __all__ = lazily(
     workbench="""
         PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
     """,
+    copies="""
+        Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile
+    """,
 )

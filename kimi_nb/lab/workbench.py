@@ -87,7 +87,8 @@ class PlanState:
         under_way = {folder.run_id for folder in self.store.run_folders() if folder.at_work()}
         counted, rows = set(), []
         for phase, group in self.studies().items():
-            mine = [p for p in distinct(group) if p.run_id not in counted]
+            planned = [p._replace(run_id=self.store.known_as(p.run_id)) for p in distinct(group)]
+            mine = [p for p in planned if p.run_id not in counted]
             counted |= {p.run_id for p in mine}
             row = dict(phase=phase) | _count(mine, there, under_way, begun)
             row["seconds"] = sum(self._estimate(p.run, frame) for p in mine if not _is_final(there, p))

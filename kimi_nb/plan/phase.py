@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import KimiError, Profile, load_profile, settings_path, write_file
+from ..config import KimiError, Profile, is_installed, load_profile, settings_path, write_file
 from .run import phase_notebooks, plan_table
 from ..runner import tuned
 from ..study import Store, Study, results_folder
@@ -57,6 +57,11 @@ def new_phase(
 
     Raises: TemplateError for a name that is taken or no module's name.
     """
+    if root is None and is_installed():
+        raise TemplateError(
+            "a phase becomes a module of the package, and this one is installed: work in a checkout of kimi_nb, "
+            "or write a study of your own (nbs/howto/own_study.ipynb)"
+        )
     root = Path(root) if root else settings_path().parent
     if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name) or keyword.iskeyword(name):
         raise TemplateError(

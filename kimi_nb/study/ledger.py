@@ -7,10 +7,12 @@ __all__ = ['RunsBase', 'gives_way', 'why_aside', 'Runs', 'same_comparison', 'in_
            'with_more_seeds']
 
 # %% ../../nbs/study/05_ledger.ipynb #f479fce3
+import json
 import os
+import platform
 import re
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -92,6 +94,29 @@ class RunsBase:
             self._seen[file] = stamp, made
         return made
 
+    def known_as(
+        self,
+        run_id: str,  # as it is called here and now
+    ) -> str:
+        "The published run that stands for it, itself where there is none."
+        return self._stand_ins().get(run_id, run_id)
+
+    def _stand_ins(self):
+        "run_id -> the published run that stands for it; none but in a folder laid out on another version of Python."
+        return self._remembered(self.path / "bundle.json", self._published_elsewhere) or {}
+
+    def _published_elsewhere(self, text):
+        try:
+            same = json.loads(text)["python"] == platform.python_version()
+        except (ValueError, KeyError, TypeError):
+            return {}
+        found = {}
+        for folder in () if same else self.run_folders():
+            with suppress(KimiError):
+                record = folder.read_result()
+                found[record.run.run_id] = record.run_id
+        return {here: there for here, there in found.items() if here != there}
+
     def has_runs(self) -> bool:
         "Whether there is a place for runs' folders: the store was written to."
         return (self.path / EXPERIMENTS).is_dir()
@@ -113,6 +138,8 @@ class RunsBase:
     ) -> RunFolder:
         "Where a run lives, or would live; makes nothing."
         names = [n for n in list_folder(self.path / EXPERIMENTS) if n.endswith(f"_{run_id}")]
+        if not names and self.known_as(run_id) != run_id:
+            return self.run_folder(self.known_as(run_id))
         found = [RunFolder(self.path / EXPERIMENTS / n) for n in names]
         for folder in found:
             if folder.finished:
@@ -327,7 +354,7 @@ class Ledger(Runs):
                 else:
                     self._save(self._file(f"{study.name}@{same_comparison(old)}"), old, rows)
             # all ids of one file come from one machine: what a data set's name stands for may differ elsewhere
-            ids = {(p.arm, p.block, p.seed): p.run_id for p in study.expand()}
+            ids = {(p.arm, p.block, p.seed): self.known_as(p.run_id) for p in study.expand()}
             self._save(file, study, {key: run_id for key, run_id in ids.items() if key in keys})
             return file
 

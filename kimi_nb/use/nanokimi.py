@@ -27,7 +27,7 @@ from kimi_nb.config import (
     KimiError,
     Positive,
     RunConfig,
-    settings_path,
+    place,
     truth,
     write_file,
 )
@@ -157,18 +157,18 @@ class _File(RunConfig):
 
 
 def _shipped_example(path: Path) -> Path:
-    "The checkout's example of this name where there is no such file here."
+    "The example of this name that comes with the package, where there is no such file here."
     if path.name != str(path) or path.exists():
         return path
     with contextlib.suppress(ConfigError):
-        example = settings_path().parent / "examples" / path.name
+        example = place(f"examples/{path.name}")
         if example.is_file():
             return example
     return path
 
 
 def read_config(
-    path,  # of a YAML or JSON file in the project's names or in nanoKimi's; `nano.yaml` may be the checkout's example
+    path,  # of a YAML or JSON file in the project's names or in nanoKimi's; `nano.yaml` may be the package's example
 ) -> tuple[RunConfig, Tracking]:
     "The run that a file describes, and where it is tracked.  Raises: ConfigError that names the file and the setting."
     found = _File.load(_shipped_example(Path(path)))
