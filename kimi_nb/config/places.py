@@ -6,10 +6,10 @@
 __all__ = ['SHIPPED', 'brought_along', 'is_installed', 'settings_path', 'place', 'working_folder']
 
 # %% ../../nbs/config/05_places.ipynb #10be7460
-import importlib.util
 import os
 from pathlib import Path
 
+import kimi_nb
 from .base import ConfigError
 
 # %% ../../nbs/config/05_places.ipynb #3c4a4aa4
@@ -18,7 +18,7 @@ SHIPPED = "shipped"  # the folder of an installed package that is laid out like 
 
 def brought_along() -> Path:
     "The folder, laid out like a checkout, that comes with the package: the checkout, or what a wheel holds."
-    package = Path(next(iter(importlib.util.find_spec("kimi_nb").submodule_search_locations)))
+    package = Path(next(iter(kimi_nb.__path__)))
     inside = package / SHIPPED
     return inside if inside.is_dir() else package.resolve().parent
 
