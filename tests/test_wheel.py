@@ -65,13 +65,11 @@ def python(request, tmp_path_factory) -> Path:
     wheel = request.getfixturevalue("wheel")
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder, with_pip=False, symlinks=True)
-    (here,) = folder.glob("lib/python*/site-packages")
-    done = run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--prefix", folder, wheel)
+    here, fresh = next(folder.glob("lib/python*/site-packages")), folder / "bin" / "python"
+    done = run(sys.executable, "-m", "pip", "--python", fresh, "install", "-q", "--no-deps", "--no-index", wheel)
     assert done.returncode == 0, done.stderr
-    (here / "borrowed.pth").write_text(
-        sysconfig.get_path("purelib") + "\n"
-    )  # packages only: its .pth files do not count
-    return folder / "bin" / "python"
+    (here / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files do not count
+    return fresh
 
 
 class Person:

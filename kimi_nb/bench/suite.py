@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 from .step import repeated_run, spread_with_and_without, utilisation
-from ..config import KimiError, RunConfig, near, settings_path, write_file
+from ..config import KimiError, RunConfig, near, place, settings_path, write_file
 from ..data import prepare
 from ..model import ModelOutput
 from ..runner import matrix_peak, seconds_of
@@ -108,9 +108,9 @@ class GPT2(nn.Module):
 def shakespeare() -> Path:
     "Tiny Shakespeare beside the checkout or in its data folder.  Raises: KimiError when it is not there."
     root = settings_path().parent
-    for place in (root / "data" / "tinyshakespeare.txt", root.parent / "shared" / "data" / "tinyshakespeare.txt"):
-        if place.is_file():
-            return place
+    for text in (root / "data" / "tinyshakespeare.txt", root.parent / "shared" / "data" / "tinyshakespeare.txt"):
+        if text.is_file():
+            return text
     raise KimiError("tinyshakespeare.txt is not there: put the 1.1 MB text of karpathy/char-rnn into data/")
 
 
@@ -152,7 +152,7 @@ def bench_nanogpt_loss():
 
 def example_run() -> RunConfig:
     "examples/shakespeare.yaml on that text."
-    example = RunConfig.load(settings_path().parent / "examples" / "shakespeare.yaml")
+    example = RunConfig.load(place("examples/shakespeare.yaml"))
     return example.override({"data.corpus": str(shakespeare())})
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..config import Profile, settings_path, write_file
+from ..config import Profile, working_folder, write_file
 from .record import RecordError, seal, unseal
 from .store import vouched
 
@@ -186,7 +186,7 @@ def results_folder(
     if os.environ.get("IN_TEST"):
         user = os.getuid() if hasattr(os, "getuid") else 0
         return Path(tempfile.gettempdir()) / f"kimi_nb-test-{user}-{os.getppid()}"
-    return settings_path().parent / "results"
+    return working_folder() / "results"
 
 
 def outcome_file(
