@@ -5,26 +5,32 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     choices="""
-        Setting change command_line estimate_seconds field_comments python_code quick_costs
+        Setting change command_line crowding estimate_seconds field_comments python_code quick_costs
         section_help setting_help settings_of trailing_comments typed_value vocabulary why_not
     """,
     markup="""
-        HUES View error_html error_words hue interactive page style_sheet table_of table_row tag
-        together
+        HUES View error_html error_words hue interactive page script_text style_sheet table_of
+        table_row tag together
     """,
     svg="""
         block_svg chart_svg load_svg nice_ticks svg_drawing svg_text thin_points
     """,
+    parts="""
+        Names Part SAID SPELLED component_settings has_part measured_profile parts_of put_off put_on
+        run_name run_of runs_like said spelled without_parts
+    """,
     picker="""
-        PickedRun Picker SUGGESTED arms_html cost_html cost_rows elsewhere_html factors_of
+        PickedRun Picker SUGGESTED Switches arms_html cost_html cost_rows elsewhere_html factors_of
         factors_page keeping_quiet phase_picker pick_config picker_page
     """,
     live="""
-        Follower LiveView curves_html follow_record live_page live_view progress_html smooth
+        Follower LiveView arm_curve baseline_curves curve_points curves_html follow_record live_page
+        live_view progress_html roomy_threads smooth
     """,
     pinboard="""
-        CURVES Pinboard arm_keys compare_html difference_table find_runs legend_html overlay_svg
-        paired_finding pinboard_page setting_columns short_name show_pinboard unlike_most
+        CURVES Curve Look Pinboard USUAL arm_keys compare_html difference_table find_runs
+        legend_html lines_of overlay_svg paired_finding pinboard_page seed_pairs setting_columns
+        short_name show_pinboard unlike_most verdict_html verdict_words
     """,
     views="""
         KINDS TINTS attention_figure example_model matrices next_token next_token_figure rank_html
@@ -36,7 +42,7 @@ __getattr__, __dir__, __all__ = lazily(
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
     workbench="""
-        PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
+        Desk PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
     """,
     copies="""
         Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['trailing_comments', 'field_comments', 'setting_help', 'Setting', 'settings_of', 'section_help', 'change',
-           'why_not', 'vocabulary', 'quick_costs', 'estimate_seconds', 'typed_value', 'command_line', 'python_code']
+           'why_not', 'vocabulary', 'quick_costs', 'crowding', 'estimate_seconds', 'typed_value', 'command_line',
+           'python_code']
 
 # %% ../../nbs/lab/01_choices.ipynb #31288a7e
 import ast
 import functools
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -177,6 +179,11 @@ def settings_of(
     prefix="",  # of the names
 ) -> dict[str, Setting]:
     "Dotted name -> setting, in the order of the classes."
+    return dict(_all_settings(cls, prefix))
+
+
+@functools.lru_cache(maxsize=64)
+def _all_settings(cls, prefix):
     found, schema, comments = {}, cls.model_json_schema()["properties"], field_comments(cls)
     for name, field in cls.model_fields.items():
         path = prefix + name
@@ -319,10 +326,21 @@ def _step_by_products(flops, layers):
     return flops / (0.25 * _matrix_speed()) + 0.004 * layers
 
 
+def crowding() -> float:
+    "How many times as long a run takes here now, as those that want the cores have to share them; 1 on a GPU."
+    import torch
+
+    if torch.cuda.is_available() or not hasattr(os, "getloadavg"):
+        return 1.0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1.0, (os.getloadavg()[0] + 1) / cores)
+
+
 def estimate_seconds(
     run: RunConfig,
     frame=None,  # of `Store.frame`: runs that were timed
     costs: dict | None = None,  # of `quick_costs`, where they are there already
+    crowded: float = 1.0,  # of `crowding`
 ) -> tuple[float, str]:  # seconds; on what that rests
     "Predicted time of a run on this machine, without measuring anything."
     costs, train = costs or quick_costs(run), run.train
@@ -335,7 +353,9 @@ def estimate_seconds(
         basis = f"from the {near} nearest of {len(timed)} runs timed in this store"
     evaluations = 1 + (train.steps // train.eval_every if train.eval_every else 0)
     scored = (train.eval_tokens or 60_000) * evaluations
-    return 1.0 + train.steps * step + step / 3 * scored / run.tokens_per_step, basis
+    if crowded >= 1.2:
+        basis += f", {crowded:.1f} times as long beside the other work here now"
+    return crowded * (1.0 + train.steps * step + step / 3 * scored / run.tokens_per_step), basis
 
 # %% ../../nbs/lab/01_choices.ipynb #249457ae
 def typed_value(

@@ -7,11 +7,12 @@ __all__ = ['nice_ticks', 'thin_points', 'svg_text', 'svg_drawing', 'chart_svg', 
 
 # %% ../../nbs/lab/03_svg.ipynb #bb56ad4d
 import functools
+import json
 import math
 from typing import NamedTuple
 
 from ..config import RunConfig
-from .markup import hue, tag, together
+from .markup import hue, script_text, tag, together
 from ..stats import amount
 
 # %% ../../nbs/lab/03_svg.ipynb #ba377010
@@ -66,19 +67,25 @@ class _Scale(NamedTuple):
 
     def ticks(self, n):
         if self.log:
-            return nice_ticks(10**self.low, 10**self.high, n)
+            return _log_ticks(10**self.low, 10**self.high, n)
         return nice_ticks(self.low, self.high, n)
 
 
-def _across(points, x_range, start, end):
-    xs = [x for x, _ in points]
-    low, high = x_range or (min(xs), max(xs))
-    return _Scale(low, high if high > low else low + 1, start, end)
+def _log_ticks(low, high, n):
+    "Powers of ten where the axis holds some of them, else round numbers."
+    powers = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    return powers if len(powers) > 1 else nice_ticks(low, high, n)
 
 
-def _upright(points, across, cut, log, start, end):
-    "The vertical scale, from what comes after the share `cut` of the axis."
-    begin = across.low + cut * (across.high - across.low)
+def _across(points, x_range, log, start, end):
+    low, high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
+    if log:
+        low, high = math.log10(min(x for x, _ in points)), math.log10(max(high, 1e-9))
+    return _Scale(low, high if high > low else low + 1, start, end, log)
+
+
+def _upright(points, begin, log, start, end):
+    "The vertical scale, from what comes after the step `begin`."
     values = [y for x, y in points if x >= begin] or [y for _, y in points]
     if log:
         values = [math.log10(y) for y in values]
@@ -106,8 +113,8 @@ def _line(x1, x2, y1, y2, color, width, **more):
     return tag("line", **ends, stroke=color, stroke_width=width, **more)
 
 
-def _grid(across, upright, x_label):
-    "Ticks and their lines, and the axis below."
+def _ticks(across, upright):
+    "Numbers along both axes, and lines behind the curves."
     left, right, bottom = across.start, across.end, upright.start
     for value in upright.ticks(4):
         y = upright(value)
@@ -115,21 +122,55 @@ def _grid(across, upright, x_label):
         yield svg_text(left - 5, y + 3.5, amount(value), anchor="end", cls="soft")
     for value in across.ticks(5):
         yield svg_text(across(value), bottom + 14, amount(value), anchor="middle", cls="soft")
+
+
+def _grid(across, upright, x_label):
+    "Ticks and their lines, and the axis below."
+    left, right, bottom = across.start, across.end, upright.start
+    yield tag("g", *_ticks(across, upright), cls="knb-ticks")
     yield _line(left, right, bottom, bottom, "var(--knb-soft)", 0.8)
     yield svg_text((left + right) / 2, bottom + 30, x_label, anchor="middle", cls="soft")
 
 
+_STAYS = dict(vector_effect="non-scaling-stroke")  # lines stay as thin when somebody looks closer
+
+
 def _dots(points, across, upright, color, name):
+    "Dots as lines without length, with round ends."
     for x, y in thin_points(points, 60):
         told = tag("title", f"{name} {amount(x)}: {y:.4g}")
-        yield tag("circle", told, cx=round(across(x), 1), cy=round(upright(y), 1), r=3, fill=color)
+        look = dict(stroke=color, stroke_width=6, stroke_linecap="round")
+        yield tag("path", told, d=f"M{across(x):.1f} {upright(y):.1f}h0", **look, **_STAYS)
 
 
 def _curve(points, across, upright, color, series):
     places = " ".join(f"{across(x):.1f},{upright(y):.1f}" for x, y in thin_points(points))
     faint = bool(series.get("faint"))
     look = dict(fill="none", stroke=color, stroke_width=0.9 if faint else 1.7, opacity=0.45 if faint else 1)
-    return tag("polyline", points=places, **look, stroke_dasharray=series.get("dash"))
+    told = None if faint else series.get("name") or None
+    return tag("polyline", points=places, **look, **_STAYS, stroke_dasharray=series.get("dash"), data_name=told)
+
+
+def _band(series, across, upright, color):
+    "What lies between the lowest and the highest run of an arm."
+    edges = [e for e in zip(series["x"], series["low"], series["high"]) if _within(e, across, upright)]
+    if len(edges) > 1:
+        kept = [edges[round(i)] for i in _spread(len(edges), 80)]
+        upper = [f"{across(x):.1f},{upright(high):.1f}" for x, _, high in kept]
+        lower = [f"{across(x):.1f},{upright(low):.1f}" for x, low, _ in reversed(kept)]
+        yield tag("polygon", points=" ".join(upper + lower), fill=color, opacity=0.18)
+
+
+def _within(edge, across, upright):
+    "Whether all three numbers can be drawn."
+    x, low, high = edge
+    fits = all(v is not None and math.isfinite(v) for v in edge)
+    return fits and not (across.log and x <= 0) and not (upright.log and min(low, high) <= 0)
+
+
+def _spread(n, most):
+    "So many places among n at most, evenly, both ends among them."
+    return range(n) if n <= most else [k * (n - 1) / (most - 1) for k in range(most)]
 
 
 def _legend(drawn, right):
@@ -157,9 +198,9 @@ def svg_drawing(
 
 
 def _points_of(series, log):
-    "Its numbers that can be drawn."
+    "Its numbers that can be drawn; `log` says so of both axes."
     pairs = [(float(x), float(y)) for x, y in zip(series["x"], series["y"]) if y is not None and math.isfinite(y)]
-    return [p for p in pairs if p[1] > 0] if log else pairs
+    return [p for p in pairs if not (log[0] and p[0] <= 0) and not (log[1] and p[1] <= 0)]
 
 
 def _title(words):
@@ -169,7 +210,9 @@ def _title(words):
 def _series_parts(drawn, across, upright):
     for k, (series, points) in enumerate(drawn):
         color = hue(series.get("hue", k))
-        inside = [p for p in points if across.low <= p[0] <= across.high]
+        if "low" in series:
+            yield from _band(series, across, upright, color)
+        inside = [p for p in points if across.start <= round(across(p[0]), 3) <= across.end]
         if len(inside) == 1 or series.get("marks"):
             yield from _dots(inside, across, upright, color, series["name"])
         if len(inside) > 1:
@@ -177,30 +220,32 @@ def _series_parts(drawn, across, upright):
 
 
 def chart_svg(
-    series,  # list of dicts: name, x, y; perhaps hue (a number), dash, faint, marks (dots beside the line)
+    series,  # list of dicts: name, x, y; perhaps hue (a number), dash, faint, marks (dots), low and high (a band)
     title: str = "",
     x_label: str = "step",
     size=(460, 210),  # of the drawing; it shrinks with its place
     x_range=None,  # (low, high); none is that of the data
-    log_y: bool = False,
+    log: tuple[bool, bool] = (False, False),  # axes that are logarithmic: steps, values
     cut: float = 0.0,  # share of the run at its beginning that does not set the vertical range
     legend: bool = True,
 ):
     "Lines over steps as SVG."
     width, height = size
-    drawn = [(s, _points_of(s, log_y)) for s in series]
+    drawn = [(s, _points_of(s, log)) for s in series]
     every = [p for _, points in drawn for p in points]
     if not every:
         none = svg_text(width / 2, height / 2, "no values yet", 12, "middle", cls="soft")
         return svg_drawing(width, height, f"{title}: no values yet", _title(title), none)
-    across = _across(every, x_range, 46, width - 14)
-    upright = _upright(every, across, cut, log_y, height - 34, 24)
+    across = _across(every, x_range, log[0], 46, width - 14)
+    first, last = x_range or (min(x for x, _ in every), max(x for x, _ in every))
+    upright = _upright(every, first + cut * (last - first), log[1], height - 34, 24)
     frame = (46, 20, width - 46, height - 50)
     place = dict(zip(("x", "y", "width", "height"), frame))
     inner = tag("svg", *_series_parts(drawn, across, upright), **place, viewBox=" ".join(map(str, frame)))
     parts = [_title(title), *_grid(across, upright, x_label), inner]
     names = _legend(drawn, across.end) if legend else ()
-    return svg_drawing(width, height, title, *parts, *names, data_points=len(every))
+    told = dict(data_points=len(every), data_across=x_label, data_axes=json.dumps([across, upright]))
+    return svg_drawing(width, height, title, *parts, *names, **told, onpointerenter=script_text("hover"))
 
 # %% ../../nbs/lab/03_svg.ipynb #ce21bf64
 def _load_row(shares, base, tall, width, most):
