@@ -1299,6 +1299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kimi_nb.lab.svg._spread': ('lab/svg.html#_spread', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._ticks': ('lab/svg.html#_ticks', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._title': ('lab/svg.html#_title', 'kimi_nb/lab/svg.py'),
+                                 'kimi_nb.lab.svg._unnamed': ('lab/svg.html#_unnamed', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._upright': ('lab/svg.html#_upright', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._within': ('lab/svg.html#_within', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg.block_svg': ('lab/svg.html#block_svg', 'kimi_nb/lab/svg.py'),

@@ -35,8 +35,8 @@ HOSTILE = (
     "`${alert(1)}`<template>",
 )
 OURS = set(
-    "b button circle code details div h3 h4 i line path polyline pre progress rect span style sub summary svg table td "
-    "text th title tr p br".split()
+    "b button circle code details div g h3 h4 i line path polygon polyline pre progress rect span style sub summary "
+    "svg table td text th title tr p br".split()
 )
 
 
@@ -67,9 +67,12 @@ def assert_harmless(page, hostile, where):
     """No element, no handler and no comment that is not ours; and no `<` of the text that is not escaped."""
     found = Elements(page)
     handlers = {(tag, name) for tag, name, _ in found.attributes if name.startswith("on")}
-    assert handlers <= {("button", "onclick")}, (where, handlers)
+    assert handlers <= {("button", "onclick"), ("svg", "onpointerenter")}, (where, handlers)
     clicks = {value for _, name, value in found.attributes if name == "onclick"}
     assert all(value.startswith("var button = this") for value in clicks), where
+    assert {value for _, name, value in found.attributes if name == "onpointerenter"} <= {lab.script_text("hover")}, (
+        where
+    )
     assert not found.comments, where
     assert "<" not in hostile or hostile not in str(page), f"{where} shows it as HTML"
 

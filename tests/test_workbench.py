@@ -115,14 +115,20 @@ def workbench_in_a_browser(folder, request, settings, results):
         page.on("pageerror", lambda e: problems.append(str(e)))
         request.addfinalizer(lambda: print("browser's console:", problems))
         page.goto(f"{address}/lab/tree/workbench.ipynb")
-        # asked to run before it has its kernel, JupyterLab shows a dialog
-        page.wait_for_function("document.body.innerText.includes('| Idle')")
-        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
-        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        run_all(page)
         yield page, problems
         browser.close()
 
 
+def run_all(page):
+    """Two clicks; asked to run before it has its kernel, JupyterLab shows a dialog."""
+    page.wait_for_function("document.body.innerText.includes('| Idle')")
+    page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+    page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+    page.wait_for_selector(".knb-workbench:not(.jupyter-widgets-disconnected) [data-cost=total_parameters]")
+
+
+FOLD = ".knb-fold :text('settings')"
 POINTS = "+(document.querySelector('.knb-curves svg[data-points]')?.dataset.points ?? 0)"
 
 
@@ -161,6 +167,7 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         count = page.locator("[data-cost=total_parameters]")
         count.wait_for()
         before = count.inner_text()
+        page.click(FOLD)
         page.click('.knb-model-attention-kind button:text-is("mla")')
         page.wait_for_function(
             "before => document.querySelector('[data-cost=total_parameters]').innerText !== before", arg=before
@@ -204,11 +211,108 @@ def test_a_person_chooses_trains_and_compares(tmp_path, request):
         row = page.locator(".knb-run", has=page.locator(f"[data-run='{base.run_id}']"))
         row.locator("input[type=checkbox]").check()
         page.wait_for_selector(f".knb-compare code:text-is('{base.run_id}')")
+        page.click(".knb-judge-these")
+        page.wait_for_selector(".knb-compare .verdict")
         table = page.locator(".knb-compare").inner_text()
-        assert "model.attention.kind" in table and "model.moe.router" in table and "one shared seed" in table
+        assert "MLA + Kimi's router" in table and "shared experts" in table and "one shared seed" in table
 
         row.get_by_role("button", name="open").click()  # its configuration back in the picker
         page.wait_for_selector('.knb-model-attention-kind button.mod-active:text-is("mha")')
+        assert problems == []
+
+
+def open_tab(page, title):
+    page.click(f'.knb-workbench .lm-TabBar-tabLabel:text-is("{title}")')
+
+
+WIDER = """() => {
+    const right = document.querySelector('.knb-workbench').getBoundingClientRect().right + 1
+    const scrolls = e => e.closest('.wide, select, pre, .knb-compare svg')
+    return [...document.querySelectorAll('.knb-workbench *')]
+        .filter(e => e.offsetParent && !scrolls(e) && e.getBoundingClientRect().right > right)
+        .map(e => `${e.tagName} ${e.className} ${e.innerText.slice(0, 30)}`)
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
+    """Over the published run: five clicks to a verdict, a narrow page, a refused value, a restart, a second tab."""
+    from kimi_nb.plan import open_published
+
+    results = open_published("quick", tmp_path / "results").path
+    with workbench_in_a_browser(tmp_path, request, REPO / "settings.ini", results) as (page, problems):
+        page.click(".knb-part-mla")  # the third click, after Run and Run All Cells
+        page.click(".knb-part-muon")
+        page.click(".knb-judge")
+        verdict = page.locator(".knb-workbench .knb-verdict .verdict")
+        verdict.wait_for()
+        words = verdict.inner_text()
+        assert words.startswith("MLA + Muon") and "the baseline" in words and "95% interval" in words
+        assert "seed by seed: " in words and verdict.get_attribute("data-seeds") == "3"
+
+        # the chart says its values, and a stretch of it can be looked at closely
+        open_tab(page, "Compare")
+        chart = page.locator(".knb-compare .panels svg[data-axes]").first
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] * 0.4, middle)
+        page.mouse.move(box["x"] + box["width"] * 0.5, middle)
+        assert "MLA + Muon" in chart.locator(".knb-hover").text_content()
+        inner = chart.locator("svg")
+        whole = inner.get_attribute("viewBox")
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=3)
+        page.mouse.up()
+        assert float(inner.get_attribute("viewBox").split()[2]) < 0.7 * float(whole.split()[2])
+        page.mouse.dblclick(box["x"] + box["width"] / 2, middle)
+        assert inner.get_attribute("viewBox") == whole
+
+        # one column, nothing cut off at the side
+        page.set_viewport_size(dict(width=800, height=900))
+        for title in ("Choose", "Train", "Compare", "Explore", "Plan"):
+            open_tab(page, title)
+            if title == "Plan":
+                page.wait_for_selector("[data-plan]")
+            assert page.evaluate(WIDER) == [], title
+        page.set_viewport_size(dict(width=1280, height=1000))
+
+        # what is refused is not trained
+        open_tab(page, "Choose")
+        page.click(FOLD)
+        heads, start = page.locator(".knb-model-n-heads input"), page.locator(".knb-train")
+        heads.fill("7")
+        page.keyboard.press("Tab")
+        page.wait_for_selector(".knb-train:disabled")
+        assert "1 setting is not possible" in page.locator(".knb-chosen").inner_text()
+        heads.fill("4")
+        page.keyboard.press("Tab")
+        page.wait_for_selector(".knb-train:not(:disabled)")
+
+        # a run that the store has not, and a kernel that is restarted under it
+        page.click(".knb-part-dense")
+        page.wait_for_selector(".knb-chosen :text('not trained yet')")
+        start.click()
+        page.wait_for_selector(".knb-progress [data-state]")
+        page.click('.lm-MenuBar-itemLabel:text-is("Kernel")')
+        page.click('.lm-Menu-itemLabel:text-is("Restart Kernel…")')
+        page.click(".jp-Dialog button:has-text('Restart')")
+        page.wait_for_selector(".knb-workbench.jupyter-widgets-disconnected")
+        shown = page.evaluate("getComputedStyle(document.querySelector('.knb-workbench'), '::before').content")
+        assert "run the cell again" in shown
+        run_all(page)
+        name = "MLA + Muon + dense feed-forward"
+        assert name in page.locator(".knb-chosen").inner_text(), "what was chosen is there again"
+        open_tab(page, "Train")
+        page.wait_for_selector(f".knb-progress :text('{name}')")
+        page.wait_for_selector('.knb-progress [data-state="done"]', timeout=150_000)
+
+        # a second tab has the same desk
+        second = page.context.new_page()
+        second.goto(page.url)
+        run_all(second)
+        assert name in second.locator(".knb-chosen").first.inner_text()
         assert problems == []
 
 
@@ -249,6 +353,7 @@ def test_scripts_in_records_names_and_corpora_are_text(tmp_path, request):
     runs, failed = store_of_strangers(results)
     with workbench_in_a_browser(tmp_path, request, settings, results) as (page, _):
         page.locator("[data-cost=total_parameters]").wait_for()
+        page.click(FOLD)
         page.locator(".knb-data-corpus input").fill(SCRIPTS[0])
         page.keyboard.press("Tab")
         page.wait_for_function("s => document.querySelector('.knb-picker').textContent.includes(s)", arg=SCRIPTS[0])

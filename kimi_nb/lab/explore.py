@@ -442,6 +442,8 @@ EXPLORERS = {
     "RoPE": rope_explorer,
 }
 _SMALL = "a small model, trained now (some seconds)"
+_CHOOSE = "choose a model …"
+_NO_MODEL = "No run of this store has kept its weights. Choose a model above, or train one on the tab Train."
 
 
 class _Tabs:
@@ -462,7 +464,7 @@ class _Tabs:
         import ipywidgets as w
 
         if self.box.subject is None and make is not rope_explorer:
-            return w.HTML(note("Choose a model above." if self.box.thread is None else "The model is being trained."))
+            return w.HTML(note(_NO_MODEL if self.box.thread is None else "The model is being trained."))
         self.made.add(i)
         try:
             return make(self.box.subject)
@@ -521,7 +523,9 @@ def explorers(
     given = store if isinstance(store, Subject) else None
     found = {} if given or store is None else trained_runs(store)
     options = [given.name] if given else [*found, _SMALL]
-    first = options[0] if given or found else None
+    if not given and not found:
+        options.insert(0, _CHOOSE)
+    first = options[0]
     wide = dict(width="640px", max_width="95%")
     pick = w.Dropdown(description="model", options=options, value=first, layout=wide)
     tabs, message = w.Tab([w.VBox() for _ in EXPLORERS], titles=list(EXPLORERS)), w.HTML()
@@ -533,7 +537,7 @@ def explorers(
     pick.observe(inside.choose, "value")
     if given:
         inside.use(given)
-    elif first:
+    elif found:
         inside.choose()
     else:
         inside.fill()

@@ -185,7 +185,9 @@ def _loss_chart(run, seen, behind, log):
     at, values = seen.get("val_loss")
     validation = dict(name="validation", x=at, y=values, hue=1, marks=True)
     span = (0, max(1, run.train.steps))
-    reference = [dict(name=name, dash="5 3", hue=_GREY, **curve) for name, curve in behind.items()]
+    reference = [
+        dict(name=name, dash="5 3", hue=_GREY, quiet=bool(k), **curve) for k, (name, curve) in enumerate(behind.items())
+    ]
     series = [*reference, *_with_mean("train", *seen.get("train_loss"), 0), validation]
     cut = 0.1 * (1.0 if behind else seen.step / span[1])
     return chart_svg(series, "loss (nats per token)", x_range=span, cut=cut, log=log)

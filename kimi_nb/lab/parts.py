@@ -235,7 +235,7 @@ def run_name(
         words.append(f"{len(others) - _NAMED} more")
     if seed:
         words.append(f"seed {run.seed}")
-    if run.repeat:
+    if seed and run.repeat:
         words.append(f"repeat {run.repeat}")
     return ", ".join(words)
 

@@ -419,9 +419,7 @@ def verdict_html(
     pairs = seed_pairs(frame, baseline.run_id, other.run_id, metric)
     against = "the baseline" if baseline.name == "baseline" else baseline.name
     sentence = tag("div", tag("b", verdict_words(found, pairs, other.name, against), "."))
-    exact = tag(
-        "div", _metric_words(metric), "; ", say(found.changed(arm=other.name, baseline=against)), cls="soft small"
-    )
+    exact = tag("div", say(found.changed(arm=other.name, baseline=against)), cls="soft small")
     caveats = [tag("div", caveat, cls="soft small") for caveat in found.caveats]
     each = _pairs_html(pairs, other.name, baseline.name, metric) if len(pairs) else None
     edge = f"border-left:4px solid {hue(color)};padding-left:8px;margin:6px 0"

@@ -173,9 +173,14 @@ def _spread(n, most):
     return range(n) if n <= most else [k * (n - 1) / (most - 1) for k in range(most)]
 
 
+def _unnamed(series):
+    "Whether the legend leaves it out."
+    return series.get("faint") or series.get("quiet")
+
+
 def _legend(drawn, right):
     "Names above the chart, from the right; none where there is one line only."
-    named = [(k, s) for k, (s, points) in enumerate(drawn) if s.get("name") and points and not s.get("faint")]
+    named = [(k, s) for k, (s, points) in enumerate(drawn) if s.get("name") and points and not _unnamed(s)]
     if len(named) < 2:
         return
     at = right
@@ -220,7 +225,7 @@ def _series_parts(drawn, across, upright):
 
 
 def chart_svg(
-    series,  # list of dicts: name, x, y; perhaps hue (a number), dash, faint, marks (dots), low and high (a band)
+    series,  # dicts: name, x, y; perhaps hue (a number), dash, faint, quiet (no legend), marks (dots), low and high
     title: str = "",
     x_label: str = "step",
     size=(460, 210),  # of the drawing; it shrinks with its place

@@ -513,7 +513,7 @@ class Workbench(_Seeds):
             done = there[there["seed"].isin(_seeds_of(there))]
             if not len(done):
                 raise LiveError(f"{name} has no finished run here yet: press add seeds first")
-            ids[name] = done.sort_values("seed")["run_id"].iloc[0]
+            ids[name] = done.sort_values(["repeat", "seed"])["run_id"].iloc[0]
         self.board.show(ids.values(), judged=True)
         lines = [Curve(run_id, name, (), "") for name, run_id in ids.items()]
         where = tag("div", f"Curves, settings and results of both are on the tab {TABS[_COMPARE]}.", cls="soft small")
