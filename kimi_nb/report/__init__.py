@@ -61,7 +61,7 @@ __getattr__, __dir__, __all__ = lazily(
         parting_step rates_apart short_names spread_apart without_machine words_apart
     """,
     judgement="""
-        HEAD by_metric finding_row fitted forest_marks judged_heading judged_html judged_json
-        judged_markdown judged_text round_ticks
+        HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html
+        judged_json judged_markdown judged_text round_ticks
     """,
 )

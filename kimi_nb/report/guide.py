@@ -77,6 +77,7 @@ HOWTO = (
     "own_study",
     "own_component",
     "reading_a_verdict",
+    "someone_elses_claim",
     "the_trap",
     "decision_guide",
     "gpu",

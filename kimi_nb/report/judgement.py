@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'finding_row', 'by_metric', 'judged_heading', 'sentences', 'fitted', 'judged_text',
-           'judged_markdown', 'judged_json', 'round_ticks', 'forest_marks', 'judged_html']
+           'judged_markdown', 'judged_json', 'round_ticks', 'forest_marks', 'judged_forest', 'judged_html']
 
 # %% ../../nbs/report/21_judgement.ipynb #c84ea140
 import json
@@ -16,7 +16,7 @@ import jinja2
 
 from .. import __version__
 from .document import TEMPLATES
-from ..stats import Judged, capital, cell, difference, digits_of, frame_of, say, two_axes
+from ..stats import WORD_COLORS, Judged, capital, cell, difference, digits_of, frame_of, say, two_axes
 from ..study import Finding, metric_info
 
 # %% ../../nbs/report/21_judgement.ipynb #8cdd91f2
@@ -186,6 +186,7 @@ def judged_json(
     return json.dumps(dict(kimi_nb=__version__, read_as=list(judged.said), findings=fields), indent=1)
 
 # %% ../../nbs/report/21_judgement.ipynb #384305be
+_COLORS = {word.split()[0]: color for word, color in WORD_COLORS.items()}
 _LEFT, _WIDE, _TOP, _STEP = 200, 360, 26, 30  # pixels: names, plot, above the plot, a row
 
 
@@ -242,6 +243,7 @@ def forest_marks(
     hints["higher"] = dict(x=right, anchor="end", text="better →")
     return dict(
         rows=rows,
+        colors=_COLORS,
         ticks=[dict(x=at(value), text=f"{value:g}") for value in round_ticks(low, high)],
         band=dict(x=at(-first.margin), width=round(at(first.margin) - at(-first.margin), 1)) if first.margin else {},
         hint=hints.get(better, {}),
@@ -255,6 +257,24 @@ def forest_marks(
         height=bottom + 46,
         about=about,
     )
+
+
+def _template(name):
+    "A template in which whatever somebody else wrote is text."
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return pages.get_template(name)
+
+
+def judged_forest(
+    judged: Judged,
+) -> str:  # SVG, one drawing a metric
+    "The forest plots alone, to stand in another page."
+    drawn = []
+    for metric, findings in by_metric(judged.findings).items():
+        better = str(judged.rows.loc[judged.rows["metric"] == metric, "better"].iloc[0])
+        drawn.append(_template("forest.svg.j2").render(f=forest_marks(findings, better)))
+    return "\n".join(drawn)
 
 
 def judged_html(
@@ -276,8 +296,4 @@ def judged_html(
                 sentences=[sentences(finding) for finding in findings],
             )
         )
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return pages.get_template("judgement.html.j2").render(
-        title=title, parts=parts, said=judged.said, version=__version__
-    )
+    return _template("judgement.html.j2").render(title=title, parts=parts, said=judged.said, version=__version__)
