@@ -21,6 +21,7 @@ FAMILIES = (  # modules of this wing and their commands, in the order of the hel
     ("studies", "new-phase"),
     ("one_run", "data"),
     ("studies", "profiles"),
+    ("gate", "gate"),
     ("machine", "lab env bench"),
     ("records", "report"),
     ("verdicts", "judge noise"),
