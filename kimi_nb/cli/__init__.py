@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazily(
     studies="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
         cmd_profiles cmd_run declared dry_run profile_text runner_options seeds_asked_for
+        sequential_plan
     """,
     records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file

@@ -20,4 +20,9 @@ __getattr__, __dir__, __all__ = lazily(
     lesson="""
         AnswerPlace answer_at_top change_outcome change_study try_change
     """,
+    rounds="""
+        ANSWERED FUTILE FUTILITY OPEN Question SPENT STOPPED Sequential check_looks crossed_factors
+        look_at_study looks_file questions_of_study rounds_summary rounds_table run_rounds
+        run_sequential write_looks
+    """,
 )

@@ -37,11 +37,14 @@ class PlanInterrupted(KimiError):
 
 def distinct(
     studies: Iterable[Study],
+    wanted=None,  # function of a Planned: whether it counts; none is all
 ) -> list[Planned]:
     "The runs of all studies, each identity once, ordered by seed, then by study and arm."
     found = {}
     for study in studies:
         for planned in study.expand():
+            if wanted is not None and not wanted(planned):
+                continue
             first = found.setdefault(planned.run_id, planned)
             if planned.keep > first.keep:
                 found[planned.run_id] = first._replace(keep=planned.keep)

@@ -655,6 +655,7 @@ def run_studies(
     options: RunnerOptions = _AS_USUAL,
     *,
     spent: dict | None = None,  # where the time went is added to it: part -> wall seconds
+    wanted=None,  # function of a Planned: whether it is run now; none is all
     **choices,  # single fields of RunnerOptions: `progress=False`
 ) -> list[Record]:
     """Records of every run of the studies, in order; trains only what the store does not hold, and writes manifests.
@@ -665,9 +666,11 @@ def run_studies(
     named = dict(executor=executor, workers=workers)
     options = replace(options, **{name: value for name, value in named.items() if value is not None}, **choices)
     options.check()
-    plan = distinct(studies)
+    plan = distinct(studies, wanted)
     for study in studies:
-        store.record_study(study)
+        mine = None if wanted is None else [planned for planned in study.expand() if wanted(planned)]
+        if mine is None or mine:
+            store.record_study(study, mine)
     todo = pending(plan, store)
     if todo:
         parts = _train_all(todo, store, options)
