@@ -39,14 +39,14 @@ __getattr__, __dir__, __all__ = lazily(
         scaling_fit spectra
     """,
     anytime="""
-        EFFECTS SPENDING chance_to_cross chance_to_decide chance_to_reach e_process log_e
-        open_levels planned_levels r_of scale_free t_of
+        EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
+        open_levels planned_levels r_of scale_free t_needed t_of
     """,
     keep="""
-        Answer DROP GateRule KEEP MORE Noise Searched TESTS_OF_GATE WORLDS drawn_improvements
-        improvements keep_or_drop search_all
+        Answer DROP GateRule KEEP MORE NOTHING_KNOWN Noise Searched TESTS_OF_GATE WORLDS
+        drawn_improvements improvements keep_or_drop search_all
     """,
     looks="""
-        Factorial Played answered chance_of_answer look_level play
+        Factorial Played answered chance_of_answer look_level play truth_of
     """,
 )
