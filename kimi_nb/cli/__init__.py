@@ -24,15 +24,20 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     machine="""
         OTHERS add_bench add_env add_lab cmd_bench cmd_env cmd_lab done_so_far installed lab_command
-        next_steps where_it_stands workbench_notebook
+        next_steps where_it_stands
     """,
     entry="""
         FAMILIES STOPPED build_parser call ended_by_sigterm error_line main traceback_file
+    """,
+    verdicts="""
+        add_judge add_noise add_reading cmd_judge cmd_noise margins_of named_settings noise_frame
+        noise_json number_above_zero roles_of trained
     """,
     search="""
         Search Tried held_search read_search search_text
     """,
     gate="""
-        STATUS add_gate answer_text asked cmd_gate command_words gate_rule measured read_values
+        STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
+        read_values
     """,
 )

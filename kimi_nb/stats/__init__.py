@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazily(
         NOTHING amount capital cell counted difference duration listed number p_words percent
         short_number
     """,
-    judge="""
-        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide direction_seen
-        family_size_of found_better joint_finding lost_runs not_in_table row_of said_whole say seen
-        size_seen survivors word_for
+    verdict="""
+        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide digits_of direction_seen
+        family_size_of found_better joint_finding lost_runs metric_of not_in_table row_of said_whole
+        say seen size_seen survivors word_for
     """,
     comparison="""
         LOST Rule TESTS compare family_statistics paired words_of
@@ -38,9 +38,34 @@ __getattr__, __dir__, __all__ = lazily(
         cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve
         scaling_fit spectra
     """,
+    answer="""
+        AGAINST_MARGIN AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
+        answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
+        reach_of size_words
+    """,
+    reading="""
+        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
+        read_tradeoff
+    """,
+    foreign="""
+        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
+        read_table separator_of table_in text_of
+    """,
+    trackers="""
+        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
+        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
+    """,
     anytime="""
         EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
         open_levels planned_levels r_of scale_free t_needed t_of
+    """,
+    roles="""
+        ARM_COLUMNS BASELINES RunTable SEED_COLUMNS better_way column_named first_named guess_metric
+        longer runs_of
+    """,
+    judging="""
+        Chance Judged chance_of compared_rows guess_baseline how_compared judge judged over_items
+        runs_needed seeds_for two_axes unpaired
     """,
     keep="""
         Answer DROP GateRule KEEP MORE NOTHING_KNOWN Noise Searched TESTS_OF_GATE WORLDS
@@ -48,5 +73,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     looks="""
         Factorial Played answered chance_of_answer look_level play truth_of
+    """,
+    spread="""
+        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
     """,
 )
