@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 SHIPPED = (
     "settings.ini",
-    "examples/*.yaml",
+    "examples/*",
     "nbs/workbench.ipynb",
     "nbs/_templates/*.ipynb",
     "nbs/phases/*.ipynb",

@@ -426,6 +426,29 @@ def test_torch_is_the_version_the_measurements_were_made_with(pins):
     assert pins["torch"] == "2.13.0"
 
 
+WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_commit(path):
+    """A tag can be moved to other code; the version it had then stands beside the commit."""
+    used = re.findall(r"uses: *(.+)$", path.read_text(encoding="utf-8"), re.M)
+    assert (
+        used
+        and [line for line in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+    )
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_ci_installs_by_hash_or_not_at_all(path):
+    """Whatever job sets an environment up with make does not fall back to versions."""
+    import yaml
+
+    for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items():
+        made = any(re.search(r"\bmake\b", step.get("run", "")) for step in job["steps"])
+        assert not made or job.get("env", {}).get("HASHES") == "require", f"{path.name}: {name}"
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -443,7 +466,20 @@ def test_readme_links_lead_somewhere():
     for text, target in re.findall(
         r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", (REPO / "README.md").read_text(encoding="utf-8")
     ):
-        assert target.startswith("http") or (REPO / target).exists(), f"[{text}]({target})"
+        elsewhere = target.startswith(("http", "../../"))  # `../../`: pages of the repository's host
+        assert elsewhere or (REPO / target).exists(), f"[{text}]({target})"
+
+
+def test_buttons_that_need_an_address_wait_for_it(monkeypatch):
+    """Binder and Colab appear when pyproject.toml says where the repository is; what they open is there."""
+    monkeypatch.syspath_prepend(REPO / "docs")
+    from readme import badges
+
+    assert "mybinder" not in badges({}) and "colab" not in badges({})
+    line = badges({"urls": {"Repository": "https://github.com/somebody/kimi_nb"}})
+    assert "mybinder.org/v2/gh/somebody/kimi_nb/HEAD?urlpath=lab/tree/results/lab/workbench.ipynb" in line
+    assert "colab.research.google.com/github/somebody/kimi_nb/blob/main/examples/colab.ipynb" in line
+    assert (REPO / "examples" / "colab.ipynb").is_file() and os.access(REPO / ".binder" / "postBuild", os.X_OK)
 
 
 def test_the_readme_is_short():
@@ -468,7 +504,7 @@ def test_the_course_lists_every_lesson():
 
 def test_the_usual_files_are_there():
     wanted = "LICENSE README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff Makefile constraints.txt requirements.lock"
-    wanted += " settings.ini .ci/run .pre-commit-config.yaml"
+    wanted += " settings.ini setup.py .ci/run .pre-commit-config.yaml Containerfile .devcontainer/devcontainer.json"
     empty = [name for name in wanted.split() if not (REPO / name).is_file() or not (REPO / name).stat().st_size]
     assert empty == []
     assert os.access(REPO / ".ci" / "run", os.X_OK)
