@@ -62,6 +62,11 @@ ARMS = dict(
         ffn=dict(kind="moe"),
         moe=EXPERTS | dict(router="noaux_tc", n_shared_experts=1),
     ),
+    depth=dict(n_layers=4, residual=dict(kind="attention", block_layers=2)),
+    situ=dict(ffn=dict(activation="situ")),
+    situ_experts=dict(ffn=dict(kind="moe", activation="situ"), moe=EXPERTS),
+    latent_experts=dict(ffn=dict(kind="moe"), moe=EXPERTS | dict(latent_dim=8, n_shared_experts=1)),
+    quantile=dict(ffn=dict(kind="moe"), moe=EXPERTS | dict(router="quantile")),
 )
 
 
@@ -244,12 +249,12 @@ def test_every_layer_is_one_graph(arm, tracked):
 
     layer = model.layers[0]
     layer.self_attn.track_logits = tracked
-    x = torch.randn(2, 16, 32, requires_grad=True)
+    x = model.residual.start(torch.randn(2, 16, 32, requires_grad=True))
     rope = model.rope(torch.arange(16)) if model.config.position.kind == "rope" else None
-    expected, _ = copy.deepcopy(layer)(x, rope)
+    expected = model.residual.read(copy.deepcopy(layer)(x, rope)[0])
     fast = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):
-        found, _ = fast(x, rope)
+        found = model.residual.read(fast(x, rope)[0])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         found.sum().backward()
     layer.self_attn.reset_logit_max()

@@ -208,7 +208,9 @@ class FFNConfig(Config):
     "The feed-forward sub-layer: one dense network, or experts."
 
     kind: Literal["dense", "moe"] = "dense"
-    activation: Literal["swiglu", "silu", "gelu", "relu"] = "swiglu"  # swiglu has a third, gating matrix
+    activation: Literal["swiglu", "silu", "gelu", "relu", "situ"] = (
+        "swiglu"  # swiglu and situ have a third, gating matrix
+    )
 
 
 _GROUPS = needs("moe.n_group", over=1)
@@ -220,7 +222,7 @@ _BIAS = needs("moe.router", "noaux_tc")
 class MoEConfig(Config):
     "Which experts serve a token, and what keeps their load even."
 
-    router: Literal["standard", "aux_tc", "noaux_tc"] = "standard"
+    router: Literal["standard", "aux_tc", "noaux_tc", "quantile"] = "standard"
     n_experts: Positive = 8
     top_k: Positive = 2
     n_shared_experts: Count = 0
@@ -232,13 +234,13 @@ class MoEConfig(Config):
     aux_loss_weight: Annotated[Float, Field(ge=0), _SWITCH] = 0.01  # standard, aux_tc: Switch-style loss over the batch
     seq_loss_weight: Annotated[Float, Field(ge=0), _SEQUENCE] = 0.0  # aux_tc, noaux_tc: the same per sequence
     bias_update_speed: Annotated[Float, Field(ge=0), _BIAS] = 0.001  # noaux_tc: step of the correction bias
-    latent_dim: Annotated[Positive | None, NEUTRAL, PLANNED] = None  # width that experts work in; none is d_model
+    latent_dim: Annotated[Positive | None, NEUTRAL] = None  # width that experts work in; none is d_model
 
 
 class ResidualConfig(Config):
     "How what the sub-layers give is put together."
 
-    kind: Annotated[Literal["sum", "attention"], NEUTRAL, PLANNED] = "sum"
+    kind: Annotated[Literal["sum", "attention"], NEUTRAL] = "sum"
     block_layers: Annotated[Positive, needs("residual.kind", "attention"), NEUTRAL] = 4  # layers that are one source
 
 # %% ../../nbs/config/04_schema.ipynb #685123ac
@@ -339,6 +341,14 @@ def _check_groups(m):
         )
 
 
+def _check_quantile(m):
+    "A quantile is over what all experts compete for, and leaves some out."
+    if m.router == "quantile" and m.n_group > 1:
+        raise ConfigError("moe.n_group", f"{m.n_group} is not possible with router quantile: leave it at 1")
+    if m.router == "quantile" and m.top_k == m.n_experts:
+        raise ConfigError("moe.top_k", f"{m.top_k} is all of moe.n_experts: router quantile needs some to leave out")
+
+
 def _check_feed_forward(m):
     "Experts are enough, and dense layers are some of the layers."
     if m.ffn.kind == "moe":
@@ -347,6 +357,7 @@ def _check_feed_forward(m):
                 "moe.top_k", f"{m.moe.top_k} is over moe.n_experts {m.moe.n_experts}: at most {m.moe.n_experts}"
             )
         _check_groups(m.moe)
+        _check_quantile(m.moe)
         if m.first_dense_layers > m.n_layers:
             raise ConfigError("first_dense_layers", f"{m.first_dense_layers} is over n_layers {m.n_layers}")
     elif m.first_dense_layers:

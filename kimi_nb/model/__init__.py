@@ -56,8 +56,17 @@ __getattr__, __dir__, __all__ = lazily(
     residual_sum="""
         SumResidual
     """,
+    residual_attention="""
+        DepthAttention attend_depth
+    """,
     residuals="""
         RESIDUALS build_residual
+    """,
+    situ="""
+        GATE_BOUND UP_BOUND situ_gate situ_up
+    """,
+    latent_space="""
+        LatentSpace
     """,
     dense="""
         ACTIVATIONS FeedForward GATED activate gated is_gated
@@ -77,6 +86,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     router_noaux_tc="""
         BiasRouter
+    """,
+    router_quantile="""
+        QuantileRouter count_reach quantile_of reach
     """,
     routers="""
         ROUTERS

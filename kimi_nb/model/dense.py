@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import ConfigError, ModelConfig
+from .situ import situ_gate, situ_up
 
 # %% ../../nbs/model/50_dense.ipynb #ef9e4d87
 __component__ = ("ffn.kind", "dense")
 
 # %% ../../nbs/model/50_dense.ipynb #1d3f9f2e
-ACTIVATIONS = dict(swiglu=F.silu, silu=F.silu, gelu=F.gelu, relu=F.relu)
-GATED = dict(swiglu=None)  # those with a third projection -> what the second passes through, none where nothing
+ACTIVATIONS = dict(swiglu=F.silu, silu=F.silu, gelu=F.gelu, relu=F.relu, situ=situ_gate)
+GATED = dict(
+    swiglu=None, situ=situ_up
+)  # those with a third projection -> what the second passes through, none where nothing
 
 
 def is_gated(

@@ -8,10 +8,11 @@ __all__ = ['RESIDUALS', 'build_residual']
 # %% ../../nbs/model/44_residuals.ipynb #fb3b8fb7
 from ..config import ModelConfig
 from .residual import Residual
+from .residual_attention import DepthAttention
 from .residual_sum import SumResidual
 
 # %% ../../nbs/model/44_residuals.ipynb #9f6580c5
-RESIDUALS = dict(sum=SumResidual)
+RESIDUALS = dict(sum=SumResidual, attention=DepthAttention)
 
 
 def build_residual(
