@@ -94,6 +94,7 @@ WALK = {
     "train.min_lr": ({}, 1e-4),
     "train.schedule": ({}, "linear"),
     "train.warmup_steps": ({}, 2),
+    "train.decay_fraction": ({"train.schedule": "wsd"}, 0.7),
     "train.grad_clip": ({}, 0.1),
     "train.precision": ({}, "bf16"),
     "train.compile": ({}, True),
@@ -111,6 +112,7 @@ WALK = {
     "train.optimizer.expert_lr_scale": (MOE, 3.0),
     "train.optimizer.embed_lr_scale": ({}, 4.0),
     "train.optimizer.muon_split": (MUON, "heads"),
+    "train.optimizer.variant": (MUON, "normuon"),
     "train.optimizer.qk_clip_threshold": (
         {"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0},
         1e-4,

@@ -28,6 +28,7 @@ from kimi_nb.train import (
     newton_schulz,
     optimizer_tensors,
     param_groups,
+    polar_express,
     qk_clip_,
     qk_clip_gamma,
     set_logit_tracking,
@@ -124,6 +125,72 @@ def test_muon_is_the_float64_reference(dtype, tolerance, scaling, nesterov):
     for i, (p, (_, cut)) in enumerate(zip(params, cases, strict=True)):
         expected = reference_muon(start[i], [g[i] for g in grads], 0.05, 0.3, 0.9, nesterov, scaling, cut)
         torch.testing.assert_close(p.detach().double(), expected, atol=tolerance, rtol=0)
+
+
+def polynomial(matrix, coefficients):
+    """Polynomials on the singular values, in float64."""
+    U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / (s.square().sum().sqrt() + 1e-7)
+    for a, b, c in coefficients:
+        s = a * s + b * s**3 + c * s**5
+    return U * s @ Vh
+
+
+def reference_variant(variant, p, grads, lr, decay):
+    """Muon's relatives as their papers write them, momentum 0 (the update is the gradient), `original` scaling."""
+    p, v = p.double(), None
+    for g in grads:
+        move = -lr * max(1, p.shape[0] / p.shape[1]) ** 0.5
+        if variant == "polar_express":
+            p = p * (1 - lr * decay) + move * polynomial(g, polar_express(5))
+        elif variant == "cautious":
+            step = move * orthogonalised(g)
+            p = p + step - lr * decay * p * ((step * p) <= 0)
+        else:
+            done = orthogonalised(g)
+            rows = (move / lr * done).square().mean(1, keepdim=True)
+            v = 0.05 * rows if v is None else 0.95 * v + 0.05 * rows
+            level = done / v.sqrt()
+            p = p * (1 - lr * decay) + move * level * done.norm() / level.norm()
+    return p
+
+
+@pytest.mark.parametrize("variant", ["normuon", "polar_express", "cautious"])
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (10, 5)])
+def test_variants_of_muon_are_what_their_papers_say(variant, shape):
+    torch.manual_seed(1)
+    p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    start, grads = p.detach().clone(), [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+    optimizer = Muon([dict(params=[p], variant=variant)], lr=0.05, weight_decay=0.3, momentum=0.0)
+    for g in grads:
+        p.grad = g
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), reference_variant(variant, start, grads, 0.05, 0.3), atol=1e-6, rtol=0)
+
+
+def test_a_variants_state_is_saved_and_read():
+    """The rows' squares of NorMuon go through a checkpoint's tensors; the next step is the same."""
+    config = make_config(name="muon", variant="normuon")
+    models = [make_model() for _ in range(2)]
+    optimizers = [build_optimizer(model, config) for model in models]
+    train(models[0], optimizers[0], 2)
+    models[1].load_state_dict(models[0].state_dict())
+    tensors, meta = optimizer_tensors(optimizers[0])
+    assert any(name.endswith("row_squares") for name in tensors)
+    load_optimizer_tensors(optimizers[1], {k: v.clone() for k, v in tensors.items()}, meta)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 1, seed=3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wsd_is_level_and_then_falls_in_a_line():
+    """Hu et al. 2024 (arXiv 2404.06395): warm-up, a long level, and a fall in the last share of the steps."""
+    c = TrainConfig(steps=50, lr=1.0, min_lr=0.0, warmup_steps=5, schedule="wsd", decay_fraction=0.2)
+    rates = [learning_rate(step, c) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and set(rates[5:40]) == {1.0}
+    assert rates[40:] == pytest.approx([1 - (i + 1) / 10 for i in range(10)])
+    assert learning_rate(80, c) == 0.0
 
 
 def test_unequal_splits_are_orthogonalised_apart():
@@ -483,7 +550,7 @@ def test_schedule_properties(data):
     warmup = data.draw(st.integers(0, steps))
     lr = data.draw(st.floats(1e-6, 1.0))
     min_lr = data.draw(st.one_of(st.none(), st.floats(0, 1).map(lambda f: f * lr)))
-    schedule = data.draw(st.sampled_from(["cosine", "linear", "constant"]))
+    schedule = data.draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
     c = TrainConfig(steps=steps, warmup_steps=warmup, lr=lr, min_lr=min_lr, schedule=schedule)
     lrs = [learning_rate(s, c) for s in range(steps)]
     slack = 1e-12 * lr

@@ -465,10 +465,10 @@ class OptimizerConfig(Config):
     embed_lr_scale: Annotated[Float, Field(gt=0), NEUTRAL] = 1.0  # of embeddings and head
     muon_split: Annotated[Literal["fused", "parts", "heads"], _MUON, NEUTRAL] = "fused"  # matrices of attention
     qk_clip_threshold: Annotated[Float, Field(gt=0), _CLIP] = 100.0  # tau of QK-clip, in units of a scaled logit
-    variant: Annotated[Literal["none", "normuon", "polar_express", "cautious"], _MUON, NEUTRAL, PLANNED] = "none"
+    variant: Annotated[Literal["none", "normuon", "polar_express", "cautious"], _MUON, NEUTRAL] = "none"
 
 # %% ../../nbs/config/04_schema.ipynb #ea660893
-_Rate, _DECAY = Annotated[Float, Field(ge=0)], needs("schedule", "cosine", "linear")
+_Rate, _DECAY = Annotated[Float, Field(ge=0)], needs("schedule", "cosine", "linear", "wsd")
 _UNTRAINED = (
     "steps",
     "seq_len",
@@ -489,7 +489,7 @@ class TrainConfig(Config):
     seq_len: Positive | None = None  # context trained on, in tokens; none is model.max_seq_len
     lr: Annotated[Float, Field(gt=0)] = 1e-3  # peak learning rate
     min_lr: Annotated[_Rate | None, _DECAY] = None  # at the schedule's end; none is lr / 10
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: level, then a fall
     warmup_steps: Count = 0  # linear from lr / warmup_steps
     grad_clip: Annotated[Float, Field(ge=0)] = 1.0  # largest gradient norm; 0 leaves it alone
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
@@ -500,7 +500,9 @@ class TrainConfig(Config):
         None  # scored once; none is all
     )
     save_every: Count = 0  # steps between checkpoints; 0 only at the end
-    decay_fraction: Annotated[Fraction, NEUTRAL, PLANNED] = 0.2  # wsd: share of the steps in which the rate falls
+    decay_fraction: Annotated[Fraction, needs("schedule", "wsd"), NEUTRAL] = (
+        0.2  # wsd: share of the steps in which the rate falls
+    )
     mtp_weight: Annotated[Float, Field(ge=0), NEUTRAL, PLANNED] = 0.3  # of the loss on tokens after the next one
     optimizer: OptimizerConfig = OptimizerConfig()
 

@@ -149,7 +149,7 @@ def _added(fields):
         "ffn.activation": _field(fields, "model", "ffn", "activation"),
         "moe.latent_dim": "on" if _field(fields, "model", "moe", "latent_dim") else "",
         "mtp_depth": "on" if _field(fields, "model", "mtp_depth") else "",
-        "optimizer.variant": _field(fields, "train", "optimizer", "variant").replace("none", ""),
+        "optimizer.variant": "on" if _field(fields, "train", "optimizer", "variant") not in ("", "none") else "",
         "schedule": _field(fields, "train", "schedule"),
     }
     return {setting: value for setting, value in found.items() if value}

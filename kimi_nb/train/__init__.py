@@ -4,10 +4,13 @@ from kimi_nb import lazily
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
+    variants="""
+        ROW_DECAY cautious_decay equal_rows polar_express
+    """,
     muon="""
-        BF16_FROM ClipReport GATHERED Muon NS_COEFFICIENTS OptimError SCALINGS attention_modules
-        compiled_newton_schulz has_bf16_units muon_scale newton_schulz ns_dtype qk_clip_
-        qk_clip_gamma set_logit_tracking
+        BF16_FROM ClipReport GATHERED LOOKED_OVER Muon NS_COEFFICIENTS OptimError SCALINGS
+        attention_modules compiled_newton_schulz has_bf16_units muon_scale newton_schulz ns_dtype
+        qk_clip_ qk_clip_gamma set_logit_tracking
     """,
     optim="""
         Combined Rows adamw_lr_scale build_optimizer describe_groups is_embedding is_expert

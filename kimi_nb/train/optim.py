@@ -115,7 +115,7 @@ def _group(name: str, p: Tensor, rows: Rows | None, settings: OptimizerConfig, b
     if not rows:
         return group | dict(betas=settings.betas)
     how = dict(momentum=settings.momentum, ns_steps=settings.ns_steps, scaling=settings.scaling, nesterov=True)
-    return group | how | rows._asdict()
+    return group | how | dict(variant=settings.variant) | rows._asdict()
 
 # %% ../../nbs/train/02_optim.ipynb #beb28e86
 def param_groups(
@@ -261,6 +261,9 @@ def learning_rate(
         return c.lr * (step + 1) / warmup
     if c.schedule == "constant":
         return c.lr
+    if c.schedule == "wsd":
+        falling = max(1, round(c.decay_fraction * c.steps))
+        return c.lr + (c.end_lr - c.lr) * max(0, min(falling, step - c.steps + 1 + falling)) / falling
     r = min(1.0, (step - warmup) / max(1, c.steps - 1 - warmup))
     share = 0.5 * (1 + math.cos(math.pi * r)) if c.schedule == "cosine" else 1 - r
     return c.end_lr + (c.lr - c.end_lr) * share
@@ -342,8 +345,9 @@ def _check_shapes(saved: dict[str, dict], params: dict[str, Tensor]):
         if name not in params:
             raise OptimError(f"saved state {name!r} belongs to no parameter of the model: {_OWN}")
         want = params[name].shape
+        possible = ((), want, (*want[:-1], 1))  # a number for all, for each, for each row
         for slot, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != want:
+            if isinstance(value, Tensor) and value.shape not in possible:
                 raise OptimError(
                     f"saved state {name}/{slot} has shape {tuple(value.shape)}, its parameter {tuple(want)}: {_OWN}"
                 )
