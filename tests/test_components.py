@@ -39,6 +39,7 @@ from kimi_nb.model import (
 )
 
 MLA = dict(kind="mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+K3 = dict(kind="kda", linear_heads=3, linear_head_dim=6, conv_kernel=3, gate_rank="full", decay_bound=-5.0)
 LATENT = dict(kind="latent", n_latents=2, chunk_size=4)
 EXPERTS = dict(n_experts=4, top_k=2, d_expert=16)
 ARMS = dict(
@@ -51,6 +52,15 @@ ARMS = dict(
     mla=dict(attention=MLA, norm=dict(kind="rmsnorm")),
     mla_flash=dict(attention=MLA | dict(implementation="flash")),
     latent=dict(attention=LATENT),
+    gated=dict(attention=dict(output_gate=True)),
+    mla_gated=dict(attention=MLA | dict(output_gate=True)),
+    kda=dict(attention=dict(kind="kda")),
+    kda_eager=dict(attention=dict(kind="kda", implementation="eager")),
+    gdn=dict(attention=dict(kind="gdn")),
+    k3=dict(attention=K3),
+    hybrid=dict(
+        n_layers=4, attention=MLA | K3 | dict(pattern="kda,kda,kda,mla", output_gate=True), position=dict(kind="nope")
+    ),
     nope=dict(position=dict(kind="nope")),
     mla_nope=dict(attention=MLA, position=dict(kind="nope")),
     mixed=dict(n_layers=3, attention=MLA | LATENT | dict(kind="mha", pattern="mla,latent,mha", qk_rope_head_dim=8)),
@@ -250,7 +260,7 @@ def test_every_layer_is_one_graph(arm, tracked):
     layer = model.layers[0]
     layer.self_attn.track_logits = tracked
     x = model.residual.start(torch.randn(2, 16, 32, requires_grad=True))
-    rope = model.rope(torch.arange(16)) if model.config.position.kind == "rope" else None
+    rope = model.rope(torch.arange(16)) if hasattr(model, "rope") else None
     expected = model.residual.read(copy.deepcopy(layer)(x, rope)[0])
     fast = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):

@@ -38,6 +38,7 @@ MOE = {"model.ffn.kind": "moe", "model.moe.n_experts": 4, "model.moe.d_expert": 
 NOAUX = MOE | {"model.moe.router": "noaux_tc"}
 GROUPS = NOAUX | {"model.moe.n_experts": 8, "model.moe.n_group": 4, "model.moe.topk_group": 2}
 LATENT = {"model.attention.kind": "latent", "model.attention.chunk_size": 4, "model.attention.n_latents": 2}
+KDA = {"model.attention.kind": "kda"}
 MUON = {"train.optimizer.name": "muon"}
 WALK = {
     "model.d_model": ({}, 48),
@@ -67,6 +68,13 @@ WALK = {
     "model.attention.qk_nope_head_dim": (MLA, 6),
     "model.attention.qk_rope_head_dim": (MLA, 6),
     "model.attention.v_head_dim": (MLA, 6),
+    "model.attention.output_gate": ({}, True),
+    "model.attention.linear_heads": (KDA, 2),
+    "model.attention.linear_head_dim": (KDA, 6),
+    "model.attention.conv_kernel": (KDA, 2),
+    "model.attention.gate_rank": (KDA, "full"),
+    "model.attention.decay_rank": (KDA, 3),
+    "model.attention.decay_bound": (KDA, -5.0),
     "model.attention.n_latents": (LATENT, 3),
     "model.attention.chunk_size": (LATENT, 8),
     "model.ffn.kind": (MOE | {"model.ffn.kind": "dense"}, "moe"),
@@ -229,10 +237,10 @@ def test_a_sleeping_setting_is_refused(path):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: ModelConfig(attention={"kind": "mlaa"}), "attention.kind 'mlaa' is unknown: one of mha, mla, latent"),
+        (lambda: ModelConfig(attention={"kind": "mlaa"}), "attention.kind 'mlaa' is unknown: one of mha, mla, latent, kda, gdn"),
         (
             lambda: RunConfig(model={"attention": {"kind": "mlaa"}}),
-            "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent",
+            "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent, kda, gdn",
         ),
         (lambda: ModelConfig(d_model=64, n_heads=6), "n_heads 6 does not divide d_model 64"),
         (

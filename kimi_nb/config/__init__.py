@@ -16,9 +16,10 @@ __getattr__, __dir__, __all__ = lazily(
         tokenizer_folder
     """,
     schema="""
-        AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig MoEConfig ModelConfig
-        NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS PositionConfig ResidualConfig
-        RunConfig TrainConfig data_identity deciding mla_sizes needs planned refuse_planned sleeping
+        AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig LINEAR_ATTENTIONS
+        MoEConfig ModelConfig NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS
+        PositionConfig ResidualConfig RunConfig TrainConfig data_identity deciding mla_sizes needs
+        planned refuse_planned sleeping
     """,
     places="""
         SHIPPED brought_along is_installed place settings_path working_folder

@@ -37,6 +37,17 @@ __getattr__, __dir__, __all__ = lazily(
     latent="""
         LatentAttention LatentCache latent_pairs
     """,
+    delta="""
+        CHUNK StateCache counted_flops decay_floor decayed_products delta_chunked delta_flops
+        delta_recurrent delta_step in_chunks leaf_size short_conv unit_length
+    """,
+    kda="""
+        ForgetGate KimiDeltaAttention ShortConvolution decay_rates first_rates first_steps
+        fla_package linear_sizes
+    """,
+    gdn="""
+        GatedDeltaNet HeadGate
+    """,
     rows="""
         rows_by_head rows_of_latent
     """,

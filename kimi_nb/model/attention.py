@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import ModelConfig
 from .caches import LayerCaches
+from .gdn import GatedDeltaNet
+from .kda import KimiDeltaAttention
 from .kernels import Attention, flash_provider, kernel_words
 from .latent import LatentAttention
 from .mha import MultiHeadAttention
@@ -22,7 +24,13 @@ from .mla import MultiHeadLatentAttention
 from .rows import rows_by_head  # noqa: F401  (with it the attentions know which rows are whose)
 
 # %% ../../nbs/model/39_attention.ipynb #772f2633
-ATTENTIONS = dict(mha=MultiHeadAttention, mla=MultiHeadLatentAttention, latent=LatentAttention)
+ATTENTIONS = dict(
+    mha=MultiHeadAttention,
+    mla=MultiHeadLatentAttention,
+    latent=LatentAttention,
+    kda=KimiDeltaAttention,
+    gdn=GatedDeltaNet,
+)
 
 
 def attention_of(
@@ -109,7 +117,7 @@ def cache_bytes(
     dtype: torch.dtype = torch.float32,  # of the cache
 ) -> int:
     "Bytes all layers hold for one sequence of `tokens`."
-    return sum(n * cls.cache_numbers(config, tokens) for cls, n in attentions_of(config).items()) * dtype.itemsize
+    return sum(n * cls.cache_bytes(config, tokens, dtype) for cls, n in attentions_of(config).items())
 
 
 def state_bytes(
@@ -128,9 +136,9 @@ def cache_bytes_per_token(
 
     def growth(cls):
         tokens = cls.period(config)
-        return (cls.cache_numbers(config, tokens) - cls.cache_numbers(config, 0)) / tokens
+        return (cls.cache_bytes(config, tokens, dtype) - cls.cache_bytes(config, 0, dtype)) / tokens
 
-    return sum(n * growth(cls) for cls, n in attentions_of(config).items()) * dtype.itemsize
+    return sum(n * growth(cls) for cls, n in attentions_of(config).items())
 
 # %% ../../nbs/model/39_attention.ipynb #7a7f7d6c
 class _Listener(TorchDispatchMode):
@@ -174,6 +182,8 @@ def _kernel_of(config, layer_idx, device, dtype, training):
     layer = build_attention(config, layer_idx).to(device, dtype).train(training)
     tokens = max(2, min(config.max_seq_len, max(32, 2 * layer.period(config))))
     x = torch.zeros(1, tokens, config.d_model, device=device, dtype=dtype)
+    if layer.named_kernel(x):
+        return layer.named_kernel(x)
     with torch.set_grad_enabled(training), _Listener() as heard:
         layer(x)
     provider = flash_provider(x, layer.flash_package)

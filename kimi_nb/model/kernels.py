@@ -290,6 +290,11 @@ class _Answers(_Watched):
         raise NotImplementedError
 
     @classmethod
+    def cache_bytes(cls, config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+        "Bytes that one layer holds of a text in a cache of this type."
+        return cls.cache_numbers(config, tokens) * dtype.itemsize
+
+    @classmethod
     def period(cls, config: ModelConfig) -> int:
         "Tokens after which the cache has grown by its mean."
         return 1
@@ -313,6 +318,15 @@ class _Answers(_Watched):
     def idle_parameters(cls, config: ModelConfig, seq_len: int) -> bool:
         "Whether texts of this length leave a parameter without a gradient."
         return False
+
+    @classmethod
+    def untold_operators(cls) -> dict:
+        "Operators of its own that PyTorch's counter of FLOPs does not know, with their formulas."
+        return {}
+
+    def named_kernel(self, x: Tensor) -> str:
+        "The kernel that computes it for tokens like `x`, where it is none of PyTorch's attention; else ''."
+        return ""
 
 # %% ../../nbs/model/21_kernels.ipynb #a86e2bb3
 class Attention(_Answers):

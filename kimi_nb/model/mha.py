@@ -79,6 +79,7 @@ class MultiHeadAttention(_OfMHA):
         self.head_dim = config.head_dim
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
+        self.g_proj = nn.Linear(config.d_model, config.d_model, bias=False) if config.attention.output_gate else None
         normed = config.attention.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.norm.eps) if normed else None
         self.k_norm = RMSNorm(config.head_dim, config.norm.eps) if normed else None
@@ -102,12 +103,16 @@ class MultiHeadAttention(_OfMHA):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, K)
-        return self.o_proj(self.attend(q, k, v, need_weights).transpose(1, 2).flatten(2))
+        y = self.attend(q, k, v, need_weights).transpose(1, 2).flatten(2)
+        if self.g_proj is not None:
+            y = y * self.g_proj(x).sigmoid()
+        return self.o_proj(y)
 
     def decoding(self):
         "A function `step(x, h, rope, cache)`: adds to `x` (B, D) what one token of each text, normed `h`, gathers."
         projections = [p.weight.t() for p in (self.q_proj, self.k_proj, self.v_proj)]
         w_o = self.o_proj.weight.t()
+        w_g = None if self.g_proj is None else self.g_proj.weight.t()
         norms = None if self.q_norm is None else (self.q_norm.decoding(), self.k_norm.decoding())
 
         def step(x, h, rope, cache):
@@ -116,7 +121,8 @@ class MultiHeadAttention(_OfMHA):
                 q, k = norms[0](q), norms[1](k)
             if rope is not None:
                 q, k = turn_(torch.cat([q, k], 1), rope).chunk(2, 1)
-            x.addmm_(self.attend(q[:, :, None], *cache.append_one(k, v)).flatten(1), w_o)
+            y = self.attend(q[:, :, None], *cache.append_one(k, v)).flatten(1)
+            x.addmm_(y if w_g is None else y * h.mm(w_g).sigmoid(), w_o)
 
         return step
 

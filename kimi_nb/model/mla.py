@@ -113,6 +113,7 @@ class _Projections(_OfMLA):
         self.kv_a_proj_with_mqa = nn.Linear(D, self.rank + self.rope, bias=False)
         self.kv_a_layernorm = RMSNorm(self.rank, config.norm.eps)
         self.kv_b_proj = nn.Linear(self.rank, H * (self.nope + self.v_dim), bias=False)
+        self.g_proj = nn.Linear(D, H * self.v_dim, bias=False) if a.output_gate else None
         self.o_proj = nn.Linear(H * self.v_dim, D, bias=False)
 
     @property
@@ -206,7 +207,10 @@ class MultiHeadLatentAttention(_Forms):
             y = self._absorbed(q_nope, q_rope, held, need_weights)
         else:
             y = self._expanded(q_nope, q_rope, c, k_rope, need_weights)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        if self.g_proj is not None:
+            y = y * self.g_proj(x).sigmoid()
+        return self.o_proj(y)
 
     def decoding(self):
         "A function `step(x, h, rope, cache)`: adds to `x` (B, D) what one token of each text, normed `h`, gathers."
@@ -215,6 +219,7 @@ class MultiHeadLatentAttention(_Forms):
         H, R, nope, scale = self.n_heads, self.rank, self.nope, self.scale
         w_q, w_kv, w_o = (p.weight.t() for p in (self.q_out, self.kv_a_proj_with_mqa, self.o_proj))
         w_k, w_v = self._unpacking()
+        w_g = None if self.g_proj is None else self.g_proj.weight.t()
         kv_norm, low_rank = self.kv_a_layernorm.decoding(), hasattr(self, "q_a_proj")
         if low_rank:
             w_low, q_norm = self.q_a_proj.weight.t(), self.q_a_layernorm.decoding()
@@ -229,6 +234,7 @@ class MultiHeadLatentAttention(_Forms):
             held = held.squeeze(1)  # (B, S, R + Kr)
             q = torch.cat([q.transpose(0, 1).bmm(w_k).transpose(0, 1), q_rope], -1)  # (B, H, R + Kr)
             mixed = q.bmm(held.transpose(1, 2)).mul_(scale).softmax(-1).bmm(held[..., :R])  # (B, H, R)
-            x.addmm_(mixed.transpose(0, 1).bmm(w_v).transpose(0, 1).flatten(1), w_o)
+            y = mixed.transpose(0, 1).bmm(w_v).transpose(0, 1).flatten(1)
+            x.addmm_(y if w_g is None else y * h.mm(w_g).sigmoid(), w_o)
 
         return step

@@ -20,6 +20,7 @@ from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F4
 from kimi_nb.model.attention import (
     attention_flops_per_token,
     attention_of,
+    attentions_of,
     build_attention,
     build_cache,
     cache_bytes_per_token,
@@ -283,11 +284,13 @@ def _attention_flops(q, k, v, *rest, out_shape=None, **more):
     return 2 * pairs * (q[-1] + v[-1])
 
 
-def _untold_operators():
+def _untold_operators(config):
     "Operators that `flop_counter` does not count, with their formulas."
     found = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     if hasattr(torch.ops.aten, "_grouped_mm"):
         found[torch.ops.aten._grouped_mm] = _grouped_flops
+    for cls in attentions_of(config):
+        found |= cls.untold_operators()
     return found
 
 
@@ -299,7 +302,7 @@ def measured_forward_flops_per_token(
     from torch.utils.flop_counter import FlopCounterMode
 
     ids = torch.zeros(1, seq_len, dtype=torch.long, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False, custom_mapping=_untold_operators()) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=_untold_operators(model.config)) as counter, torch.no_grad():
         model(ids)
     return counter.get_total_flops() / seq_len
 
