@@ -17,6 +17,8 @@ RUNS = dict(
     kimi=RunConfig.preset("kimi"),
     plan=RunConfig.preset("plan"),
     latent=RunConfig().override({"model.attention.kind": "latent"}),
+    kda=RunConfig().override({"model.attention.kind": "kda"}),
+    mixed=RunConfig().override({"model.attention.pattern": "latent,kda"}),
     aux=RunConfig.preset("plan").override({"model.moe.router": "aux_tc"}),
 )
 
@@ -72,11 +74,11 @@ class NovelAttention:
 def test_a_new_component_changes_no_hash_and_no_run_id(package):
     before, ids = hashes(package), {name: run.run_id for name, run in RUNS.items()}
     (package / "model" / "novel.py").write_text(NOVEL, encoding="utf-8")
-    change(package / "model" / "attention.py", "dict(mha=", "dict(novel=NovelAttention, mha=")
+    change(package / "model" / "attention.py", "    mha=Multi", "    novel=NovelAttention,\n    mha=Multi")
     change(
         package / "model" / "attention.py", "from .mha import", "from .novel import NovelAttention\nfrom .mha import"
     )
-    change(package / "config" / "schema.py", '"latent"]', '"latent", "novel"]')
+    change(package / "config" / "schema.py", '"gdn"]', '"gdn", "novel"]')
     change(package / "config" / "schema.py", "    n_latents:", "    novelty: Positive = 3  # novel\n    n_latents:")
     assert hashes(package) == before and ids == {name: run.run_id for name, run in RUNS.items()}
     novel = {**asked_for(RunConfig()), "attention.kind": "novel"}
@@ -88,8 +90,11 @@ def test_a_component_counts_for_the_runs_that_use_it(package):
     before = hashes(package)
     change(package / "model" / "mla.py", "gamma.sqrt()", "gamma")
     assert {name for name, found in hashes(package).items() if found != before[name]} == {"kimi"}
+    change(package / "model" / "delta.py", "CHUNK = 32", "CHUNK = 64")
+    using = {name for name, found in hashes(package).items() if found != before[name]}
+    assert using == {"kimi", "kda", "mixed"}
     change(package / "model" / "router_aux_tc.py", "m.top_k", "m.top_k + 0")
-    assert {name for name, found in hashes(package).items() if found != before[name]} == {"kimi", "aux"}
+    assert {name for name, found in hashes(package).items() if found != before[name]} == using | {"aux"}
     change(package / "model" / "rmsnorm.py", "eps: float = 1e-6", "eps: float = 1e-5")  # latents are normed with it
     change(package / "config" / "schema.py", "4 * self.d_model", "3 * self.d_model")  # a property is code
     assert all(found != before[name] for name, found in hashes(package).items())

@@ -237,7 +237,10 @@ def test_a_sleeping_setting_is_refused(path):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: ModelConfig(attention={"kind": "mlaa"}), "attention.kind 'mlaa' is unknown: one of mha, mla, latent, kda, gdn"),
+        (
+            lambda: ModelConfig(attention={"kind": "mlaa"}),
+            "attention.kind 'mlaa' is unknown: one of mha, mla, latent, kda, gdn",
+        ),
         (
             lambda: RunConfig(model={"attention": {"kind": "mlaa"}}),
             "model.attention.kind 'mlaa' is unknown: one of mha, mla, latent, kda, gdn",
