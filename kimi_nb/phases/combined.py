@@ -4,14 +4,28 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'PATHS', 'LABELS', 'MEASURED', 'CRITERIA', 'FASTER', 'SMALLER', 'SAME_SCORING', 'QUESTION_OF',
-           'ALL_PARTS', 'SYNERGY', 'varied', 'study', 'studies', 'analyse', 'factors_of', 'ranking', 'with_costs',
-           'time_to_target', 'criteria', 'judge']
+           'ALL_PARTS', 'SYNERGY', 'NAMES', 'AVERAGE', 'BEST', 'varied', 'study', 'studies', 'analyse', 'factors_of',
+           'inside', 'ranking', 'with_costs', 'time_to_target', 'criteria', 'judge']
 
 # %% ../../nbs/phases/07_combined.ipynb #a17f7b7f
 import math
 
+import pandas as pd
+
 from ..config import Profile
-from ..stats import FORMS, claim, compare, component_contrasts, factorial, with_targets
+from kimi_nb.stats import (
+    FORMS,
+    claim,
+    compare,
+    component_contrasts,
+    factorial,
+    listed,
+    over_seeds,
+    partners,
+    simple_effects,
+    t_pvalue,
+    with_targets,
+)
 from kimi_nb.study import (
     FACTORS,
     Arm,
@@ -47,13 +61,19 @@ ABOUT = PhaseAbout(
         ),
         FigureAbout(
             "combined-effects",
-            "Main effects and interactions of the factorial on test bits per byte, pooled error; thick bar: 95% "
-            "interval, thin bar: the family at once, grey: the margin of equivalence",
+            "Main effects and interactions of the factorial on test bits per byte, each from every seed once; thick "
+            "bar: 95% interval over seeds, thin bar: the family at once, grey: the margin of equivalence",
             1,
         ),
         FigureAbout(
             "combined-parts",
             "Each part alone, on top of the others, and all together; thick bar: 95% interval, thin bar: all at once",
+            1,
+        ),
+        FigureAbout(
+            "combined-inside",
+            "Each part inside the levels of others: with either optimizer, and wherever an interaction is significant; "
+            "bars as above",
             1,
         ),
         FigureAbout(
@@ -89,6 +109,7 @@ ABOUT = PhaseAbout(
                 "The parts get into each other's way: adopting all of them gives less than the single gains "
                 "promise, and those should not be added up."
             ),
+            "no difference": ("The parts add up: together they give what their single effects promise."),
             "undecided": (
                 "Whether the parts together give more or less than the sum of their single effects is open, "
                 "within the interval given."
@@ -98,30 +119,37 @@ ABOUT = PhaseAbout(
         "RQ1": {
             "supported": ("MLA improves quality here, beside making the cache smaller."),
             "contradicted": ("MLA costs quality here; its smaller cache has a price."),
+            "no difference": ("In quality MLA makes no difference that matters here, so its smaller cache decides."),
             "undecided": ("MLA neither clearly gains nor clearly loses quality, so the smaller cache decides."),
             "not testable here": ("MLA was not compared."),
         },
         "RQ2": {
             "supported": ("RMSNorm is better in quality as well."),
             "contradicted": ("RMSNorm costs quality here."),
+            "no difference": ("In quality the two norms make no difference that matters: take the cheaper one."),
             "undecided": ("In quality the two norms are close: any difference is smaller than the design can see."),
             "not testable here": ("The norms were not compared."),
         },
         "RQ3": {
             "supported": ("Loss-free routing with a shared expert improves quality at equal tokens."),
             "contradicted": ("Loss-free routing with a shared expert costs quality at equal tokens here."),
+            "no difference": ("In quality the routers make no difference that matters here."),
             "undecided": ("Routers differ too little in quality to be chosen by it at this size."),
             "not testable here": ("The routers were not compared."),
         },
         "RQ4": {
             "supported": ("Among the parts the optimizer is one that clearly pays."),
             "contradicted": ("Muon makes the model worse than tuned AdamW here."),
+            "no difference": ("In quality the optimizers make no difference that matters here."),
             "undecided": ("The optimizers are not told apart in quality."),
             "not testable here": ("The optimizers were not compared."),
         },
         "RQ5": {
             "supported": ("The model with all parts is better than the baseline."),
             "contradicted": ("The model with all parts is worse than the baseline."),
+            "no difference": (
+                "The model with all parts is neither better nor worse than the baseline by what matters."
+            ),
             "undecided": ("Whether the model with all parts is better is not decided."),
             "not testable here": ("The parts were not combined."),
         },
@@ -201,15 +229,30 @@ def factors_of(
     on = {f for arm in study.arms for f in cell_factors(arm.name) or ()}
     return {f: levels for f, levels in FACTORS.items() if f in on}
 
+
+def inside(
+    frame,  # of `analyse`
+    study,  # as it was run
+    effects,  # of `factorial`
+):  # DataFrame of `simple_effects`, or None where nothing is crossed
+    "What each part does with either optimizer, and inside the levels of every part with which it interacts."
+    factors = factors_of(study)
+    pairs = [(part, ("optimizer",)) for part in factors if part != "optimizer" and "optimizer" in factors]
+    pairs = list(dict.fromkeys([*pairs, *partners(effects)]))
+    return simple_effects(frame, study.metric, factors, pairs, margin=study.margin) if pairs else None
+
 # %% ../../nbs/phases/07_combined.ipynb #4a1e3be4
+def _apart(one, other):
+    "p of the difference of two effects, seed by seed."
+    seeds = over_seeds(pd.Series(one["values"], dtype=float) - pd.Series(other["values"], dtype=float))
+    return t_pvalue(seeds["diff"], seeds["se"], seeds["df"])
+
+
 def ranking(
     effects,  # of `factorial`
     contrasts,  # of `component_contrasts`
 ):  # DataFrame, one row per factor, the most useful first
     "Factors in the order of their main effects, with what each gives alone and on top of the others."
-    import pandas as pd
-
-    from kimi_nb.stats import t_pvalue
     from kimi_nb.study import metric_info
 
     by = contrasts.set_index("term")["diff"]
@@ -226,7 +269,7 @@ def ranking(
             p_adj=r["p_adj"],
             alone=by.get(f"{r['term']} alone", math.nan),
             on_top=by.get(f"{r['term']} on top", math.nan),
-            p_next=t_pvalue(r["diff"] - n["diff"], math.hypot(r["se"], n["se"]), r["df"]) if n else math.nan,
+            p_next=_apart(r, n) if n else math.nan,
         )
         for i, (r, n) in enumerate(zip(main, [*main[1:], None]))
     ]
@@ -352,15 +395,60 @@ ALL_PARTS = "All parts together make a better model (fewer bits per byte) than t
 SYNERGY = "The parts together give more than the sum of each alone (synergy)."
 
 
+NAMES = {"adamw": "AdamW", "muon": "Muon", "mha": "MHA", "mla": "MLA", "layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+AVERAGE = (
+    "It is an average that describes no single model: the effect depends on {others}, and stands inside its levels."
+)
+BEST = "Some of the parts make a better model than all of them together."
+
+
+def _inside_findings(levels):
+    "Each part inside the levels of others, one finding a row."
+    found = []
+    for row in levels.to_dict("records"):
+        given = " and ".join(NAMES.get(name, name) for name in row["given"].split(" and "))
+        text = f"With {given}, {LABELS[row['factor']]} makes the model better (fewer bits per byte)."
+        id = f"{QUESTION_OF[row['factor']]}-with {given}"
+        found.append(claim(id, text, pd.DataFrame([row])).changed(label=f"with {given}"))
+    return found
+
+
+def _best_finding(ranked):
+    "Is a cell with fewer parts better than the one with all of them?"
+    whole = max(ranked["arm"], key=lambda arm: len(cell_factors(arm) or ()))
+    best = ranked["arm"].iloc[0]
+    if best == whole:
+        word = "undecided" if ranked["may_be_best"].iloc[1:].any() else "contradicted"
+        return Finding(id="RQ5-best", claim=BEST, word=word, reason="All parts together have the best mean.")
+    row = ranked[ranked["arm"] == whole].iloc[0].to_dict()
+    turned = {"diff": -row["diff"], "arm": best, "baseline": whole, "mean": row["mean_baseline"]}
+    turned |= {"mean_baseline": row["mean"], "phrase": f"{_parts_of(best)} instead of all parts"}
+    for end in ("n_failed", "n_diverged"):
+        turned |= {end: row[f"{end}_baseline"], f"{end}_baseline": row[end]}
+    return claim("RQ5-best", BEST, pd.DataFrame([row | turned]))
+
+
+def _parts_of(arm):
+    "A cell in words."
+    on = cell_factors(arm)
+    return listed(LABELS[factor] for factor in on) + " alone" if on else "none of the parts"
+
+
 def judge(
     effects,  # of `factorial`
     contrasts,  # of `component_contrasts`
+    levels=None,  # of `inside`
+    ranked=None,  # of `against_best`
 ) -> list[Finding]:
-    "RQ1 to RQ4 by the main effects, RQ5 by all parts together, H5 by the synergy."
-    findings = []
+    "RQ1 to RQ4 by main effects and inside levels, RQ5 by all parts together and by the best cell, H5 by the synergy."
+    findings, inner = [], {}
+    for factor, others in partners(effects):
+        inner[factor] = sorted({*inner.get(factor, ()), *others})
     for factor in effects.loc[effects["order"] == 1, "term"]:
         text = f"{LABELS[factor]} makes the model better (fewer bits per byte), averaged over the other parts."
-        findings.append(claim(QUESTION_OF[factor], text, effects[effects["term"] == factor]))
+        found = claim(QUESTION_OF[factor], text, effects[effects["term"] == factor])
+        findings.append(found.caution(AVERAGE.format(others=listed(inner[factor]))) if factor in inner else found)
     findings.append(claim("RQ5", ALL_PARTS, contrasts[contrasts["term"] == "all"]))
     findings.append(claim("H5", SYNERGY, contrasts[contrasts["term"] == "synergy"]))
-    return findings
+    findings += _inside_findings(levels) if levels is not None else []
+    return findings + ([_best_finding(ranked)] if ranked is not None else [])

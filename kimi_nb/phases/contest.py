@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..config import Profile
 from .moe import router_delta
-from ..stats import claim, decide, t_interval, t_pvalue
+from ..stats import claim, decide, over_seeds, t_interval, t_pvalue
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study
 
 # %% ../../nbs/phases/13_contest.ipynb #d7eb8c61
@@ -221,15 +221,11 @@ def contrast_row(
     metric: str = "test_bpb",
 ) -> dict:  # as a row of `compare`
     "Student's t over seeds."
-    n = len(values)
-    se = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    diff = float(values.mean()) if n else math.nan
-    low, high = t_interval(diff, se, n - 1)
-    p = t_pvalue(diff, se, n - 1) if se else math.nan
-    return dict(
-        metric=metric, arm="contrast", baseline="none", phrase=phrase, n=n, n_unit="seeds", df=n - 1,
-        diff=diff, se=se, ci_low=low, ci_high=high, p=p, p_adj=p, alpha=0.05,
-    )  # fmt: skip
+    row = over_seeds(values)
+    numbers = row["diff"], row["se"], row["df"]
+    p, (low, high) = t_pvalue(*numbers), t_interval(*numbers)
+    names = dict(metric=metric, arm="contrast", baseline="none", phrase=phrase)
+    return names | row | dict(ci_low=low, ci_high=high, p=p, p_adj=p, alpha=0.05)
 
 # %% ../../nbs/phases/13_contest.ipynb #c6d3a29b
 def crossover_weights(

@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazily(
         NOTHING amount capital cell counted difference duration listed number p_words percent
         short_number
     """,
-    verdict="""
-        DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide digits_of direction_seen
-        family_size_of found_better joint_finding lost_runs metric_of not_in_table row_of said_whole
-        say seen size_seen survivors word_for
+    judge="""
+        DECIDED DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide declared_margin
+        direction_seen family_size_of found_better in_two_words joint_finding lost_runs not_in_table
+        row_of said_whole say seen size_seen survivors word_for
     """,
     comparison="""
         LOST Rule TESTS compare family_statistics paired words_of
@@ -26,8 +26,9 @@ __getattr__, __dir__, __all__ = lazily(
         WHOLE analysed claim comparisons to_target with_late with_targets
     """,
     design="""
-        AA_TESTS ScalingFit Simulated TwoLevel UNEQUAL aa_calibration by_seed component_contrasts
-        correlations factorial fit_power_law more_seeds pairing_gain two_level
+        Estimates ScalingFit TwoLevel by_seed cell_signs component_contrasts contrast_by_seed
+        contrast_table correlations effects_by_seed estimates_of factorial fit_power_law more_seeds
+        over_seeds pairing_gain two_level
     """,
     plots="""
         BANDS COLORS FAR HEADS LINES MARKERS OF_ITS_ROW P_COLUMNS STYLE Table Tables WORD_COLORS
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazily(
         cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve
         scaling_fit spectra
     """,
+<<<<<<< HEAD
     answer="""
         AGAINST_MARGIN AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
         answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
@@ -50,11 +52,15 @@ __getattr__, __dir__, __all__ = lazily(
     foreign="""
         LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
         read_table separator_of table_in text_of
+=======
+    inside="""
+        against_best partners simple_effects
+>>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
     """,
-    trackers="""
-        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
-        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
+    errors="""
+        level_noise mixed_effects noisier_level text_error with_text_error
     """,
+<<<<<<< HEAD
     anytime="""
         EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
         open_levels planned_levels r_of scale_free t_needed t_of
@@ -76,5 +82,10 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     spread="""
         CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
+=======
+    calibration="""
+        AA_TESTS ALLOWED Judged Simulated Spread aa_calibration any_by_holm drawn_cells drawn_study
+        judged_cells spread_of
+>>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
     """,
 )

@@ -288,6 +288,7 @@ def loss_curves(
 WORD_COLORS = {
     "supported": "#0072B2",
     "contradicted": "#D55E00",
+    "no difference": "#009E73",
     "undecided": "#666666",
     "not testable here": "#999999",
 }
@@ -666,8 +667,21 @@ class Tables(dict):
         return table
 
 # %% ../../nbs/stats/07_plots.ipynb #9b231952
-P_COLUMNS = ("p", "p_adj", "p_welch", "p_permutation", "p_tost", "p_tost_adj", "p_next", "p_seed")
-OF_ITS_ROW = ("diff", "mean", "mean_baseline", "ci_low", "ci_high", "detectable", "detectable_adj", "sd", "se")
+P_COLUMNS = ("p", "p_adj", "p_welch", "p_permutation", "p_tost", "p_tost_adj", "p_next", "p_seed", "p_hsu", "p_pooled")
+OF_ITS_ROW = (
+    "diff",
+    "mean",
+    "mean_baseline",
+    "ci_low",
+    "ci_high",
+    "plain_low",
+    "plain_high",
+    "detectable",
+    "detectable_adj",
+    "sd",
+    "se",
+    "seed_sd",
+)
 HEADS = {
     "n": "n",
     "p": "p",
@@ -695,7 +709,13 @@ HEADS = {
     "on_top": "on top of the others",
     "ci_seed_low": "between seeds from",
     "ci_seed_high": "to (between seeds)",
-    "f_seeds": "F (seeds)",
+    "p_hsu": "p (Hsu)",
+    "p_pooled": "p (pooled error)",
+    "plain_low": "from (contrasts of seeds)",
+    "plain_high": "to (contrasts of seeds)",
+    "seed_sd": "sd of the effect over seeds",
+    "may_be_best": "may be the best",
+    "in_words": "in words",
 }  # column -> its head, where the metric's own words do not say it
 
 
