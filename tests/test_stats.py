@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from kimi_nb.stats import (
     ALLOWED,
-    Spread,
+    RunSpread,
     StatsError,
     aa_calibration,
     adjust,
@@ -408,7 +408,7 @@ def test_scaling_law_with_few_sizes_says_what_it_cannot_do():
 
 
 def test_no_test_cries_wolf_and_pairing_pays():
-    table = aa_calibration(Spread.equal(0.01, 0.03), n_seeds=5, n_sim=300, seed=1).set_index("test")
+    table = aa_calibration(RunSpread.equal(0.01, 0.03), n_seeds=5, n_sim=300, seed=1).set_index("test")
     assert table.drop("bootstrap").ok.all() and table.loc["bootstrap", "note"] == "offered from 10 pairs on"
     assert 0.02 < table.loc["t", "rate"] < 0.09 and table.loc["permutation", "rate"] == 0
     gain = pairing_gain(made_up({"base": 0, "a": 0}, 40, 0.01, 0.03), "test_bpb", "base").gain[0]
@@ -506,7 +506,7 @@ def test_no_path_to_a_finding_decides_what_is_inside_the_margin(seeds, noise, se
 )
 def test_false_alarms_keep_their_rate_whatever_the_spread(seed_sd, own, noise, noisy, seed):
     """With 3, 5 and 8 seeds at most 1.2 times the declared rate; the error pooled over all runs does not keep it."""
-    spread = Spread(seed_sd, tuple(own), noise, noisy, tuple(LEVELS))
+    spread = RunSpread(seed_sd, tuple(own), noise, noisy, tuple(LEVELS))
     for n in (3, 5, 8):
         found = judged_cells(*drawn_cells(spread, n, 12_000, np.random.default_rng(seed)))
         rates = (found.p[:, :4] < 0.05).mean(axis=0)
@@ -520,11 +520,11 @@ def test_false_alarms_keep_their_rate_whatever_the_spread(seed_sd, own, noise, n
 def test_false_alarms_keep_their_rate_under_the_spread_of_the_records(profile):
     """Drawn from what the published factorial shows, judged by the very functions that judge it."""
     from kimi_nb.plan import published
-    from kimi_nb.stats import spread_of
+    from kimi_nb.stats import run_spread
     from kimi_nb.study import FACTORS, with_factors
 
     store = published(profile)
-    spread = spread_of(with_factors(store.frame("combined", stale=True)), "test_loss", FACTORS)
+    spread = run_spread(with_factors(store.frame("combined", stale=True)), "test_loss", FACTORS)
     assert max(spread.factor_sd) > 0
     for n in (3, 5, 8):
         table = aa_calibration(spread, n, seed=n)

@@ -22,8 +22,8 @@ from kimi_nb.stats import (
     p_words,
     panels,
     ppl_power,
+    run_spread,
     seeds_needed,
-    spread_of,
     styled,
     t_power,
 )
@@ -127,13 +127,13 @@ def frame_of(
 def crossed_spread(
     frame,  # of the study `combined`; None where it has not run
     metric: str = "test_loss",
-):  # Spread, or None where the runs cannot tell
+):  # RunSpread, or None where the runs cannot tell
     "What the factorial's runs differ by: seeds, seeds and parts, and the noise of either level of the noisiest part."
     if frame is None or metric not in frame:
         return None
     frame = with_factors(frame)
     known = {factor: levels for factor, levels in FACTORS.items() if frame[factor].nunique() == 2}
-    return spread_of(frame, metric, known) if len(known) > 1 else None
+    return run_spread(frame, metric, known) if len(known) > 1 else None
 
 # %% ../../nbs/phases/10_stats.ipynb #d98cae99
 @styled

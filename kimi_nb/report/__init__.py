@@ -33,10 +33,10 @@ __getattr__, __dir__, __all__ = lazily(
         together_words turned
     """,
     across="""
-        Claim DECIDED agreement at_size changes_words claim_name claims_at claims_markdown claims_of
-        claims_table claims_words compared counts_words draw_sizes effect_changes effect_text
-        how_large main_figures names_of others settings_apart shared_phases sizes_appendix
-        sizes_figure sizes_section sizes_words what_ran
+        Claim DECIDED TESTED agreement at_size changes_words claim_name claims_at claims_markdown
+        claims_of claims_table claims_words compared counts_words draw_sizes effect_changes
+        effect_text how_large main_figures names_of others settings_apart shared_phases
+        sizes_appendix sizes_figure sizes_section sizes_words what_ran
     """,
     paper="""
         LONGEST METHOD_CHECKS PART_OF TITLE UNTESTED abstract all_comparisons answers answers_like

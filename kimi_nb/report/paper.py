@@ -83,11 +83,9 @@ def combined_tables(
     frame, effects, contrasts = e.factorial
     runs = int((frame["status"] == "done").sum())
     main, rest = effects[effects["order"] == 1], effects[effects["order"] > 1]
-    by_seeds = "by_seeds" in main and main["by_seeds"].any()
-    error = "pooled error, or that of the seeds where they differ by more" if by_seeds else "pooled error"
     caption = (
         "Main effects on test bits per byte: the mean difference over all combinations of the other parts "
-        f"({runs} runs, {error}). Negative is better."
+        f"({runs} runs; the error is the spread of the effect over seeds). Negative is better."
     )
     tables = [effects_table(main, caption, id="main-effects")]
     if len(rest):
@@ -240,6 +238,8 @@ def conclusion(
         leave=listed(leave) if leave else "",
         one_left=len(leave) == 1,
         open=listed(open_) if open_ else "",
+        same=listed(_parts_with("no difference", parts)),
+        any_same=bool(_parts_with("no difference", parts)),
         readings=[reading for reading in together if reading],
         pairs=pairs_words(e),
         criteria=criteria,

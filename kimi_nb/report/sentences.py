@@ -87,7 +87,17 @@ def parts_words(
         out.append(f"{capital(effect_words(row, _named(row)))}: an improvement, by the rule declared beforehand.")
     for row in groups["contradicted"]:
         out.append(f"{capital(effect_words(row, _named(row)))}: it makes the model worse.")
-    open_ = groups["undecided"]
+    if groups["no difference"]:
+        which = capital(listed(f"{_named(row)} ({row['diff']:+.3f})" for row in groups["no difference"]))
+        verb = "makes" if len(groups["no difference"]) == 1 else "make"
+        margin = groups["no difference"][0]["margin"]
+        out.append(
+            f"{which} {verb} no difference: the interval lies within ±{margin:g}, the margin declared beforehand."
+        )
+    near = [row for row in groups["undecided"] if row["p_adj"] < row["alpha"]]
+    for row in near:
+        out.append(f"{capital(effect_words(row, _named(row)))}; whether that is more than the margin is unclear.")
+    open_ = [row for row in groups["undecided"] if row not in near]
     if open_:
         which = listed(f"{_named(row)} ({row['diff']:+.3f})" for row in open_)
         limit = max(row["detectable_adj"] for row in open_)
@@ -106,8 +116,13 @@ def compute_words(
     return f" (FLOPs per token differ by up to {e.compute:.1%})" if e.compute > 0 else ""
 
 # %% ../../nbs/report/05_sentences.ipynb #6296e0c4
-_ALL = {"supported": ": an improvement", "contradicted": ": the whole is worse"}
+_ALL = {
+    "supported": ": an improvement",
+    "contradicted": ": the whole is worse",
+    "no difference": ": no difference that matters",
+}
 _SYNERGY = {
+    "no difference": "the parts add up, within the margin declared beforehand",
     "supported": "the parts give more together than the sum of what each gives alone",
     "contradicted": "the parts give less together than the sum of what each gives alone",
 }
@@ -206,7 +221,7 @@ def seeds_words(
     main = [row for row in rows if row["name"] != "synergy"]
     if not main:
         return []
-    df, pooled_df = seeds - 1, float(e.factorial[1]["df"].max())
+    df, pooled_df = seeds - 1, float(e.factorial[1]["df_pooled"].max())
     level = 1 - main[0]["alpha"] / 2
     t, pooled_t = t_distribution.ppf(level, df), t_distribution.ppf(level, pooled_df)
     ratios = [((row["ci_seed_high"] - row["ci_seed_low"]) / 2 / t / row["pooled"]) ** 2 for row in main]
@@ -224,7 +239,6 @@ def seeds_words(
         ratio=f"{ratio:.1f}",
         optimistic=f_distribution.sf(ratio, len(main) * df, pooled_df) < 0.05,
         sure=listed([r["name"] for r in main if r["ci_seed_low"] * r["ci_seed_high"] > 0] or ["no part"]),
-        alone=listed(r["name"] for r in rows if r.get("by_seeds")),
         intervals="; ".join(intervals),
     )
     return [told]

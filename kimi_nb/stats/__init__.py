@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazily(
         NOTHING amount capital cell counted difference duration listed number p_words percent
         short_number
     """,
-    judge="""
+    verdict="""
         DECIDED DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide declared_margin
-        direction_seen family_size_of found_better in_two_words joint_finding lost_runs not_in_table
-        row_of said_whole say seen size_seen survivors word_for
+        digits_of direction_seen family_size_of found_better in_two_words joint_finding lost_runs
+        metric_of not_in_table row_of said_whole say seen size_seen survivors word_for
     """,
     comparison="""
         LOST Rule TESTS compare family_statistics paired words_of
@@ -84,8 +84,32 @@ __getattr__, __dir__, __all__ = lazily(
         CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
 =======
     calibration="""
+<<<<<<< HEAD
         AA_TESTS ALLOWED Judged Simulated Spread aa_calibration any_by_holm drawn_cells drawn_study
         judged_cells spread_of
 >>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
+=======
+        AA_TESTS ALLOWED JudgedCells RunSpread Simulated aa_calibration any_by_holm drawn_cells
+        drawn_study judged_cells run_spread
+    """,
+    foreign="""
+        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
+        read_table separator_of table_in text_of
+    """,
+    trackers="""
+        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
+        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
+    """,
+    roles="""
+        ARM_COLUMNS BASELINES RunTable SEED_COLUMNS better_way column_named first_named guess_metric
+        longer runs_of
+    """,
+    judging="""
+        Chance Judged chance_of compared_rows guess_baseline how_compared judge judged over_items
+        runs_needed seeds_for two_axes unpaired
+    """,
+    spread="""
+        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
+>>>>>>> cdbb952 (Reports say 'no difference' and the error of the seeds; names of the calibration are its own)
     """,
 )

@@ -14,7 +14,7 @@ import pandas as pd
 from .comparison import Rule, compare
 from .design import contrast_table, two_level
 from .inference import StatsError
-from .judge import decide, in_two_words
+from .verdict import decide, in_two_words
 from ..study import metric_info
 
 # %% ../../nbs/stats/09_inside.ipynb #5c4ba9d2
