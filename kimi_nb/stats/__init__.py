@@ -39,28 +39,33 @@ __getattr__, __dir__, __all__ = lazily(
         cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve
         scaling_fit spectra
     """,
-<<<<<<< HEAD
     answer="""
         AGAINST_MARGIN AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
         answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
         reach_of size_words
     """,
-    reading="""
-        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
-        read_tradeoff
-    """,
-    foreign="""
-        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
-        read_table separator_of table_in text_of
-=======
     inside="""
         against_best partners simple_effects
->>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
     """,
     errors="""
         level_noise mixed_effects noisier_level text_error with_text_error
     """,
-<<<<<<< HEAD
+    reading="""
+        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
+        read_tradeoff
+    """,
+    calibration="""
+        AA_TESTS ALLOWED JudgedCells RunSpread Simulated aa_calibration any_by_holm drawn_cells
+        drawn_study judged_cells run_spread
+    """,
+    foreign="""
+        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
+        read_table separator_of table_in text_of
+    """,
+    trackers="""
+        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
+        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
+    """,
     anytime="""
         EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
         open_levels planned_levels r_of scale_free t_needed t_of
@@ -82,34 +87,5 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     spread="""
         CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
-=======
-    calibration="""
-<<<<<<< HEAD
-        AA_TESTS ALLOWED Judged Simulated Spread aa_calibration any_by_holm drawn_cells drawn_study
-        judged_cells spread_of
->>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
-=======
-        AA_TESTS ALLOWED JudgedCells RunSpread Simulated aa_calibration any_by_holm drawn_cells
-        drawn_study judged_cells run_spread
-    """,
-    foreign="""
-        LARGEST_FILE Loaded Numbers SEPARATORS cells_of file_bytes json_in numbers_of parquet_in
-        read_table separator_of table_in text_of
-    """,
-    trackers="""
-        compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
-        harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
-    """,
-    roles="""
-        ARM_COLUMNS BASELINES RunTable SEED_COLUMNS better_way column_named first_named guess_metric
-        longer runs_of
-    """,
-    judging="""
-        Chance Judged chance_of compared_rows guess_baseline how_compared judge judged over_items
-        runs_needed seeds_for two_axes unpaired
-    """,
-    spread="""
-        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
->>>>>>> cdbb952 (Reports say 'no difference' and the error of the seeds; names of the calibration are its own)
     """,
 )

@@ -35,13 +35,8 @@ __getattr__, __dir__, __all__ = lazily(
         COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
     """,
     outcome="""
-<<<<<<< HEAD
-        FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS figures_folder
-        finding_of guarded load_outcome not_testable outcome_file outcome_problems
-=======
         CONFIRMS FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS declared_apart
-        figures_folder finding_of load_outcome not_testable outcome_file outcome_problems
->>>>>>> e47e8c7 (Words on two axes, effects seed by seed, effects inside levels, the best cell, a calibration drawn from the records)
+        figures_folder finding_of guarded load_outcome not_testable outcome_file outcome_problems
         outcomes_by_profile outcomes_of questions_of read_outcome record_outcome results_folder
         sealed_outcome write_outcome
     """,
