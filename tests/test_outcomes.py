@@ -12,7 +12,7 @@ from tiny import Workplace, in_process, settings_text
 import kimi_nb.plan.run
 from kimi_nb.cli import main
 from kimi_nb.config import load_profile
-from kimi_nb.stats import FORMS, claim, compare, decide, judge, plots, say, to_target, with_late
+from kimi_nb.stats import FORMS, claim, compare, decide, plots, say, to_target, verdict, with_late
 from kimi_nb.study import (
     Finding,
     Outcome,
@@ -85,7 +85,7 @@ def test_another_language_changes_no_finding_and_no_number_of_a_table(monkeypatc
 
     english = tables()
     german = lambda finding, detectable=True: f"{finding.arm} gegen {finding.baseline}: {finding.diff:.3f}"
-    for module in (judge, plots):
+    for module in (verdict, plots):
         monkeypatch.setattr(f"kimi_nb.stats.{module.__name__.rpartition('.')[2]}.say", german)
     other = tables()
     assert english[0] == other[0] and english[2] == other[2]

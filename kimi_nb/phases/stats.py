@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'CORRELATED', 'CRITERIA', 'LARGE', 'studies', 'gather', 'run_noise', 'frame_of', 'crossed_spread',
-           'calibration_figure', 'power_of', 'related', 'answer', 'statistical_criteria', 'method_verdicts']
+           'calibration_figure', 'power_of', 'related', 'answered', 'statistical_criteria', 'method_verdicts']
 
 # %% ../../nbs/phases/10_stats.ipynb #288bad1e
 import math
@@ -227,7 +227,7 @@ def _lacking(phases, outcomes, others):
     return capital("; ".join(why)) + "." if why else ""
 
 
-def answer(
+def answered(
     id: str,  # of the question
     outcomes: dict,  # phase -> its outcome
     others,  # phases that ran with another profile only

@@ -249,8 +249,8 @@ class Evidence(Compared):
         "A finding for every question, hypothesis and criterion of the plan, in its order."
         outcomes = {phase: outcome for phase, outcome in self.outcomes.items() if phase != "stats"}
         questions = questions_of({name: about for name, about in self.about.items() if about.questions})
-        answer = phase_modules()["stats"].answer
-        found = [answer(id, outcomes, self.others, questions) for id in questions]
+        answered = phase_modules()["stats"].answered
+        found = [answered(id, outcomes, self.others, questions) for id in questions]
         known = {finding.id for finding in found}
         return [*found, *(f for f in self.findings("stats") if f.id not in known)]
 

@@ -119,6 +119,7 @@ WIDTH, HEIGHT = 210, 30  # pixels of a picture
 BADGES = {
     "supported": "#0072B2",
     "contradicted": "#B84E00",
+    "no difference": "#00735A",
     "undecided": "#5F6368",
     "not testable here": "#7A7A7A",
     "not run": "#7A7A7A",
