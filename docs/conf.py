@@ -45,7 +45,7 @@ from kimi_nb.report import (
     course,
     howto_pages,
     main_figures,
-    part_effects,
+    parts_seen,
     read_lesson,
     what_ran,
 )
@@ -88,7 +88,6 @@ html_extra_path = [str(papers / name) for name in PAPERS if (papers / name).is_f
 html_context = {
     "default_mode": "auto",
     "papers": {Path(file).name: PAPERS[Path(file).name] for file in html_extra_path},
-    "folded_pages": pages.folded_pages,
     "release": release,
     "repository": REPOSITORY,
 }
@@ -329,6 +328,8 @@ def restore(notebook: dict, executed: dict) -> int:
         now = meaning("".join(cell["source"]))
         if now in by_meaning:
             cell["outputs"] = by_meaning[now]["outputs"]
+        elif {"answer", "reading"} & set(cell["metadata"].get("tags", ())):
+            continue  # shown without their code, so nothing is missing where they have nothing to say
         elif now and tidy(cell, NBS / "phases"):
             former = by_id.get(cell.get("id"))
             changed += bool(former["outputs"]) if former else shows("".join(cell["source"]))
@@ -412,16 +413,18 @@ def executed(notebook: dict, path: Path) -> dict:
 
     node = nbformat.from_dict(notebook)
     node.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
-    place = {"metadata": {"path": str(path.parent)}}
+    place, late = {"metadata": {"path": str(path.parent)}}, False
     try:
         NotebookClient(node, timeout=LIMIT, kernel_name="python3", resources=place).execute()
     except CellTimeoutError:
+        late = True
+    made = json.loads(nbformat.writes(node))
+    if late:
         note = f"A cell of this page took longer than {LIMIT:g} seconds on the machine that built the site: "
         note += "what it and the cells below it show is left out."
-        node["cells"].insert(
-            1, pages.markdown_cell("too-slow", f":::{{admonition}} Not all results\n:class: warning\n{note}\n:::")
-        )
-    return json.loads(nbformat.writes(node))
+        warning = f":::{{admonition}} Not all results\n:class: warning\n{note}\n:::"
+        made["cells"].insert(1, pages.markdown_cell("too-slow", warning))
+    return made
 
 
 def answer_cell(phase: str) -> dict | None:
@@ -464,9 +467,20 @@ def fold(notebook: dict) -> None:
             tags.append("remove-input")
 
 
+def on_paper(notebook: dict) -> None:
+    """The workbench's page: a film of it in place of the widgets, and what opens the workbench itself."""
+    fold(notebook)
+    how = "On this page it is a film. `make lab`, or `kimi-nb lab` in any folder, opens the workbench itself."
+    first = notebook["cells"][0]
+    first["source"] = re.sub(r"^Run the cell below.*$", how, "".join(first["source"]), flags=re.M)
+    if (REPO / "figures" / "workbench.gif").is_file():
+        words = "Two parts are switched on, the runs that are there already are judged, compared and found in the plan"
+        notebook["cells"].insert(1, pages.markdown_cell("film", f"![{words}](../figures/workbench.gif)"))
+
+
 def sizes_of_parts() -> dict:
-    """Profile -> evidence, of every published factorial, the smallest first."""
-    return {profile: evidence(profile) for profile in published_profiles(REPO, "combined")}
+    """Profile -> evidence, of every published factorial, the largest first."""
+    return {profile: evidence(profile) for profile in reversed(published_profiles(REPO, "combined"))}
 
 
 def links() -> pages.Markup | None:
@@ -531,11 +545,11 @@ def read(app, docname, content):
         notebook["cells"], extra = first_page(), trees()
     elif docname == "howto/decision_guide":
         fold(notebook)
-        advice = {
-            p: [advise(row) for row in part_effects(e.store).to_dict("records")] for p, e in sizes_of_parts().items()
-        }
+        advice = {p: list(map(advise, parts_seen(e.store))) for p, e in sizes_of_parts().items()}
         data = pages.effects_data(sizes_of_parts())
         notebook["cells"][1:1] = [pages.html_cell("cards", pages.advice_cards(advice) + pages.figure(data))]
+    elif docname == "workbench":
+        on_paper(notebook)
     elif docname == "howto/api":
         extra = pages.api_index(course(NBS), exports, NBS)
     elif docname == "howto/command_line":
@@ -550,7 +564,13 @@ def outdated(app, env, added, changed, removed):
     return sorted({p.relative_to(NBS).with_suffix("").as_posix() for p in [*EXECUTED, *COLLECTED]} & env.found_docs)
 
 
+def with_folding(app, pagename, templatename, context, doctree):
+    """The template that lists the pages folds their chapters."""
+    context["folded_pages"] = pages.folded_pages
+
+
 def setup(app):
+    app.connect("html-page-context", with_folding)
     app.connect("source-read", read)
     app.connect("env-get-outdated", outdated)
     return {"parallel_read_safe": True}

@@ -13,13 +13,11 @@ import re
 import subprocess
 from pathlib import Path
 
-import numpy as np
 from markupsafe import Markup
 
 from kimi_nb.lab import tag
-from kimi_nb.report import CHAPTERS, Advice, Evidence, advise, part_effects
-from kimi_nb.stats import decide
-from kimi_nb.study import metric_info
+from kimi_nb.report import CHAPTERS, LEVEL_NAMES, MARGIN, Advice, Evidence, advise, parts_seen, seen_in_words
+from kimi_nb.study import Finding, metric_info
 
 WORD_CLASS = {"yes": "yes", "no": "no"}  # answer -> class of its card; every other is `open`
 
@@ -43,25 +41,29 @@ def figure(data: dict, still: Markup | str = "") -> Markup:
     return tag("div", script, tag("div", still, cls="knb-still") if still else None, cls="knb-figure")
 
 
-def effects_data(sizes: dict[str, Evidence], margin: float = 0.02) -> dict:
-    """The main effects of the factorial at each published size."""
-    found, parts, metric = [], [], metric_info("test_bpb")
-    for name, evidence in sizes.items():
-        rows = part_effects(evidence.store).to_dict("records")
-        parts = parts or [row["part"] for row in rows]
-        by = {row["part"]: row for row in rows}
-        effects = [by.get(part) and _effect(by[part]) for part in parts]
-        found.append(dict(name=name, about=evidence.hardware, effects=effects))
-    return dict(
-        kind="effects", label=metric.label, unit=metric.unit, better="lower", margin=margin, parts=parts, sizes=found
-    )
+def effects_data(sizes: dict[str, Evidence]) -> dict:
+    """The effects of the parts at each published size: averaged over the others, and with each optimizer."""
+    seen, metric = {name: parts_seen(evidence.store) for name, evidence in sizes.items()}, metric_info("test_bpb")
+    levels = dict.fromkeys(level for parts in seen.values() for part in parts for level in part.inside)
+    views = []
+    for level in ("", *levels):
+        found = []
+        for name, parts in seen.items():
+            effects = [_effect(part.inside.get(level, part.average)) for part in parts]
+            found.append(dict(name=name, about=sizes[name].hardware, effects=effects))
+        title = f"with {LEVEL_NAMES.get(level, level)}" if level else "averaged over the others"
+        views.append(dict(name=title, sizes=found))
+    names = [part.part for part in next(iter(seen.values()))]
+    about = dict(label=metric.label, unit=metric.unit, better="lower", margin=MARGIN)
+    return dict(kind="effects", parts=names, views=views) | about
 
 
-def _effect(row: dict) -> dict:
-    numbers = {k: round(float(row[k]), 6) for k in ("diff", "ci_low", "ci_high")}
-    return dict(
-        diff=numbers["diff"], low=numbers["ci_low"], high=numbers["ci_high"], word=decide(row).word, n=int(row["n"])
-    )
+def _effect(finding: Finding) -> dict | None:
+    if finding.diff is None or finding.ci_low is None:
+        return None
+    numbers = [round(float(v), 6) for v in (finding.diff, finding.ci_low, finding.ci_high)]
+    words = f"{seen_in_words(finding)}, {finding.n} {finding.n_unit}"
+    return dict(zip(("diff", "low", "high"), numbers, strict=True)) | dict(word=words)
 
 
 def curves_data(evidence: Evidence, study: str, metric: str = "val_loss", most: int = 12) -> dict | None:
@@ -99,9 +101,14 @@ def advice_cards(advice: dict[str, list[Advice]]) -> Markup:
     return tag("div", *(_advice_card(part, found) for part, found in parts.items()), cls="knb-cards")
 
 
+def one_word(answers) -> str:
+    """The answer that all sizes give."""
+    different = list(dict.fromkeys(answers))
+    return different[0] if len(different) == 1 else "it depends"
+
+
 def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
-    answers = list(dict.fromkeys(answer.answer for _, answer in found))
-    word = answers[0] if len(answers) == 1 else "it depends"
+    word = one_word(answer.answer for _, answer in found)
     lines = []
     for size, answer in found:
         told = tag("p", tag("strong", f"{size}: {answer.answer}. "), answer.because)
@@ -115,25 +122,20 @@ def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
     return tag("section", head, *lines, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
 
 
-def _short_effects(found: list[tuple[str, dict]]) -> str:
-    return "; ".join(f"{row['diff']:+.3f} at {size}" for size, row in found)
-
-
 def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None) -> list[dict]:
     """The first page: one screen with the question, the figure, four lines of answer and three doors."""
-    rows = {size: part_effects(e.store).to_dict("records") for size, e in sizes.items()}
     parts = {}
-    for size, effects in rows.items():
-        for row in effects:
-            parts.setdefault(row["part"], []).append((size, row))
+    for size, evidence in sizes.items():
+        for seen in parts_seen(evidence.store):
+            parts.setdefault(seen.part, []).append((size, seen))
     lines = []
     for part, found in parts.items():
-        words = list(dict.fromkeys(advise(row).answer for _, row in found))
-        word = words[0] if len(words) == 1 else "it depends"
+        word = one_word(advise(seen).answer for _, seen in found)
         badge = tag("span", word, cls=f"knb-word knb-{WORD_CLASS.get(word, 'open')}")
-        lines.append(
-            tag("li", tag("strong", part), " ", badge, " ", tag("span", _short_effects(found), cls="knb-numbers"))
+        numbers = "; ".join(
+            f"{seen.average.diff:+.3f} at {size}" for size, seen in found if seen.average.diff is not None
         )
+        lines.append(tag("li", tag("strong", part), " ", badge, " ", tag("span", numbers, cls="knb-numbers")))
     still = (
         tag("img", src=picture, alt="Main effects of the four parts on test bits per byte, with 95% intervals")
         if picture
@@ -144,7 +146,7 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
         (
             "howto/decision_guide.html",
             "Should I use it?",
-            "MLA, RMSNorm, noaux_tc, Muon: the answer at the sizes measured.",
+            "The answer for each part, at the sizes measured.",
         ),
         ("howto/course.html", "Learn it", "Every notebook is a lesson and the source of its module."),
     ]
@@ -326,8 +328,3 @@ def _module_table(lesson, exports, nbs: Path) -> list[str]:
         about = (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "\\|")
         lines.append(f"| {{py:{kind}}}`~kimi_nb.{lesson.module}.{node.name}` | {about} |")
     return [*lines, "", "</details>", ""]
-
-
-def finite(values) -> bool:
-    """Whether all numbers are numbers."""
-    return bool(np.isfinite(np.asarray(values, dtype=float)).all())

@@ -2974,6 +2974,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kimi_nb.report.tables._setting': ('report/tables.html#_setting', 'kimi_nb/report/tables.py'),
                                        'kimi_nb.report.tables._worth_showing': ( 'report/tables.html#_worth_showing',
                                                                                  'kimi_nb/report/tables.py'),
+                                       'kimi_nb.report.tables.answer_table': ( 'report/tables.html#answer_table',
+                                                                               'kimi_nb/report/tables.py'),
                                        'kimi_nb.report.tables.benchmark_table': ( 'report/tables.html#benchmark_table',
                                                                                   'kimi_nb/report/tables.py'),
                                        'kimi_nb.report.tables.bold': ('report/tables.html#bold', 'kimi_nb/report/tables.py'),

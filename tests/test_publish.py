@@ -56,6 +56,17 @@ def test_a_published_run_opens_as_a_results_folder(opened):
     assert (opened / "plots" / "headline.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["../evil.txt", "data/records/quick/../../../evil.txt", "/etc/passwd", "C:\\\\evil"])
+def test_a_bundle_stays_inside_its_folder(tmp_path, name):
+    """A file that would lie elsewhere is refused before anything is read or written."""
+    seal = tmp_path / "data" / "records" / "quick" / "bundle.json"
+    seal.parent.mkdir(parents=True)
+    about = json.loads((REPO / "data" / "records" / "quick" / "bundle.json").read_text(encoding="utf-8"))
+    seal.write_text(json.dumps(about | dict(files={name: "0" * 64} | about["files"])), encoding="utf-8")
+    with pytest.raises(publish.PublishError, match="which is no file of its bundle"):
+        read_bundle("quick", tmp_path)
+
+
 def test_it_does_not_open_over_other_results(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "mine.txt").write_text("mine")

@@ -374,6 +374,90 @@ def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
     assert found == {}
 
 
+SHOWCASE = {
+    "index.html": ".knb-landing .knb-door",
+    "phases/07_combined.html": ".knb-answer",
+    "howto/decision_guide.html": ".knb-card",
+    "search.html?q=noaux_tc": "#search-results",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_what_a_stranger_opens_first_is_right(page, address, mode, width):
+    """The landing page, a result, the guide and the search, light and dark, wide and on a phone: nothing is wrong."""
+    page.set_viewport_size(dict(width=width, height=800))
+    page.add_init_script(f"localStorage.setItem('mode', '{mode}'); localStorage.setItem('theme', '{mode}')")
+    for name, wanted in SHOWCASE.items():
+        page.goto(f"{address}/{name}", wait_until="load")
+        page.locator(wanted).first.wait_for(timeout=15000)
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 1, f"{name} is {wide} pixels too wide"
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+        assert (max(ground) < 80) == (mode == "dark"), name
+    assert page.wrong == []
+
+
+@pytest.mark.slow
+def test_the_landing_page_is_one_screen(page, address):
+    """Question, figure, an answer for each part and three doors are seen at once; a touch tells a line's numbers."""
+    page.set_viewport_size(dict(width=1280, height=900))
+    page.goto(f"{address}/index.html", wait_until="load")
+    assert page.locator(".knb-answers li").count() == 4 and page.locator(".knb-door").count() == 3
+    bottom = max(box["y"] + box["height"] for box in (d.bounding_box() for d in page.locator(".knb-door").all()))
+    assert bottom <= 900, f"the doors end at {bottom:.0f} pixels"
+    page.locator(".knb-figure .knb-mark").first.click()
+    assert "95% interval" in page.locator(".knb-figure .knb-said").inner_text()
+    page.locator('.knb-switches button:text-is("with Muon")').click()
+    assert page.locator(".knb-figure .knb-mark").count() >= 4 and page.wrong == []
+
+
+@pytest.mark.slow
+def test_a_result_page_opens_with_its_answer(page, address):
+    """The box stands first, code is folded, curves can be touched, wide tables keep their first column."""
+    page.goto(f"{address}/phases/03_norm.html", wait_until="load")
+    assert page.locator("article h1").inner_text().startswith("Result: ")
+    box = page.locator(".knb-answer").first.bounding_box()
+    assert box["y"] < 420, "the answer is not on the first screen"
+    assert page.locator("article .highlight pre:visible").count() <= 3  # the exercises; all else is folded
+    page.locator(".knb-figure svg").hover()
+    assert "training step" in page.locator(".knb-figure .knb-said").inner_text()
+    wide = page.locator(".knb-wide").last
+    wide.evaluate("box => { box.scrollLeft = 300 }")
+    first = wide.locator("tbody td").first.bounding_box()
+    assert abs(first["x"] - wide.bounding_box()["x"]) < 3, "the first column is scrolled away"
+    assert page.locator("nav.bd-links details[open]").count() == 1
+    assert "have been edited since" not in page.locator("article").inner_text() and page.wrong == []
+
+
+def test_a_slow_page_costs_its_results_and_not_the_site(conf, monkeypatch, tmp_path):
+    """A cell over the limit leaves a note and what came before it; an error in a cell is still an error."""
+    conf["executed"].__globals__["LIMIT"] = 2
+    cells = [dict(cell_type="markdown", id="t", metadata={}, source="# Slow")]
+    for i, source in enumerate(["1 + 1", "import time; time.sleep(60)", "2 + 2"]):
+        cells.append(dict(cell_type="code", id=f"c{i}", metadata={}, source=source, outputs=[], execution_count=None))
+    notebook = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+    made = conf["executed"](notebook, tmp_path / "page.ipynb")
+    assert "took longer than 2 seconds" in "".join(made["cells"][1]["source"])
+    assert made["cells"][2]["outputs"] and not made["cells"][4]["outputs"]
+    cells[2]["source"] = "1 / 0"
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        conf["executed"](notebook, tmp_path / "page.ipynb")
+
+
+def test_the_command_line_page_is_the_parser(conf):
+    """Every command and every option stands on the page, and nothing that the parser does not know."""
+    text, parser = conf["pages"].command_line(), __import__("kimi_nb.cli", fromlist=["x"]).build_parser()
+    commands = conf["pages"]._commands(parser)
+    assert commands and [name for name in commands if f"[`kimi-nb {name}`]" not in text] == []
+    for sub, _ in commands.values():
+        options = [
+            s for a in sub._actions for s in a.option_strings if a.help != "==SUPPRESS==" and s not in ("-h", "--help")
+        ]
+        assert [s for s in options if f"`{s}`" not in text] == []
+
+
 def test_search_finds_noaux_tc(page, address):
     """The search works without a server's help and leads to the notebook that explains the router."""
     page.goto(f"{address}/search.html?q=noaux_tc")

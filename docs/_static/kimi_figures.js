@@ -30,14 +30,16 @@
 
   // --- effects of the parts, with intervals, at each size ---
   const effects = (root, data) => {
-    const shown = new Set(data.sizes.map((s) => s.name));
+    let view = data.views[0];
+    const shown = new Set(view.sizes.map((s) => s.name));
+    const views = html("div", { class: "knb-switches", role: "group", "aria-label": "average, or with one optimizer" });
     const buttons = html("div", { class: "knb-switches", role: "group", "aria-label": "sizes" });
     const place = html("div"), W = 620, LEFT = 116, ROW = 26, TOP = 8;
-    root.append(buttons, place);
+    root.append(views, place, buttons);
     const say = status(root);
     const draw = () => {
-      const sizes = data.sizes.filter((s) => shown.has(s.name));
-      const all = sizes.flatMap((s) => s.effects).flatMap((e) => [e.low, e.high]);
+      const sizes = view.sizes.filter((s) => shown.has(s.name));
+      const all = data.views.flatMap((v) => v.sizes).flatMap((s) => s.effects).filter(Boolean).flatMap((e) => [e.low, e.high]);
       const reach = 1.1 * Math.max(data.margin, ...all.map(Math.abs));
       const group = ROW * Math.max(1, sizes.length) + 12, H = TOP + group * data.parts.length + 44;
       const x = (v) => LEFT + ((v + reach) / (2 * reach)) * (W - LEFT - 12);
@@ -57,8 +59,8 @@
         sizes.forEach((size, j) => {
           const e = size.effects[i];
           if (!e) return;
-          const y = top + 6 + ROW * (j + 0.5), color = COLORS[data.sizes.indexOf(size) % COLORS.length];
-          const words = `${part} at ${size.name}: ${e.diff.toFixed(4)} ${data.unit} (95% interval ${e.low.toFixed(4)} to ${e.high.toFixed(4)}), ${e.word}, ${e.n} runs`;
+          const y = top + 6 + ROW * (j + 0.5), color = COLORS[view.sizes.indexOf(size) % COLORS.length];
+          const words = `${part} at ${size.name}: ${e.diff.toFixed(4)} ${data.unit} (95% interval ${e.low.toFixed(4)} to ${e.high.toFixed(4)}), ${e.word}`;
           const mark = make("g", { tabindex: 0, role: "img", "aria-label": words, class: "knb-mark" });
           mark.append(make("title", {}, words));
           mark.append(make("rect", { x: LEFT, y: y - ROW / 2, width: W - LEFT, height: ROW, fill: "transparent" }));
@@ -70,7 +72,17 @@
       });
       place.replaceChildren(svg);
     };
-    data.sizes.forEach((size, i) => {
+    const choose = data.views.map((one) => {
+      const button = html("button", { type: "button", "aria-pressed": String(one === view) }, one.name);
+      button.addEventListener("click", () => {
+        view = one;
+        choose.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+        draw();
+      });
+      return button;
+    });
+    views.append(...choose);
+    view.sizes.forEach((size, i) => {
       const button = html("button", { type: "button", "aria-pressed": "true", title: size.about }, size.name);
       button.style.setProperty("--knb-color", COLORS[i % COLORS.length]);
       button.addEventListener("click", () => {

@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazily(
         Compared Evidence OnMachines Ran ReportError abouts machine_name said span_of with_arrival
     """,
     tables="""
-        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES
+        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES answer_table
         benchmark_table bold chance comparison_table could_have_seen effects_table environment_table
         every_run figure finding_table heading interval kept_tables mean_sd measured reached
         runs_table size_table study_table tuning_table

@@ -23,6 +23,7 @@ from kimi_nb.report.sentences import (
     together_words,
 )
 from kimi_nb.report.tables import (
+    answer_table,
     benchmark_table,
     comparison_table,
     could_have_seen,
@@ -156,6 +157,7 @@ def phase_section(
     long = [table for table in tables if len(table.rows) > LONGEST]
     short = [table for table in tables if len(table.rows) <= LONGEST]
     whole = [*parts_words(e), *together_words(e), *pairs_words(e), *seeds_words(e)] if phase == "combined" else []
+    findings = tuple(own_findings(e, phase))
     return written(
         "phase.md.j2",
         about=about,
@@ -164,7 +166,8 @@ def phase_section(
         untuned=phase == "optimizer" and not any(name.startswith("tuning") for name in e.studies),
         studies=[set_up(e, name) for name in names],
         unconcluded=phase not in e.outcomes,
-        findings=own_findings(e, phase),
+        findings=findings,
+        answer=[answer_table(e.outcomes[phase].changed(findings=findings))] if findings else [],
         sentences=whole,
         long=capital(f"{counted(len(long), 'table')} of more than {LONGEST} rows") if long else "",
         one_long=len(long) == 1,
