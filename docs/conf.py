@@ -99,6 +99,7 @@ COLLECTED = {NBS / "index.ipynb", *(NBS / "howto" / f"{name}.ipynb" for name in 
 EXECUTED = set((NBS / "howto").glob("*.ipynb")) - COLLECTED
 LIMIT = float(os.environ.get("KIMI_NB_SITE_LIMIT", "600"))  # seconds of a cell
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Code", "Hide the code"
 nb_render_markdown_format = "myst"
 
 
@@ -434,15 +435,47 @@ def answer_cell(phase: str) -> dict | None:
     return pages.html_cell("answer", answer_box(evidence(PROFILE).outcomes[phase]).html)
 
 
-def curves_cells(phase: str) -> list[dict]:
-    """The loss curves of a phase's study, to touch; none where it is not published or drew none."""
-    if phase not in published()[0].get("phases", ()) or phase not in evidence(PROFILE).studies:
+def main_figure(phase: str) -> list[dict]:
+    """The curves of a phase's study, to touch; where it has none, its main picture; nothing where it is unpublished."""
+    if phase not in published()[0].get("phases", ()):
         return []
-    data = pages.curves_data(evidence(PROFILE), phase)
-    if data is None:
-        return []
-    title = "## The curves, to touch\n\nLine: mean over seeds; band: lowest to highest seed."
-    return [pages.markdown_cell("curves-title", title), pages.html_cell("curves", pages.figure(data))]
+    found = evidence(PROFILE)
+    data = pages.curves_data(found, phase) if phase in found.studies else None
+    if data:
+        below = pages.tag("p", "Line: mean over seeds; band: lowest to highest seed.", cls="knb-fine")
+        return [pages.html_cell("curves", pages.figure(data) + below)]
+    pictures = [f for f in (*main_figures(found, phase), *found.outcomes[phase].figures) if f.endswith(".png")]
+    return [picture_cell(f"figures/{PROFILE}/{Path(pictures[0]).name}", published()[1])] if pictures else []
+
+
+def picture_cell(name: str, files: dict[str, bytes]) -> dict:
+    """A cell that shows a published picture."""
+    data = {"image/png": base64.b64encode(files[name]).decode(), "text/plain": Path(name).stem}
+    output = {"output_type": "display_data", "data": data, "metadata": {}}
+    about = {"cell_type": "code", "id": f"picture-{Path(name).stem}"[:64], "metadata": {"tags": ["remove-input"]}}
+    return about | {"source": f"# {name}", "execution_count": None, "outputs": [output]}
+
+
+def opened(cell: dict) -> list[dict]:
+    """The first cell of a page in two: title and blurb, and what follows them."""
+    source = "".join(cell["source"])
+    head = re.match(r"# .+\n+(?:>.*\n?)+", source)
+    if not head or not source[head.end() :].strip():
+        return [cell]
+    return [cell | {"source": head[0].rstrip()}, pages.markdown_cell("after-blurb", source[head.end() :].lstrip())]
+
+
+def joined(cells: list[dict]) -> list[dict]:
+    """Cells of code that show nothing stand in one, which is folded once."""
+    kept = []
+    for cell in cells:
+        silent = cell["cell_type"] == "code" and not cell.get("outputs")
+        before = kept[-1] if kept else None
+        if silent and before and before["cell_type"] == "code" and not before.get("outputs"):
+            kept[-1] = before | {"source": f"{before['source']}\n\n\n{cell['source']}"}
+        else:
+            kept.append(cell)
+    return kept
 
 
 def result_page(notebook: dict, path: Path) -> None:
@@ -452,8 +485,9 @@ def result_page(notebook: dict, path: Path) -> None:
     box = answer_cell(phase)
     cells = [cell for cell in notebook["cells"] if "answer" not in cell["metadata"].get("tags", ())]
     cells[0] = cells[0] | {"source": re.sub(r"^# ", "# Result: ", "".join(cells[0]["source"]), count=1)}
-    cells[1:1] = [box] if box else []
-    notebook["cells"] = [*cells, *curves_cells(phase), *other_sizes(phase)]
+    origin = cells.pop(1)
+    cells[:1] = [*opened(cells[0])[:1], *([box] if box else []), *main_figure(phase), origin, *opened(cells[0])[1:]]
+    notebook["cells"] = [*cells, *other_sizes(phase)]
     fold(notebook)
 
 
@@ -476,6 +510,13 @@ def on_paper(notebook: dict) -> None:
     if (REPO / "figures" / "workbench.gif").is_file():
         words = "Two parts are switched on, the runs that are there already are judged, compared and found in the plan"
         notebook["cells"].insert(1, pages.markdown_cell("film", f"![{words}](../figures/workbench.gif)"))
+
+
+def fold_imports(notebook: dict) -> None:
+    """Cells that only import are folded."""
+    for cell in code_cells(notebook):
+        if not meaning("".join(cell["source"])):
+            cell["metadata"].setdefault("tags", []).append("hide-input")
 
 
 def sizes_of_parts() -> dict:
@@ -538,7 +579,10 @@ def read(app, docname, content):
             app.env.note_dependency(str(REPO / "data" / "records" / profile / "bundle.json"))
         result_page(notebook, path)
     notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
+    if path.parent.name == "phases":
+        notebook["cells"] = joined(notebook["cells"])
     if path in EXECUTED:
+        fold_imports(notebook)
         notebook = executed(notebook, path)
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":
@@ -547,7 +591,9 @@ def read(app, docname, content):
         fold(notebook)
         advice = {p: list(map(advise, parts_seen(e.store))) for p, e in sizes_of_parts().items()}
         data = pages.effects_data(sizes_of_parts())
-        notebook["cells"][1:1] = [pages.html_cell("cards", pages.advice_cards(advice) + pages.figure(data))]
+        cards = pages.html_cell("cards", pages.advice_cards(advice) + pages.figure(data))
+        first, *rest = opened(notebook["cells"][0])
+        notebook["cells"][:1] = [first, cards, *rest]
     elif docname == "workbench":
         on_paper(notebook)
     elif docname == "howto/api":

@@ -109,17 +109,14 @@ def one_word(answers) -> str:
 
 def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
     word = one_word(answer.answer for _, answer in found)
-    lines = []
-    for size, answer in found:
-        told = tag("p", tag("strong", f"{size}: {answer.answer}. "), answer.because)
-        lines.append(told)
-    price = found[-1][1].price
-    if price:
-        lines.append(tag("p", tag("em", "It also changes: "), price, "."))
     head = tag(
         "div", tag("span", part, cls="knb-card-part"), tag("span", word, cls="knb-card-word"), cls="knb-card-head"
     )
-    return tag("section", head, *lines, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
+    price = found[0][1].price
+    changes = [tag("p", tag("em", f"It also changes ({found[0][0]}): "), price, ".")] if price else []
+    reasons = [tag("p", tag("strong", f"{size}: {answer.answer}. "), answer.because) for size, answer in found]
+    why = tag("details", tag("summary", "Why: the numbers at each size"), *reasons)
+    return tag("section", head, *changes, why, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
 
 
 def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None) -> list[dict]:

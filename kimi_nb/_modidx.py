@@ -3622,6 +3622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kimi_nb.stats.plots.look': ('stats/plots.html#look', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots.loss_curves': ('stats/plots.html#loss_curves', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots.lr_sensitivity': ('stats/plots.html#lr_sensitivity', 'kimi_nb/stats/plots.py'),
+                                     'kimi_nb.stats.plots.name_verdicts': ('stats/plots.html#name_verdicts', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots.need': ('stats/plots.html#need', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots.panels': ('stats/plots.html#panels', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots.pareto': ('stats/plots.html#pareto', 'kimi_nb/stats/plots.py'),

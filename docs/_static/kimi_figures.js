@@ -34,7 +34,7 @@
     const shown = new Set(view.sizes.map((s) => s.name));
     const views = html("div", { class: "knb-switches", role: "group", "aria-label": "average, or with one optimizer" });
     const buttons = html("div", { class: "knb-switches", role: "group", "aria-label": "sizes" });
-    const place = html("div"), W = 620, LEFT = 116, ROW = 26, TOP = 8;
+    const place = html("div"), W = 520, LEFT = 112, ROW = 24, TOP = 8;
     root.append(views, place, buttons);
     const say = status(root);
     const draw = () => {
@@ -52,7 +52,7 @@
         svg.append(make("text", { x: x(t), y: H - 25, "text-anchor": "middle" }, short(t)));
       }
       svg.append(make("text", { x: LEFT, y: H - 6, class: "knb-small" }, data.better === "lower" ? "← better" : "← worse"));
-      svg.append(make("text", { x: W - 12, y: H - 6, "text-anchor": "end", class: "knb-small" }, `${data.label} (${data.unit}), with the part minus without`));
+      svg.append(make("text", { x: W - 12, y: H - 6, "text-anchor": "end", class: "knb-small" }, `${data.label} (${data.unit}), with minus without`));
       data.parts.forEach((part, i) => {
         const top = TOP + i * group;
         svg.append(make("text", { x: LEFT - 10, y: top + group / 2 + 4, "text-anchor": "end", class: "knb-part" }, part));

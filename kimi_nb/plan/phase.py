@@ -19,7 +19,8 @@ from typing import NamedTuple
 from ..config import KimiError, Profile, is_installed, load_profile, settings_path, write_file
 from .run import phase_notebooks, plan_table
 from ..runner import tuned
-from ..study import Store, Study, results_folder
+from ..stats import name_verdicts
+from ..study import FLOOR, Store, Study, results_folder
 
 # %% ../../nbs/plan/02_phase.ipynb #ece5cbee
 class Phase(NamedTuple):
@@ -40,6 +41,7 @@ def open_phase(
     "The store, the profile with its tuned learning rates, and the studies to run."
     store = Store(results_folder(results))
     chosen = tuned(load_profile(profile), store)
+    name_verdicts(chosen.base.train.steps >= FLOOR)
     mine = [study.reseeded(seeds) for study in studies(chosen)]
     return Phase(store, chosen, mine, plan_table({mine[0].phase: mine} if mine else {}, store))
 

@@ -33,7 +33,8 @@ __getattr__, __dir__, __all__ = lazily(
     plots="""
         BANDS COLORS FAR HEADS LINES MARKERS OF_ITS_ROW P_COLUMNS STYLE Table Tables WORD_COLORS
         axis_label better_arrow column_head error_band findings_table finished forest frame_of front
-        heatmap ink level_label look loss_curves lr_sensitivity need panels pareto save styled table
+        heatmap ink level_label look loss_curves lr_sensitivity name_verdicts need panels pareto
+        save styled table
     """,
     pictures="""
         cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve

@@ -231,8 +231,9 @@ def _frame(inside, color):
 
 
 def _key(rows):
-    measured = any(_measured(p) for row in rows for p in _parts(row.finding))
-    text = "Dot: the difference; line: its interval; grey: the margin; dashed: no difference."
+    measured = [p for row in rows for p in _parts(row.finding) if _measured(p)]
+    margin = "grey: the margin; " if any(p.margin for p in measured) else ""
+    text = f"Dot: the difference; line: its interval; {margin}dashed: no difference."
     return _shape("div", text, style=_SMALL) if measured else ""
 
 

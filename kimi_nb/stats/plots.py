@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'LINES', 'MARKERS', 'STYLE', 'BANDS', 'WORD_COLORS', 'FAR', 'P_COLUMNS', 'OF_ITS_ROW', 'HEADS',
            'styled', 'panels', 'axis_label', 'save', 'need', 'error_band', 'look', 'loss_curves', 'frame_of',
-           'better_arrow', 'forest', 'ink', 'level_label', 'finished', 'heatmap', 'lr_sensitivity', 'front', 'pareto',
-           'Table', 'Tables', 'column_head', 'table', 'findings_table']
+           'better_arrow', 'name_verdicts', 'forest', 'ink', 'level_label', 'finished', 'heatmap', 'lr_sensitivity',
+           'front', 'pareto', 'Table', 'Tables', 'column_head', 'table', 'findings_table']
 
 # %% ../../nbs/stats/07_plots.ipynb #aa4609de
 import functools
@@ -389,6 +389,16 @@ def _forest_label(rows, metric, margin):
         text += f"; thin: all {max(family)} at once" if len(family) == 1 else "; thin: its whole family at once"
     return text + (f"; grey: no difference within ±{margin:g}" if margin else "")
 
+# %% ../../nbs/stats/07_plots.ipynb #7c3d5e11
+_SHOWN = {"verdicts": True}
+
+
+def name_verdicts(
+    shown: bool,  # False for a profile that decides nothing
+):
+    "Whether the figures drawn from now on name verdicts, in words and colours."
+    _SHOWN["verdicts"] = shown
+
 # %% ../../nbs/stats/07_plots.ipynb #d6bfc5a0
 @styled
 def forest(
@@ -400,7 +410,7 @@ def forest(
     need(comparison, "arm", "diff", "ci_low", "ci_high", "metric")
     if comparison.empty:
         raise StatsError("there is no comparison to draw: the table is empty")
-    rows = comparison.to_dict("records")
+    rows = [row if _SHOWN["verdicts"] else row | {"verdict": ""} for row in comparison.to_dict("records")]
     metric, k = metric_info(rows[0]["metric"]), len(rows)
     margin = margin if margin is not None else rows[0].get("margin")
     several = len({row.get("block", "") for row in rows}) > 1
