@@ -542,7 +542,7 @@ def first_page() -> list[dict]:
 
 
 START = ("get_started", "decision_guide", "found")
-QUESTIONS = ("own_data", "own_study", "own_component", "gpu", "cluster", "command_line")
+QUESTIONS = ("own_data", "own_study", "someone_elses_claim", "own_component", "gpu", "cluster", "command_line")
 
 
 def trees() -> str:

@@ -117,6 +117,66 @@ def test_what_can_be_mended_is_mended_and_said(kind, tmp_path):
     )
 
 
+FORMS = (
+    GOOD,
+    GOOD.replace(",", ";"),
+    GOLF,
+    "| arm | seed | loss |\n|---|---|---|\n| a | 1 | 2.5 |\n| b | 1 | 2 |\n",
+    '[{"arm": "a", "s": {"seed": 1}, "loss": 3}, {"arm": "b", "s": {"seed": 1}, "loss": 2}]',
+    "Step,a-s0 - loss,a-s0 - loss__MIN,b-s0 - loss,b-s0 - loss__MIN\n1,2,2,3,3\n",
+    '{"results": {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "model_name": "m"}',
+)
+PIECES = [
+    *',;\n\t-"|{}[]%−±',
+    "nan",
+    "inf",
+    "1e999",
+    "1,5",
+    "\x00",
+    "é",
+    "seed",
+    "arm",
+    "null",
+    " - loss__MIN",
+    "mean",
+    "",
+]
+
+
+def judged_or_refused(folder, text):
+    """Whatever is in a file: findings in every form, or one line."""
+    path = folder / "runs.json"
+    path.write_text(text, encoding="utf-8")
+    try:
+        found = of_file(path)
+    except KimiError as e:
+        assert str(e) and "\n" not in str(e)
+        return
+    for form in (judged_text, judged_html, judged_markdown, judged_json):
+        assert form(found)
+
+
+damaged = st.tuples(st.sampled_from(FORMS), st.floats(0, 1), st.sampled_from(PIECES), st.integers(0, 12))
+
+
+def damage(form, place, piece, gone):
+    at = int(place * len(form))
+    return form[:at] + piece + form[at + gone :]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(how=damaged)
+def test_a_damaged_file_is_judged_or_refused(how, tmp_path_factory):
+    judged_or_refused(tmp_path_factory.mktemp("damaged"), damage(*how))
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(how=damaged, again=st.sampled_from(PIECES), place=st.floats(0, 1))
+def test_a_file_that_is_damaged_twice_is_judged_or_refused(how, again, place, tmp_path_factory):
+    judged_or_refused(tmp_path_factory.getbasetemp(), damage(damage(*how), place, again, 0))
+
+
 def test_a_diverged_run_is_not_forgotten(tmp_path):
     """The arm looks better in the runs that are left; they may not say so."""
     (finding,) = of_text(tmp_path, GOOD + "base,3,1.11\nmoe,3,nan\n").findings

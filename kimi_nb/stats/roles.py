@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from .claims import WHOLE
 from .foreign import numbers_of
 from .inference import StatsError
 from .trackers import split_names
@@ -122,7 +123,8 @@ def longer(
     names = [str(column) for column in frame.columns]
     seeds = {name: match[1] for name in names if (match := _SEED_COLUMN.fullmatch(name))}
     rest = [name for name in names if name not in seeds]
-    if len(seeds) > 1 and rest and not any(_is_number(frame[name]) for name in rest):
+    told_apart = len(seeds) == len(set(seeds.values())) > 1 and not {"seed", *seeds.values()} & set(rest)
+    if rest and told_apart and not any(_is_number(frame[name]) for name in rest):
         metric = metric or (rest[0] if metric_info(rest[0]).known else "value")
         frame = frame.rename(columns=seeds)
         if metric == rest[0]:
@@ -132,7 +134,7 @@ def longer(
     seed = first_named(frame, SEED_COLUMNS)
     arms = [name for name in names if name != seed and _is_number(frame[name])]
     given = [name for name in arms if name == baseline or not baseline and name.lower() in BASELINES]
-    if given and len(arms) > 1 and seed != given[0]:
+    if given and len(arms) > 1 and "arm" not in names:
         metric = metric if metric not in names else ""
         said = f"one column an arm ({listed(arms)}), the numbers are {metric or 'value'}"
         return _across(frame, arms, "arm", "", metric or "value"), [said]
@@ -189,7 +191,7 @@ def _arm_columns(frame, baseline, taken):
 def _joined(frame, columns):
     "One text a row."
     if len(columns) == 1:
-        return frame[columns[0]].astype(str).str.strip()
+        return frame[columns[0]].where(frame[columns[0]].notna(), "").astype(str).str.strip()
     return frame[columns].astype(str).agg(lambda row: ", ".join(f"{c}={v}" for c, v in row.items()), axis=1)
 
 
@@ -204,7 +206,7 @@ def _statuses(frame, taken):
     column = first_named(frame, ("status", "state"))
     if not column or column in taken:
         return pd.Series("done", index=frame.index)
-    first = frame[column].astype(str).str.strip().str.lower().str.split(":").str[0]
+    first = frame[column].where(frame[column].notna(), "").astype(str).str.strip().str.lower().str.split(":").str[0]
     return first.map(_STATUS).fillna(first)
 
 
@@ -231,6 +233,8 @@ def runs_of(
     "One row a run.  Raises: StatsError where a column is missing, or two could be meant."
     frame = frame.reset_index(drop=True)
     frame.columns = [str(column) for column in frame.columns]
+    if twice := [column for column in dict.fromkeys(frame.columns) if list(frame.columns).count(column) > 1]:
+        raise StatsError(f"the column {twice[0]!r} is there twice: rename one")
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     arm, block = ([given] if isinstance(given, str) else list(given) for given in (arm, block))
     said = []
@@ -239,7 +243,7 @@ def runs_of(
     seed = _seed_column(frame, seed)
     blocks = [column_named(frame, name) for name in block] or [c for c in ("block",) if c in frame]
     steps = first_named(frame, _STEPS)
-    taken = {seed, steps, *blocks, *(c for c in ("status", "state") if c in frame)}
+    taken = {seed, steps, first_named(frame, ("status", "state")), *blocks}
     metrics = [column_named(frame, name) for name in metrics]
     arms, single = [column_named(frame, name) for name in arm], False
     if not arms:
@@ -296,6 +300,7 @@ def _cleaned(runs, frame, metrics, steps, decimal, said):
     if seeded and unnamed.any():
         said.append(f"{counted(int(unnamed.sum()), 'run')} without a seed: no pair")
     runs["seed"] = runs["seed"].where(~unnamed, [f"row {at}" for at in range(1, len(runs) + 1)])
+    bounds = any(metric in WHOLE for metric in metrics)  # a run that never got there counts with its whole length
     for metric in metrics:
         found = numbers_of(frame[metric], metric, decimal)
         said += found.said
@@ -304,13 +309,13 @@ def _cleaned(runs, frame, metrics, steps, decimal, said):
         if found.diverged.any():
             said.append(f"{counted(int(found.diverged.sum()), 'run')} with {metric} nan or infinite: diverged")
         absent = np.isnan(found.values) & ~found.diverged & runs["status"].eq("done").to_numpy()
-        if absent.any() and not steps:
+        if absent.any() and not steps and not bounds:
             said.append(f"{counted(int(absent.sum()), 'run')} without {metric} left out")
         if f"{metric}_stderr" in frame:
             runs[f"{metric}_stderr"] = numbers_of(frame[f"{metric}_stderr"], f"{metric}_stderr").values
         _one_unit(runs, metric)
     keys = ["block", "arm", "seed"]
-    runs = runs[runs[metrics].notna().any(axis=1) | runs["status"].ne("done")]
+    runs = runs[runs[metrics].notna().any(axis=1) | runs["status"].ne("done") | bounds]
     if steps and steps not in metrics and seeded:
         runs = _last_steps(runs, keys, numbers_of(frame[steps], steps).values[runs.index], said)
     elif seeded and runs.duplicated(keys).any() and "run_id" not in runs:

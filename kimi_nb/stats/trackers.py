@@ -157,6 +157,8 @@ def named_rows(
     names: str = "",  # pattern of the names, for `split_names`
 ) -> pd.DataFrame:  # run, arm, perhaps seed, and what was measured
     "One row a run, its name taken apart."
+    if not rows:
+        raise StatsError("there is no run in it")
     parts = split_names([run for run, _ in rows], names)
     table = [dict(run=run, arm=arm, seed=seed) | row for (run, row), (arm, seed) in zip(rows, parts)]
     frame = pd.DataFrame(table)
@@ -291,7 +293,7 @@ def from_chart(
         filled = frame[column].replace("", None).dropna()
         rows.setdefault(match["run"], {})[match["metric"]] = filled.iloc[-1] if len(filled) else None
         low = frame[f"{column}__MIN"] if f"{column}__MIN" in frame else frame[column]
-        if (low.replace("", None).dropna() != filled).any():
+        if low.replace("", None).dropna().tolist() != filled.tolist():
             grouped.append(match["run"])
     if grouped:
         raise StatsError(
