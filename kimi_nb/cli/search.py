@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..config import KimiError, write_file, writing
-from ..stats import MORE, Answer, GateRule, Noise, improvements, keep_or_drop
+from ..stats import MORE, Answer, GateRule, KnownSpread, improvements, keep_or_drop
 from ..study import RecordError, seal, unseal
 
 # %% ../../nbs/cli/08_search.ipynb #3dd3aa82
@@ -87,7 +87,7 @@ class Search:
         tried = self.candidate(name)
         if tried.decided:
             return tried.answer
-        noise = Noise()
+        noise = KnownSpread()
         for other in self.tried:
             if other is not tried and other.gains:
                 noise = noise.and_of(other.gains)

@@ -78,6 +78,7 @@ HOWTO = (
     "own_component",
     "reading_a_verdict",
     "someone_elses_claim",
+    "gate",
     "the_trap",
     "decision_guide",
     "gpu",

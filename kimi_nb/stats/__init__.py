@@ -67,10 +67,6 @@ __getattr__, __dir__, __all__ = lazily(
         compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio
         harness_rows is_chart is_harness messages_of named_rows read_runs scalars_of split_names
     """,
-    anytime="""
-        EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
-        open_levels planned_levels r_of scale_free t_needed t_of
-    """,
     roles="""
         ARM_COLUMNS BASELINES RunTable SEED_COLUMNS better_way column_named first_named guess_metric
         longer runs_of
@@ -79,14 +75,18 @@ __getattr__, __dir__, __all__ = lazily(
         Chance Judged chance_of compared_rows guess_baseline how_compared judge judged over_items
         runs_needed seeds_for two_axes unpaired
     """,
+    spread="""
+        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
+    """,
+    anytime="""
+        EFFECTS SPENDING bounds_of chance_to_cross chance_to_decide chance_to_reach e_process log_e
+        open_levels planned_levels r_of scale_free t_needed t_of
+    """,
     keep="""
-        Answer DROP GateRule KEEP MORE NOTHING_KNOWN Noise Searched TESTS_OF_GATE WORLDS
+        Answer DROP GateRule KEEP KnownSpread MORE NOTHING_KNOWN Searched TESTS_OF_GATE WORLDS
         drawn_improvements improvements keep_or_drop search_all
     """,
     looks="""
         Factorial Played answered chance_of_answer look_level play truth_of
-    """,
-    spread="""
-        CAUSES Noise SEED_COUNTS Spread by_cause causes_in noise noise_sentences spread_of visible
     """,
 )
