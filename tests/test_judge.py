@@ -350,6 +350,28 @@ def test_a_chart_of_weights_and_biases(tmp_path):
     assert finding.metric == "eval/loss" and finding.n == 2 and finding.direction in ("unclear", "better")
 
 
+def test_a_table_of_runs_with_dates_and_states(tmp_path):
+    rows = ["Name,State,Created,seed,optimizer,val/loss"]
+    for at, (arm, seed, loss) in enumerate((("adam", 0, 2.5), ("adam", 1, 2.55), ("muon", 0, 2.4), ("muon", 1, 2.47))):
+        rows.append(f"run-{at},finished,2026-01-0{at + 1},{seed},{arm},{loss}")
+    found = of_text(
+        tmp_path, "\n".join([*rows, "run-9,crashed,2026-01-09,2,muon,2.9", "run-8,finished,2026-01-09,2,adam,2.6"])
+    )
+    (finding,) = found.findings
+    assert "arms by optimizer" in found.said and finding.n == 2 and finding.diff == pytest.approx(-0.09)
+    assert any("did not finish" in caveat for caveat in finding.caveats)
+
+
+def test_several_columns_may_name_an_arm():
+    rows = [
+        dict(attention=a, norm=n, seed=s, loss=2.0 + s) for a in ("mha", "mla") for n in ("ln", "rms") for s in range(3)
+    ]
+    with pytest.raises(StatsError, match="say --arm with one, or all: attention norm"):
+        judge(pd.DataFrame(rows))
+    found = judge(pd.DataFrame(rows), baseline="attention=mha, norm=ln", arm=["attention", "norm"])
+    assert len(found) == 3 and {finding.family_size for finding in found} == {3}
+
+
 def test_nested_JSON_of_runs(tmp_path):
     rows = [
         dict(name=f"r{at}", config=dict(optimizer=arm, seed=seed), summary=dict(val_loss=loss))

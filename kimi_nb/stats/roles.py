@@ -178,13 +178,18 @@ def _arm_columns(frame, baseline, taken):
             return [column], False
     words = [c for c in map(str, frame.columns) if c not in taken and not _is_number(frame[c])]
     kinds = [c for c in words if 1 < frame[c].nunique() < len(frame) and c.lower() not in _RUN_NAMES]
+    often = [c for c in kinds if frame[c].value_counts().min() > 1]  # an arm has several runs, a date has one
+    kinds = often if len(often) == 1 else kinds
     if len(kinds) == 1:
         return kinds, False
     run = first_named(frame, _RUN_NAMES)
     if run and run not in taken and not kinds:
         return [run], True
     if kinds:
-        raise StatsError(f"which column names the arm is not clear ({listed(kinds, 'or')}): say --arm")
+        together = " ".join(kinds[:3])
+        raise StatsError(
+            f"which column names the arm is not clear ({listed(kinds, 'or')}): say --arm with one, or all: {together}"
+        )
     raise StatsError(f"no column names the arm (there are {listed(map(str, frame.columns))}): say --arm COLUMN")
 
 
