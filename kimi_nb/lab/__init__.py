@@ -41,10 +41,10 @@ __getattr__, __dir__, __all__ = lazily(
         ALL EXPLORERS Subject TEXT WHATS attention_explorer explorer_pictures explorers note panel
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
-    copies="""
-        Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile
-    """,
     workbench="""
         Desk PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
+    """,
+    copies="""
+        Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile
     """,
 )

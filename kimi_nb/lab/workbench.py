@@ -86,7 +86,7 @@ class PlanState:
     def rows(self) -> list[dict]:
         "A row a phase: counts of runs, seconds left, findings (None before it ended)."
         frame = self.store.frame(stale=True, metrics=None)
-        there, begun = _states(frame), _time_of(self.apart.told.get("started"))
+        there, begun = _states(frame, self.store.frame(metrics=None)), _time_of(self.apart.told.get("started"))
         under_way = {folder.run_id for folder in self.store.run_folders() if folder.at_work()}
         counted, rows = set(), []
         for phase, group in self.studies().items():
@@ -123,11 +123,11 @@ class PlanState:
         self.apart.terminate()
 
 # %% ../../nbs/lab/10_workbench.ipynb #25eecd80
-def _states(frame):
-    "run_id -> (status, whether other code made it, when it was started)."
-    columns = [c for c in ("run_id", "status", "stale", "started") if c in frame]
-    rows = frame[columns].to_dict("records")
-    return {row["run_id"]: (row["status"], bool(row["stale"]), row.get("started")) for row in rows}
+def _states(frame, standing):
+    "run_id -> (status, whether it does not count as other code made it, when it was started)."
+    columns = [c for c in ("run_id", "status", "started") if c in frame]
+    rows, standing = frame[columns].to_dict("records"), set(standing["run_id"])
+    return {row["run_id"]: (row["status"], row["run_id"] not in standing, row.get("started")) for row in rows}
 
 
 def _is_final(there, planned):

@@ -301,7 +301,7 @@ def start_run(
 ) -> LiveRun:
     "Train the run apart from this process; a run that has its record, or is under way, is left as it is."
     live = LiveRun(store, run.run_id)
-    if usable(store.get(live.run_id)) or live.elsewhere():
+    if usable(store.get(live.run_id), store) or live.elsewhere():
         return live
     with writing(live.config_file):
         live.config_file.parent.mkdir(parents=True, exist_ok=True)

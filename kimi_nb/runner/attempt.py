@@ -53,9 +53,10 @@ def distinct(
 
 def usable(
     record: Record | None,
+    store: Store,  # that holds it
 ) -> bool:
-    "Whether a record stands: it ended as it should or diverged, and today's code made it."
-    return record is not None and not record.stale and record.status in ("done", "diverged")
+    "Whether it is trained no more: it ended as it should or diverged, and it stands in its store."
+    return record is not None and record.status in ("done", "diverged") and store.stands(record)
 
 
 def pending(
@@ -63,7 +64,7 @@ def pending(
     store: Store,
 ) -> list[Planned]:
     "Those without a usable record: none at all, one of other code, or one that failed."
-    return [p for p in planned if not usable(store.get(p.run_id))]
+    return [p for p in planned if not usable(store.get(p.run_id), store)]
 
 # %% ../../nbs/runner/01_attempt.ipynb #44b605c7
 def _trace(store, run_id):
@@ -164,7 +165,7 @@ def run_one(
     run_id = run.run_id
     with store.run_folder(run_id, name).lock(wait=True) as held:
         record = store.get(run_id)
-        if usable(record):
+        if usable(record, store):
             return record
         if options.threads is not None and options.threads < 1:
             raise RunnerError(f"threads {options.threads} is out of range: at least 1")

@@ -14,6 +14,7 @@ import re
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 
@@ -34,6 +35,13 @@ from kimi_nb.study.folder import (
 from .record import Record, digest_of, seal, unseal
 
 # %% ../../nbs/study/05_ledger.ipynb #f1bb7946
+class _Publication(NamedTuple):
+    "What a results folder knows of the publication that it was laid out from."
+
+    names: dict[str, str]  # run_id here -> that of the published run; empty on the publisher's version of Python
+    codes: list[str]  # hashes of the code that made its runs
+
+
 class RunsBase:
     "Runs under one folder, as it is found. Opening it changes nothing; the first write makes it."
 
@@ -99,23 +107,30 @@ class RunsBase:
         run_id: str,  # as it is called here and now
     ) -> str:
         "The published run that stands for it, itself where there is none."
-        return self._stand_ins().get(run_id, run_id)
+        return self._publication().names.get(run_id, run_id)
 
-    def _stand_ins(self):
-        "run_id -> the published run that stands for it; none but in a folder laid out on another version of Python."
-        return self._remembered(self.path / "bundle.json", self._published_elsewhere) or {}
+    def stands(
+        self,
+        record: Record,
+    ) -> bool:
+        "Whether today's code made it, or it belongs to the publication that this folder was laid out from."
+        return not record.stale or record.provenance.get("code_hash") in self._publication().codes
 
-    def _published_elsewhere(self, text):
+    def _publication(self):
+        return self._remembered(self.path / "bundle.json", self._read_publication) or _Publication({}, ())
+
+    def _read_publication(self, text):
         try:
-            same = json.loads(text)["python"] == platform.python_version()
-        except (ValueError, KeyError, TypeError):
-            return {}
+            about = json.loads(text)
+            python, codes = about["python"], about["code_hash"].split()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
         found = {}
-        for folder in () if same else self.run_folders():
+        for folder in self.run_folders() if python != platform.python_version() else ():
             with suppress(KimiError):
                 record = folder.read_result()
                 found[record.run.run_id] = record.run_id
-        return {here: there for here, there in found.items() if here != there}
+        return _Publication({here: there for here, there in found.items() if here != there}, codes)
 
     def has_runs(self) -> bool:
         "Whether there is a place for runs' folders: the store was written to."

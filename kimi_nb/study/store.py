@@ -168,7 +168,7 @@ class _Rows(Ledger):
                 owners.setdefault(run_id, {})[name] = None
         for folder in self.run_folders(aside=stale):
             head = self._head(folder)
-            if head and (stale or not head.record.stale):
+            if head and (stale or self.stands(head.record)):
                 names = ", ".join(owners.get(folder.run_id, ()))
                 yield _Row(names, "", "", head.record.config.get("seed"), folder.run_id, *head)
 
@@ -183,7 +183,7 @@ class _Rows(Ledger):
             for (arm, block, seed), run_id in rows.items():
                 key = (definition.name, arm, block, seed, run_id)
                 head = self._head(where[run_id]) if run_id in where else None
-                if head and (stale or not head.record.stale):
+                if head and (stale or self.stands(head.record)):
                     yield _Row(*key, *head)
                 elif missing:
                     run = definition.arm_run(arms[arm, block], seed)
