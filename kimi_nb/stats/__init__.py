@@ -45,15 +45,15 @@ __getattr__, __dir__, __all__ = lazily(
         answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
         reach_of size_words
     """,
+    reading="""
+        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
+        read_tradeoff
+    """,
     inside="""
         against_best partners simple_effects
     """,
     errors="""
         level_noise mixed_effects noisier_level text_error with_text_error
-    """,
-    reading="""
-        NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
-        read_tradeoff
     """,
     calibration="""
         AA_TESTS ALLOWED JudgedCells RunSpread Simulated aa_calibration any_by_holm drawn_cells
