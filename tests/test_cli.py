@@ -1,6 +1,9 @@
 """The command line itself: what no command is about, and all share."""
 
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +13,9 @@ import pytest
 
 import kimi_nb.cli.machine
 from kimi_nb.cli import lab_command, main
+from kimi_nb.config import RunConfig
+from kimi_nb.lab import settings_of, typed_value
+from kimi_nb.study import Record, Store
 
 
 def command_line(*argv: str, **how) -> subprocess.CompletedProcess:
@@ -68,3 +74,98 @@ def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("kimi_nb 0.")
+
+
+@pytest.mark.parametrize(
+    "typed, answer",
+    [
+        ("plna", "COMMAND 'plna' is unknown: did you mean plan"),
+        ("records lst", "action 'lst' is unknown: did you mean list"),
+        ("records list --jsn", "did you mean --json"),
+        ("train --train.lrr 3", "did you mean --train.lr,"),
+        ("--versoin", "did you mean --version?"),
+        ("train --profile quick --preset nano", "--preset 'nano' and --profile 'quick' are both given"),
+        ("plan --profile smoke --json", "--json belongs to --dry-run"),
+    ],
+)
+def test_what_is_misspelt_is_answered_by_the_command_that_was_typed(typed, answer, capsys):
+    try:
+        status = main(typed.split())
+    except SystemExit as e:
+        status = e.code
+    said = capsys.readouterr().err
+    assert status == 2 and answer in said and said.count("\n") == 1
+    assert "--workers" not in said, "an option of another command"
+
+
+def test_lists_for_programs_are_json(tmp_path, capsys):
+    store = Store(tmp_path)
+    record = Record.of(RunConfig(), "done", dict(test_bpb=2.5, val_loss=float("nan")))
+    store.put(record)
+    assert main(["records", "list", "--json", "--results", str(tmp_path)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["run_id"], row["test_bpb"], row["val_loss"]) == (record.run_id, 2.5, None)
+    assert main(["records", "list", "--json", "--results", str(tmp_path / "none")]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kimi_nb"] == kimi_nb.__version__
+
+
+@pytest.mark.slow
+def test_the_plan_and_the_profiles_for_programs_are_json(tmp_path, capsys):
+    assert (
+        main(["plan", "--profile", "smoke", "--only", "norm", "--dry-run", "--json", "--results", str(tmp_path)]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["profile"] == "smoke" and told["runs"] > 0 and told["minutes"] > 0 and told["studies"]
+    assert main(["profiles", "--profile", "smoke", "--json"]) == 0
+    (smoke,) = json.loads(capsys.readouterr().out)
+    assert smoke["runs"] > 10 and {"study", "arms"} <= set(smoke["studies"][0])
+
+
+def completed(script, *words):
+    """What bash offers after these words, the last of which is being typed."""
+    quoted = " ".join(shlex.quote(word) for word in words)
+    ask = f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _kimi_nb; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_tab_completes_commands_options_and_words(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed(script, "kimi-nb", "pl") == ["plan"]
+    assert {"list", "show", "--json"} <= set(completed(script, "kimi-nb", "records", ""))
+    assert completed(script, "kimi-nb", "plan", "--profile", "qu") == ["quick"]
+    assert set(completed(script, "kimi-nb", "train", "--model.attention.kind", "m")) == {"mha", "mla"}
+    assert completed(script, "kimi-nb", "train", "--train.warm") == ["--train.warmup_steps", "--train.warmup-steps"]
+    for shell in ("zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        said = capsys.readouterr().out
+        assert "noaux_tc" in said and "completion" in said
+        if program := shutil.which(shell):
+            subprocess.run([program, "-n", "-c", said], check=True)
+
+
+def test_every_setting_says_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for path, setting in settings_of().items():
+        help = said.rpartition(f"--{path} ")[2][:400]
+        assert f"(default: {typed_value(setting.default)})" in help, path
+
+
+def test_long_work_is_told_before_it_begins(tmp_path, monkeypatch, capsys):
+    """A run of hours: said, asked in a terminal, not begun after a no; in a pipe it is only said."""
+    begun = []
+    monkeypatch.setattr("kimi_nb.runner.run_one", lambda run, *more: begun.append(run) or 1 / 0)
+    command = ["train", "--preset", "small", "--results", str(tmp_path)]
+    assert main(command) == 1 and len(begun) == 1
+    said = capsys.readouterr().err
+    assert "parameters" in said and "steps" in said and "about" in said.partition("tokens")[2]
+    for stream in ("stdin", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert main(command) == 2 and len(begun) == 1
+    assert "not begun: --yes" in capsys.readouterr().err

@@ -5,8 +5,9 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     shared="""
-        Parser add_command add_setting add_settings at_least_one cell_text chosen_run given_settings
-        results_store starting_run table_text with_short_warmup
+        ASKED Parser TOLD add_command add_json add_setting add_settings add_yes at_least_one
+        begin_long cell_text chosen_run given_settings print_table results_store starting_run
+        table_text terminal_width with_short_warmup
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
@@ -15,8 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     studies="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
-        cmd_profiles cmd_run declared dry_run profile_text runner_options seeds_asked_for
-        sequential_plan
+        cmd_profiles cmd_run declared dry_run profile_facts profile_text runner_options
+        seeds_asked_for
     """,
     records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file
@@ -33,11 +34,8 @@ __getattr__, __dir__, __all__ = lazily(
         add_judge add_noise add_reading cmd_judge cmd_noise margins_of named_settings noise_frame
         noise_json number_above_zero roles_of trained
     """,
-    search="""
-        Search Tried held_search read_search search_text
-    """,
-    gate="""
-        STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
-        read_values
+    completion="""
+        SCRIPTS Words add_completion bash_script cmd_completion every_command fish_script words_of
+        zsh_script
     """,
 )

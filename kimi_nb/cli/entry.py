@@ -25,6 +25,7 @@ FAMILIES = (  # modules of this wing and their commands, in the order of the hel
     ("machine", "lab env bench"),
     ("records", "report"),
     ("verdicts", "judge noise"),
+    ("completion", "completion"),
 )
 
 

@@ -7,6 +7,7 @@ __all__ = ['OTHERS', 'add_env', 'installed', 'cmd_env', 'add_lab', 'lab_command'
            'done_so_far', 'next_steps', 'where_it_stands']
 
 # %% ../../nbs/cli/05_machine.ipynb #c4bcdb38
+import json
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import kimi_nb
-from .shared import add_command, at_least_one
+from .shared import add_command, add_json, at_least_one
 from ..config import KimiError, settings_path
 
 # %% ../../nbs/cli/05_machine.ipynb #fd86f18e
@@ -23,7 +24,7 @@ OTHERS = "transformers datasets lm_eval ray flash-attn papermill nbdev".split()
 
 def add_env(commands, with_settings: bool = True):
     "The parser of `kimi-nb env`."
-    add_command(commands, "env", cmd_env, "show hardware and versions")
+    add_json(add_command(commands, "env", cmd_env, "show hardware and versions"))
 
 
 def installed(
@@ -46,6 +47,9 @@ def cmd_env(args):
     rows |= {name: value for name, value in here.items() if name != "versions"}
     rows |= here["versions"]
     rows |= {name: installed(name) for name in OTHERS}
+    if args.json:
+        print(json.dumps(rows, indent=1, default=str))
+        return
     print("\n".join(f"{name:14} {value}" for name, value in rows.items()))
 
 # %% ../../nbs/cli/05_machine.ipynb #0ce16c00

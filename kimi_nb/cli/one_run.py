@@ -18,7 +18,9 @@ from kimi_nb.cli.shared import (
     add_command,
     add_setting,
     add_settings,
+    add_yes,
     at_least_one,
+    begin_long,
     cell_text,
     chosen_run,
     given_settings,
@@ -55,6 +57,7 @@ def add_train(
     p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
     p.add_argument("--no-track", "--no-wandb", action="store_true", help="do not, though the file of --config says so")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_yes(p)
     add_setting_named(p, "--max-steps", "train.steps")
     if with_settings:
         add_settings(p)
@@ -91,6 +94,18 @@ def metrics_text(
     return "\n".join(f"  {name:20} {cell_text(metrics[name])}" for name in shown)
 
 
+def _tell_cost(run, args):
+    "What the run is, and how long it should take, before it begins."
+    from kimi_nb.lab import crowding, estimate_seconds, quick_costs
+    from kimi_nb.stats import amount
+
+    costs = quick_costs(run)
+    seconds, basis = estimate_seconds(run, None, costs, crowding())
+    parameters, tokens = costs["total_parameters"], run.train.steps * run.tokens_per_step
+    what = f"{amount(parameters)} parameters, {run.train.steps:,} steps, {amount(tokens)} tokens ({basis})"
+    begin_long(what, seconds, args)
+
+
 def cmd_train(args):
     from kimi_nb.model import check_shard, first_rank_first, joined, rank_and_size
     from kimi_nb.runner import run_one
@@ -106,6 +121,8 @@ def cmd_train(args):
         )
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         rank, ranks = rank_and_size()
+        if ranks == 1:
+            _tell_cost(run, args)
         if args.shard:
             check_shard(run.train.compile is True, run.train.precision)
         options = TrainOptions(

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from .shared import add_command, results_store, table_text
+from .shared import add_command, add_json, print_table, results_store
 from ..config import KimiError
 
 # %% ../../nbs/cli/04_records.ipynb #5441e95f
@@ -21,10 +21,12 @@ LISTED = "run_id study arm block seed status stale val_loss test_bpb training_se
 def show_list(store, args):
     "One row a run."
     frame = store.frame(study=args.study, stale=True)
-    if not len(frame):
+    if not len(frame) and not args.json:
         print(f"no records in {store.path}: run kimi-nb plan, or import some")
         return
-    print(table_text(frame[[name for name in LISTED if name in frame]]))
+    there = frame[[name for name in LISTED if name in frame]]
+    said = [name for name in there if args.json or there[name].map(lambda v: v not in ("", None)).any()]
+    print_table(there[said], args)
 
 
 def show_one(store, args):
@@ -167,7 +169,7 @@ def add_records(commands, with_settings: bool = True):
     )
     p.add_argument("--stale", action="store_true", help="publish: also records of other training code than today's")
     p.add_argument("--study", help="only the records of this study")
-    p.add_argument("--json", action="store_true", help="agree: all numbers as JSON")
+    add_json(p, "list, agree: print JSON instead of a table")
     p.add_argument("--figure", metavar="FILE", help="agree: draw the differences, as PNG and SVG")
 
 

@@ -353,6 +353,8 @@ def estimate_seconds(
         basis = f"from the {near} nearest of {len(timed)} runs timed in this store"
     evaluations = 1 + (train.steps // train.eval_every if train.eval_every else 0)
     scored = (train.eval_tokens or 60_000) * evaluations
+    if timed is None:
+        crowded = 1.0  # the product was measured beside the other work
     if crowded >= 1.2:
         basis += f", {crowded:.1f} times as long beside the other work here now"
     return crowded * (1.0 + train.steps * step + step / 3 * scored / run.tokens_per_step), basis

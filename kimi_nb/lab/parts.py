@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..config import ConfigError, Profile, RunConfig, load_profile
 from .choices import change, settings_of, typed_value
-from ..study import FACTORS, Store, StoreError, cell_factors, factor_settings
+from ..study import FACTORS, cell_factors, factor_settings
 
 # %% ../../nbs/lab/04_parts.ipynb #ef958851
 SPELLED = {
@@ -27,6 +27,8 @@ SPELLED = {
     "moe": "experts",
     "rope": "RoPE",
     "learned": "learned positions",
+    "nope": "no positions",
+    "model.residual.kind attention": "attention residuals",
     "adam": "Adam",
     "adamw": "AdamW",
     "muon": "Muon",
@@ -94,9 +96,10 @@ SAID = {
 
 def spelled(
     word: str,  # of a setting that chooses a component
+    path: str = "",  # the setting, for words that mean several things
 ) -> str:
     "How people write a component's name."
-    return SPELLED.get(word, word)
+    return SPELLED.get(f"{path} {word}", SPELLED.get(word, word))
 
 
 def said(
@@ -122,7 +125,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        return spelled(self.word)
+        return spelled(self.word, self.path)
 
 
 def component_settings() -> dict:  # dotted name -> words
@@ -242,6 +245,8 @@ def run_name(
 # %% ../../nbs/lab/04_parts.ipynb #5f85686a
 def _of_study(profile, store):
     "The profile as the store's study of all combinations has it; None where it has none of this profile."
+    from kimi_nb.study import StoreError  # the command line reads names from here and loads no tables
+
     try:
         study, _ = store.manifest("combined")
     except StoreError:
@@ -262,7 +267,7 @@ def _of_study(profile, store):
 
 def measured_profile(
     name: str,  # a section of settings.ini
-    store: Store,
+    store,  # Store
 ) -> Profile:
     "A profile with the learning rates that tuning chose, as far as the store tells."
     from kimi_nb.config import KimiError

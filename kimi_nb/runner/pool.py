@@ -97,6 +97,7 @@ class Progress:
         self.steps, self.show = steps, show
         self.seen, self.done, self.bar, self.note = dict.fromkeys(weights, 0), 0, None, ""
         self.start = self.said = time.monotonic()
+        self._over = threading.Event()
 
     def __enter__(self):
         if self.show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
@@ -109,15 +110,27 @@ class Progress:
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
             )
             self._text()
+        if self.show:
+            threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self._over.set()
         if self.bar is not None:
             self.bar.close()
 
+    def _tick(self):
+        "Show every second that time passes: workers need a while before their first step."
+        while not self._over.wait(1.0):
+            if self.bar is None and self.done < len(self.weights):
+                self._say_now_and_then()
+            elif self.bar is not None and not self._over.is_set():
+                self.bar.refresh()
+
     def _text(self):
         if self.bar is not None:
-            self.bar.set_description_str(f"{self.done} of {len(self.weights)} runs", refresh=False)
+            begins = "" if any(self.seen.values()) else ", workers are starting"
+            self.bar.set_description_str(f"{self.done} of {len(self.weights)} runs{begins}", refresh=False)
 
     def line(self) -> str:
         "Where it stands, in words."
@@ -130,7 +143,10 @@ class Progress:
     def _to(self, run_id, share):
         add = round(self.weights[run_id] * share) - self.seen[run_id]
         if add > 0:
+            first = not any(self.seen.values())
             self.seen[run_id] += add
+            if first:
+                self._text()
             if self.bar is not None:
                 self.bar.update(add)
         if self.show and self.bar is None:
