@@ -113,7 +113,17 @@ def renamed(store, text):
 
 def legend(store, text):
     frame = dirty(store.frame(stale=True), text)
-    return lab.legend_html(frame, list(frame["run_id"]))
+    lines = lab.lines_of(frame, list(frame["run_id"]))
+    return lab.legend_html([*lines, lab.Curve(text, text, (text,), text), lab.Curve(text, text, (text,) * 2, text)])
+
+
+def verdict(store, text):
+    """The verdict on two configurations that are called by the text."""
+    frame = store.frame(stale=True)
+    other = frame.assign(run_id=frame["run_id"] + "b", test_bpb=frame["test_bpb"] + 1, status="done")
+    other["model.norm.kind"] = text
+    both, ids = pd.concat([frame, other], ignore_index=True), frame["run_id"][0]
+    return lab.verdict_html(both, lab.Curve(ids, text, (), ""), lab.Curve(f"{ids}b", text, (), ""))
 
 
 def compared(store, text):
@@ -175,8 +185,9 @@ VIEWS = {
     "progress_html": lambda t, store, patch: lab.progress_html(made_up_run(t), lab.Follower(), t, t),
     "curves_html": lambda t, store, patch: lab.curves_html(made_up_run(t), lab.Follower()),
     "live_page": lambda t, store, patch: lab.live_page(renamed(store, t)),
-    "overlay_svg": lambda t, store, patch: lab.overlay_svg(renamed(store, t), [t, t], t),
+    "overlay_svg": lambda t, store, patch: lab.overlay_svg(renamed(store, t), [lab.Curve(t, t, (t,), t)] * 2, t),
     "legend_html": lambda t, store, patch: legend(store, t),
+    "verdict_html": lambda t, store, patch: verdict(store, t),
     "compare_html": lambda t, store, patch: compared(store, t),
     "pinboard_page": lambda t, store, patch: lab.pinboard_page(
         SimpleNamespace(path=t, get=store.get, frame=lambda stale: dirty(store.frame(stale=True), t))
@@ -221,7 +232,7 @@ def test_controls_show_names_of_a_store_as_text(store):
     """The widgets that are made of HTML: rows of the pinboard, notes of the picker, the head of a live run."""
     for text in HOSTILE:
         board = lab.Pinboard(store)
-        board.frame = dirty(store.frame(stale=True), text).assign(_unlike=text)
+        board.frame = dirty(store.frame(stale=True), text).assign(_unlike=text, _name=text)
         board._found = board.frame.to_dict("records")
         board._turn(0)
         assert_harmless(board._rows[0].text.value, text, "row of the pinboard")

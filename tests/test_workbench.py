@@ -120,12 +120,14 @@ def workbench_in_a_browser(folder, request, settings, results):
         browser.close()
 
 
+SHOWN = ".knb-workbench:not(.jupyter-widgets-disconnected) [data-cost=total_parameters]"
+
+
 def run_all(page):
     """Two clicks; asked to run before it has its kernel, JupyterLab shows a dialog."""
     page.wait_for_function("document.body.innerText.includes('| Idle')")
     page.click('.lm-MenuBar-itemLabel:text-is("Run")')
     page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-    page.wait_for_selector(".knb-workbench:not(.jupyter-widgets-disconnected) [data-cost=total_parameters]")
 
 
 FOLD = ".knb-fold :text('settings')"
@@ -302,6 +304,7 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         shown = page.evaluate("getComputedStyle(document.querySelector('.knb-workbench'), '::before').content")
         assert "run the cell again" in shown
         run_all(page)
+        page.wait_for_selector(SHOWN)
         name = "MLA + Muon + dense feed-forward"
         assert name in page.locator(".knb-chosen").inner_text(), "what was chosen is there again"
         open_tab(page, "Train")
@@ -312,6 +315,7 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         second = page.context.new_page()
         second.goto(page.url)
         run_all(second)
+        second.wait_for_selector(SHOWN)
         assert name in second.locator(".knb-chosen").first.inner_text()
         assert problems == []
 

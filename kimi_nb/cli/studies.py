@@ -154,7 +154,8 @@ def _tell_cost(args, profile, store):
     workers = (profile.workers if args.workers is None else args.workers) or default_workers()
     seconds = sum(weight(planned.run) for planned in todo) / workers
     hands = f"{workers} worker{'s' * (workers > 1)}"
-    begin_long(f"{len(todo)} runs to train with {hands} (by their sizes; --dry-run measures)", seconds, args)
+    how = "by their sizes alone, the notebooks come on top; --dry-run measures"
+    begin_long(f"{len(todo)} runs to train with {hands} ({how})", seconds, args)
 
 
 def cmd_plan(args):
