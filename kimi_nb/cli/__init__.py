@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazily(
     studies="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
         cmd_profiles cmd_run declared dry_run profile_facts profile_text runner_options
-        seeds_asked_for
+        seeds_asked_for sequential_plan
     """,
     records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file
@@ -37,5 +37,12 @@ __getattr__, __dir__, __all__ = lazily(
     completion="""
         SCRIPTS Words add_completion bash_script cmd_completion every_command fish_script words_of
         zsh_script
+    """,
+    search="""
+        Search Tried held_search read_search search_text
+    """,
+    gate="""
+        STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
+        read_values
     """,
 )
