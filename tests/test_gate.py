@@ -224,9 +224,19 @@ def test_a_search_remembers(capsys, tmp_path):
     assert gate(capsys, *state, "--candidate", GOOD, "--promote")[0] == STATUS[KEEP]
     search = read_search(tmp_path / "gate.json")
     assert [tried.name for tried in search.tried] == ["a", "candidate-2"]
-    assert [look["word"] for look in search.looks] == [DROP, KEEP] and search.baseline == read_values(GOOD)
+    assert [look["word"] for look in search.looks] == [DROP, KEEP] and search.baselines[-1] == read_values(GOOD)
     status, _, err = gate(capsys, *state, "--candidate", GOOD)
     assert status == 2 and "one more than the 2" in err
+    status, out, _ = gate(capsys, "--state", tmp_path / "gate.json", "--show")
+    assert status == 0 and "2 of 2 candidates tried" in out and "DROP" in out and "KEEP" in out
+    assert gate(capsys, "--state", tmp_path / "none.json", "--show")[0] == 2
+
+
+def test_no_rearrangement_is_a_further_look(tmp_path):
+    """Values are taken by seed, whatever order they are written in, and pairs in the order they became complete."""
+    file = tmp_path / "a.csv"
+    file.write_text("2,1.0\n0,1.5\n1,1.25\n")
+    assert list(read_values(str(file))) == [0, 1, 2]
 
 
 def test_a_changed_file_of_a_search_is_refused(capsys, tmp_path):
@@ -252,7 +262,7 @@ def test_around_a_command(capsys, tmp_path):
     status, out, err = gate(capsys, *ways, "--run", noisy)
     search = read_search(tmp_path / "gate.json")
     assert status == 0 and out.startswith("KEEP: candidate-1") and "val_bpb: 1.7" in err
-    assert list(search.baseline) == list(search.tried[0].values)
+    assert list(search.baselines[0]) == search.tried[0].order
     status, out, err = gate(capsys, *ways, "--run", noisy, "--one", "--quiet", "--name", "again", "--json")
     assert status == STATUS[MORE] and err == "" and json.loads(out)["n"] == 1
     status, out, _ = gate(capsys, *ways, "--run", COMMAND % 1.9, "--quiet", "--name", "worse")

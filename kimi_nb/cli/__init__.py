@@ -43,6 +43,6 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     gate="""
         STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
-        read_values
+        read_values search_lines
     """,
 )

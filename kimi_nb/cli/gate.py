@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'add_gate', 'read_values', 'command_words', 'number_printed', 'gate_rule', 'asked', 'answer_text',
-           'cmd_gate']
+           'search_lines', 'cmd_gate']
 
 # %% ../../nbs/cli/09_gate.ipynb #d2a46b08
 import csv
@@ -67,6 +67,7 @@ def add_gate(commands, with_settings: bool = True):
     p.add_argument("--state", metavar="FILE", help="memory of the search: what was measured and answered")
     p.add_argument("--name", help="of the candidate (default: the open one of --state, or the next)")
     p.add_argument("--promote", action="store_true", help="what is kept is the baseline of those that follow")
+    p.add_argument("--show", action="store_true", help="print what the search of --state holds, and ask nothing")
     p.add_argument("--json", action="store_true", help="print one line of JSON")
 
 # %% ../../nbs/cli/09_gate.ipynb #a815694d
@@ -109,7 +110,7 @@ def _rows_of(path):
 
 def read_values(
     given: str,  # '0:1.832,1:1.829', or a CSV or JSONL file
-) -> dict[int, float]:  # seed -> value, in order
+) -> dict[int, float]:  # seed -> value, in the order of the seeds: an order of values would be a choice
     "Values by seed.  Raises: KimiError that names the place."
     if re.fullmatch(r"\s*-?\d+\s*:.*", given):
         parts = (part.partition(":") for part in given.split(","))
@@ -124,7 +125,7 @@ def read_values(
         found[seed] = value
     if not found:
         raise KimiError(f"{given!r} has no values: give seed:value,seed:value or a file")
-    return found
+    return dict(sorted(found.items()))
 
 # %% ../../nbs/cli/09_gate.ipynb #17117e4f
 def command_words(
@@ -204,23 +205,23 @@ def _check_gate(args):
     for command in (args.run, args.run_baseline):
         if command:
             command_words(command, 0)
-    if not (args.run or args.candidate or args.state):
+    if not (args.run or args.candidate):
         raise KimiError("there is no candidate: give --candidate, or --run with --pattern")
 
 
 def _next_run(search, name, args):
-    "(command, seed, name of whose value it is) of the next run.  Raises: KimiError for a baseline that nobody runs."
-    values = search.candidate(name).values
-    seed = next((s for s in values if s not in search.baseline), None)
+    "(command, seed, whether it is the baseline's) of the next run.  Raises: KimiError for a baseline that nobody runs."
+    values, baseline = search.candidate(name).values, search.baseline_of(name)
+    seed = next((s for s in sorted(values) if s not in baseline), None)
     if seed is None:
         seed = args.first_seed
         while seed in values:
             seed += 1
-    if seed in search.baseline:
-        return args.run, seed, name
+    if seed in baseline:
+        return args.run, seed, False
     if not args.run_baseline:
         raise KimiError(f"the baseline has no seed {seed}: give --run-baseline, or its value with --baseline")
-    return args.run_baseline, seed, ""
+    return args.run_baseline, seed, True
 
 
 def asked(
@@ -230,25 +231,22 @@ def asked(
     from kimi_nb.cli.search import held_search
 
     _check_gate(args)
-    rule, given = gate_rule(args), {}
-    for name in ("baseline", "candidate"):
-        if getattr(args, name):
-            given[name] = read_values(getattr(args, name))
-    show = None if args.quiet else sys.stderr.write
+    rule, show = gate_rule(args), None if args.quiet else sys.stderr.write
+    values, baseline = (read_values(given) if given else {} for given in (args.candidate, args.baseline))
     with held_search(args.state, rule) as search:
         name = args.name or search.open_name()
-        search.add(given.get("baseline", {}))
-        search.add(given.get("candidate", {}), name)
+        search.add(name, values, baseline)
         answer = search.ask(name)
     ran = 0
     while args.run and answer.word == "ONE MORE SEED" and not (args.one and ran):
-        command, seed, whose = _next_run(search, name, args)
-        value = number_printed(command, seed, args.pattern, show)
+        command, seed, of_baseline = _next_run(search, name, args)
+        value = {seed: number_printed(command, seed, args.pattern, show)}
         with held_search(args.state, rule, search) as search:
-            mine = search.candidate(whose).values if whose else search.baseline
-            search.add({} if seed in mine else {seed: value}, whose)
+            known = search.baseline_of(name) if of_baseline else search.candidate(name).values
+            value = {} if seed in known else value  # another process was first
+            search.add(name, {} if of_baseline else value, value if of_baseline else {})
             answer = search.ask(name)
-        ran += bool(whose)
+        ran += not of_baseline
     if args.promote and answer.word == "KEEP":
         with held_search(args.state, rule, search) as search:
             search.promote(name)
@@ -277,7 +275,29 @@ def answer_text(
     return "\n".join(lines)
 
 
+def search_lines(
+    path,  # of the file of a search
+) -> str:
+    "What a search holds, a line a candidate.  Raises: KimiError where there is none."
+    from kimi_nb.cli.search import read_search
+
+    search = read_search(path) if path else None
+    if search is None:
+        raise KimiError(f"there is no search at {path!r}: name its file with --state")
+    rule = search.rule
+    declared = f"margin {rule.margin:g}, at most {rule.max_seeds} seeds each; any false KEEP at most {rule.alpha:.0%}"
+    lines = [f"{len(search.tried)} of {rule.candidates} candidates tried, {declared}"]
+    for tried in search.tried:
+        answer = tried.answer
+        gain = "" if answer.improvement is None else f", improvement {answer.improvement:.4g}"
+        lines.append(f"  {answer.word:13}  {tried.name}: {answer.reason}{gain}")
+    return "\n".join(lines)
+
+
 def cmd_gate(args):
+    if args.show:
+        print(search_lines(args.state))
+        return 0
     search, name, answer = asked(args)
     if args.json:
         numbers = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..config import KimiError, write_file, writing
-from ..stats import MORE, Answer, GateRule, KnownSpread, improvements, keep_or_drop
+from ..stats import KEEP, MORE, Answer, GateRule, KnownSpread, improvements, keep_or_drop
 from ..study import RecordError, seal, unseal
 
 # %% ../../nbs/cli/08_search.ipynb #3dd3aa82
@@ -23,7 +23,9 @@ class Tried:
     "One candidate."
 
     name: str
-    values: dict = field(default_factory=dict)  # seed -> value, in the order in which they were run
+    against: int = 0  # number of the baseline it began against
+    values: dict = field(default_factory=dict)  # seed -> value
+    order: list = field(default_factory=list)  # seeds in the order in which their pairs became complete
     gains: list = field(default_factory=list)  # improvement of each pair at the last look
     answer: Answer | None = None  # of the last look
 
@@ -33,12 +35,20 @@ class Tried:
         return self.answer is not None and self.answer.word != MORE
 
 
+def _take(known, values, whose):
+    "Add values to those known.  Raises: KimiError for a seed that is there with another value."
+    for seed in sorted(values):
+        before, value = known.setdefault(seed, values[seed]), values[seed]
+        if before != value and not (math.isnan(before) and math.isnan(value)):
+            raise KimiError(f"seed {seed} of {whose} is {before:g} and now {value:g}: a value is measured once")
+
+
 @dataclass
 class Search:
     "What a search declared, measured and answered."
 
     rule: GateRule
-    baseline: dict = field(default_factory=dict)  # seed -> value
+    baselines: list = field(default_factory=lambda: [{}])  # seed -> value of each baseline, the present one last
     tried: list = field(default_factory=list)  # of Tried, in order
     looks: list = field(default_factory=list)  # every answer, in order: candidate, pairs, word and numbers
 
@@ -62,53 +72,52 @@ class Search:
                 f"candidate {name!r} is one more than the {self.rule.candidates} that this search declared: "
                 "begin another file, with --candidates as many as it may try"
             )
-        self.tried.append(Tried(name))
+        self.tried.append(Tried(name, against=len(self.baselines) - 1))
         return self.tried[-1]
+
+    def baseline_of(self, name: str) -> dict:  # seed -> value
+        "The baseline that a candidate stands against."
+        return self.baselines[self.candidate(name).against]
 
     def add(
         self,
-        values: dict,  # seed -> value
-        name: str = "",  # of a candidate; '' is the baseline
+        name: str,  # of a candidate
+        values: dict,  # seed -> value, of the candidate
+        baseline: dict,  # seed -> value, of the baseline it stands against
     ):
-        "Take values in.  Raises: KimiError for a seed that is there with another value."
-        tried = self.candidate(name) if name else None
-        if tried and tried.decided:
-            return  # its answer stands
-        known = tried.values if tried else self.baseline
-        for seed, value in values.items():
-            before = known.setdefault(seed, value)
-            if before != value and not (math.isnan(before) and math.isnan(value)):
-                raise KimiError(
-                    f"seed {seed} of {name or 'the baseline'} is {before:g} and now {value:g}: a value is measured once"
-                )
+        "Take values in; those of a decided candidate change nothing.  Raises: KimiError for a seed with another value."
+        _take(self.baseline_of(name), baseline, "the baseline")
+        tried = self.candidate(name)
+        if not tried.decided:
+            _take(tried.values, values, name)
 
     def ask(self, name: str) -> Answer:
         "The answer for a candidate; one that was final stands."
-        tried = self.candidate(name)
+        tried, baseline = self.candidate(name), self.baseline_of(name)
         if tried.decided:
             return tried.answer
-        noise = KnownSpread()
+        fresh = [seed for seed in tried.values if seed not in tried.order and seed in baseline]
+        broken = [seed for seed, value in tried.values.items() if not math.isfinite(value)]
+        tried.order += sorted(fresh)
+        known = KnownSpread()
         for other in self.tried:
             if other is not tried and other.gains:
-                noise = noise.and_of(other.gains)
-        answer = keep_or_drop(self.baseline, tried.values, self.rule, noise)
+                known = known.and_of(other.gains)
+        paired = {seed: tried.values[seed] for seed in [*tried.order, *broken]}
+        answer = keep_or_drop(baseline, paired, self.rule, known)
         if tried.answer is None or answer.n != tried.answer.n or answer.word != tried.answer.word:
             self.looks.append(dict(candidate=name, **answer._asdict()))
-        tried.answer, tried.gains = answer, _gains(self, tried)
+        gains = improvements(baseline, paired, self.rule)
+        tried.answer, tried.gains = answer, [float(gain) for gain in gains if math.isfinite(gain)]
         return answer
 
     def promote(self, name: str):
-        "Make a kept candidate the baseline of those that follow."
+        "Make a kept candidate the baseline of those that begin after it."
         tried = self.find(name)
-        if tried is None or tried.answer is None or tried.answer.word != "KEEP":
+        if tried is None or tried.answer is None or tried.answer.word != KEEP:
             raise KimiError(f"{name!r} was not kept: only what was kept becomes the baseline")
-        self.baseline = dict(tried.values)
-
-
-def _gains(search, tried):
-    "Improvements that are numbers."
-    found = improvements(search.baseline, tried.values, search.rule)
-    return [float(gain) for gain in found if math.isfinite(gain)]
+        if self.baselines[-1] != tried.values:
+            self.baselines.append(dict(tried.values))
 
 # %% ../../nbs/cli/08_search.ipynb #73336108
 def _pairs(values):
@@ -126,14 +135,16 @@ def search_text(
     tried = [
         dict(
             name=one.name,
+            against=one.against,
             values=_pairs(one.values),
+            order=one.order,
             gains=one.gains,
             answer=None if one.answer is None else one.answer._asdict(),
         )
         for one in search.tried
     ]
-    fields = dict(format=1, rule=asdict(search.rule), baseline=_pairs(search.baseline), tried=tried, looks=search.looks)
-    return seal(fields)
+    baselines = [_pairs(values) for values in search.baselines]
+    return seal(dict(format=1, rule=asdict(search.rule), baselines=baselines, tried=tried, looks=search.looks))
 
 
 def read_search(
@@ -149,15 +160,11 @@ def read_search(
     fields = unseal(text, str(path))
     try:
         tried = [
-            Tried(
-                one["name"],
-                _values(one["values"]),
-                one["gains"],
-                None if one["answer"] is None else Answer(**one["answer"]),
-            )
+            Tried(**{**one, "values": _values(one["values"]), "answer": one["answer"] and Answer(**one["answer"])})
             for one in fields["tried"]
         ]
-        return Search(GateRule(**fields["rule"]), _values(fields["baseline"]), tried, fields["looks"])
+        baselines = [_values(pairs) for pairs in fields["baselines"]]
+        return Search(GateRule(**fields["rule"]), baselines, tried, fields["looks"])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise RecordError(f"{path} is no file of a search: name another with --state") from None
 

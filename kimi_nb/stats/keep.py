@@ -231,7 +231,7 @@ class Searched(NamedTuple):
 
 
 def _hopeless(mean, squares, before, rule):
-    "Which looks of a candidate (searches, seeds) leave too small a chance; `before` is what others showed of the spread."
+    "Which looks (searches, seeds) of a candidate leave too small a chance; `before` is the spread that others showed."
     n = np.arange(1, mean.shape[1] + 1)
     df = before[1][:, None] + n - 1
     with np.errstate(invalid="ignore", divide="ignore"):
