@@ -729,6 +729,27 @@ def _moe_preset(layers, width, heads, experts, d_expert, context):
     )
 
 
+def _linear_preset(attention, moe, optimizer, **network):
+    "Kimi Linear's proportions in the size of the `kimi` preset: three layers of KDA, then one of MLA, no positions."
+    experts = dict(n_experts=8, top_k=2, n_shared_experts=1, d_expert=680, routed_scaling_factor=2.446)
+    model = dict(
+        d_model=384,
+        n_layers=8,
+        n_heads=8,
+        d_ff=2048,
+        vocab_size=_GPT2_VOCAB,
+        max_seq_len=512,
+        first_dense_layers=1,
+        norm=dict(kind="rmsnorm"),
+        position=dict(kind="nope"),
+        attention=mla_sizes(384, 8, kind="mla", pattern="kda,kda,kda,mla") | attention,
+        moe=experts | moe,
+    )
+    schedule = dict(steps=1000, batch_size=24, lr=1e-3, warmup_steps=50, eval_every=500)
+    trained = dict(name="muon", weight_decay=0.01) | optimizer
+    return dict(model=model | network, train=schedule | dict(optimizer=trained))
+
+
 def mla_sizes(d_model, n_heads, **more):
     "Head sizes in the proportions of the `kimi` preset: a third of a head rotates, the latent is a third of the width."
     head = d_model // n_heads
@@ -798,6 +819,19 @@ PRESETS = dict(
             eval_every=500,
             optimizer=dict(name="muon", weight_decay=0.01),
         ),
+    ),
+    kimi_linear=_linear_preset(
+        attention=dict(),
+        moe=dict(router="noaux_tc", seq_loss_weight=1e-4),
+        optimizer=dict(),
+        ffn=dict(kind="moe", activation="swiglu"),
+    ),
+    k3=_linear_preset(
+        attention=dict(q_lora_rank=96, output_gate=True, gate_rank="full", decay_bound=-5.0),
+        moe=dict(router="quantile", latent_dim=192),
+        optimizer=dict(muon_split="heads"),
+        ffn=dict(kind="moe", activation="situ"),
+        residual=dict(kind="attention", block_layers=2),
     ),
     nanogpt=dict(
         model=dict(

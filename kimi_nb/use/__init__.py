@@ -9,8 +9,13 @@ __getattr__, __dir__, __all__ = lazily(
         penalise_repetition select_cache_rows
     """,
     deepseek="""
-        HubError LATENT_NORM_EPS PUBLISHED config_from_deepseek_v3 deepseek_obstacles
-        deepseek_settings from_deepseek_v3 model_type_of to_deepseek_v3
+        HubError LATENT_NORM_EPS PUBLISHED attention_settings config_from_deepseek_v3
+        deepseek_obstacles deepseek_settings exported_tensors from_deepseek_v3 later_parts
+        model_type_of moved_eps to_deepseek_v3 unlike
+    """,
+    kimi_linear="""
+        config_from_kimi_linear from_kimi_linear kimi_linear_obstacles kimi_linear_settings
+        to_kimi_linear
     """,
     hub="""
         KimiCache KimiNbConfig KimiNbForCausalLM load_pretrained model_card save_pretrained
