@@ -27,18 +27,17 @@ VOCABULARY = 53
 def configs(draw):
     "Networks that Kimi Linear has words for, of every kind of part."
     pick = lambda *values: draw(st.sampled_from(values))
-    pattern = pick("kda,mla", "mla,kda", "kda,kda,mla", "kda,kda,kda,mla", None)
+    pattern = pick("kda,mla", "mla,kda", "kda,kda,mla", "kda,kda,kda,mla")
     heads = pick(1, 2, 4)
     attention = dict(
         kind="kda", pattern=pattern, linear_heads=pick(None, 1, 3), linear_head_dim=pick(None, 4, 6),
         conv_kernel=pick(2, 3, 4), implementation=pick("eager", "sdpa"),
     )  # fmt: skip
-    if pattern:
-        attention |= dict(
-            q_lora_rank=pick(None, 6), kv_lora_rank=pick(4, 8), qk_nope_head_dim=pick(2, 4),
-            qk_rope_head_dim=pick(2, 3), v_head_dim=pick(3, 4),
-        )  # fmt: skip
-    layers = len(pattern.split(",")) + pick(0, 1) if pattern else pick(1, 2)
+    attention |= dict(
+        q_lora_rank=pick(None, 6), kv_lora_rank=pick(4, 8), qk_nope_head_dim=pick(2, 4),
+        qk_rope_head_dim=pick(2, 3), v_head_dim=pick(3, 4),
+    )  # fmt: skip
+    layers = len(pattern.split(",")) + pick(0, 1)
     groups = pick(1, 2)
     moe = dict(
         router=pick("noaux_tc", "aux_tc"), n_experts=4, top_k=pick(1, 2), n_shared_experts=pick(0, 1, 2), d_expert=8,
@@ -159,7 +158,8 @@ def test_left_padded_batches_are_continued_alike():
         ({"attention.output_gate": True}, "attention.output_gate True"),
         ({"attention.gate_rank": "full"}, "attention.gate_rank full (needs head)"),
         ({"attention.decay_bound": -5.0}, "attention.decay_bound -5.0"),
-        ({"attention.pattern": "gdn,mla"}, "a layer of kind gdn"),
+        ({"attention.pattern": "gdn,kda,mla"}, "a layer of kind gdn"),
+        ({"attention.pattern": None}, "no layer of kind mla (needs one)"),
         ({"moe.latent_dim": 8}, "moe.latent_dim 8"),
         ({"ffn.activation": "situ"}, "ffn.activation 'situ'"),
         ({"residual.kind": "attention"}, "residual.kind 'attention'"),

@@ -32,12 +32,12 @@ from kimi_nb.use.deepseek import (
     model_type_of,
     to_deepseek_v3,  # noqa: F401, offered here too
 )
+from .generate import select_cache_rows
 from kimi_nb.use.kimi_linear import (
     from_kimi_linear,
     kimi_linear_obstacles,
     to_kimi_linear,  # noqa: F401, offered here too
 )
-from .generate import select_cache_rows
 
 # %% ../../nbs/use/04_hub.ipynb #90cec4eb
 _SAID_BY_NETWORK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

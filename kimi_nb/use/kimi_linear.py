@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import LINEAR_ATTENTIONS, ConfigError, KimiError, ModelConfig
+from ..config import ConfigError, KimiError, ModelConfig
 from ..data import Tokenizer
 from ..model import KimiModel, expert_backend, linear_sizes
 from kimi_nb.use.deepseek import (
@@ -43,12 +43,11 @@ def kimi_linear_obstacles(
     "The settings that Kimi Linear has no words for, each with what it would have to be."
     m, kinds = config.moe, set(config.layer_kinds)
     found = [f"a layer of kind {kind} (needs kda or mla)" for kind in sorted(kinds - set(_LAYERS))]
-    if "kda" not in kinds:
-        found.append("no layer of kind kda (needs one)")
+    found += [f"no layer of kind {kind} (needs one)" for kind in _LAYERS if kind not in kinds]
     found += unlike(
         (
             ("norm.kind", config.norm.kind, "rmsnorm"),
-            ("position.kind", "nope" if kinds <= set(LINEAR_ATTENTIONS) else config.position.kind, "nope"),
+            ("position.kind", config.position.kind, "nope"),
             ("ffn.activation", config.ffn.activation, "swiglu"),
             *(part for part in later_parts(config) if part[0] != "attention.pattern"),
         )
@@ -60,7 +59,7 @@ def kimi_linear_obstacles(
             found.append(f"moe.n_experts {m.n_experts} (needs at least 2 a group)")
     if config.vocab_size is None:
         found.append("vocab_size none (needs a number)")
-    return found + (_rank_obstacles(config) if "kda" in kinds else [])
+    return found + _rank_obstacles(config)
 
 # %% ../../nbs/use/03_kimi_linear.ipynb #ce388a75
 def _expert_settings(config):
@@ -112,10 +111,7 @@ def kimi_linear_settings(
         rms_norm_eps=config.norm.eps,
         tie_word_embeddings=False,
     )
-    latents = attention_settings(config)
-    if "mla" not in config.layer_kinds:  # sizes of layers that are not there
-        latents |= dict(kv_lora_rank=1, qk_rope_head_dim=1, qk_nope_head_dim=1, v_head_dim=1, q_lora_rank=None)
-    return network | latents | _expert_settings(config)
+    return network | attention_settings(config) | _expert_settings(config)
 
 # %% ../../nbs/use/03_kimi_linear.ipynb #b6f49d61
 def _their_shape(name, t):
@@ -187,19 +183,19 @@ def _read_attention(c):
     "Kinds of the layers, sizes of their heads."
     ours = {theirs: kind for kind, theirs in _LAYERS.items()}
     kinds = [ours[kind] for kind in c.layer_types]
-    several = len(set(kinds)) > 1
-    found = dict(
+    return dict(
         kind=kinds[0],
-        pattern=",".join(kinds) if several else None,
+        pattern=",".join(kinds),
         implementation="eager" if c._attn_implementation == "eager" else "sdpa",
         linear_heads=c.linear_num_heads,
         linear_head_dim=c.linear_head_dim,
         conv_kernel=c.linear_conv_kernel_dim,
+        q_lora_rank=c.q_lora_rank,
+        kv_lora_rank=c.kv_lora_rank,
+        qk_nope_head_dim=c.qk_nope_head_dim,
+        qk_rope_head_dim=c.qk_rope_head_dim,
+        v_head_dim=c.v_head_dim,
     )
-    if "mla" in kinds:
-        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        found |= {name: getattr(c, name) for name in names}
-    return found
 
 
 def _read_experts(c):
