@@ -129,14 +129,20 @@ def test_the_wording_follows_the_records(tmp_path, invented):
     other_abstract, other_conclusion, other = words_of(
         factorial_results(tmp_path / "b", {k: -v for k, v in EFFECTS.items()})
     )
-    assert re.search(r"Muon lowers test bits per byte by 0\.40\d .*?: an improvement", abstract)
+    assert re.search(r"Muon -0\.40\d \(better, beyond the margin\)", abstract)
     assert re.search(
-        r"latent attention \(MLA\) raises test bits per byte by 0\.1\d\d .*?makes the model worse", abstract
+        r"\(MLA\) \+0\.\d+ with AdamW and \+0\.\d+ with Muon \(worse with both, beyond the margin\)", abstract
     )
-    assert re.search(r"Muon raises test bits per byte by 0\.\d+ .*?makes the model worse", other_abstract)
-    assert re.search(r"latent attention \(MLA\) lowers test bits per byte by .*?: an improvement", other_abstract)
-    assert "RMSNorm and Muon make the model better" in conclusion and "MLA makes it worse" in conclusion
-    assert "MLA makes the model better" in other_conclusion and "RMSNorm and Muon make it worse" in other_conclusion
+    assert re.search(r"Muon \+0\.\d+ \(worse, beyond the margin\)", other_abstract)
+    assert re.search(r"\(MLA\) -0\.\d+ with AdamW .*? \(better with both, beyond the margin\)", other_abstract)
+    assert re.search(
+        r"Muon lowers test bits per byte by 0\.40\d .*?: an improvement, by more than the declared margin", whole
+    )
+    assert re.search(
+        r"\(MLA\) changes .* by \+0\.\d+ with AdamW .*?: with both, a loss of quality, by more than", whole
+    )
+    assert "RMSNorm: better with both, beyond the margin" in conclusion and "MLA: worse with both" in conclusion
+    assert "MLA: better with both, beyond the margin" in other_conclusion and "Muon: worse" in other_conclusion
     assert (
         "The model with all parts is better than the baseline." in conclusion
         and "The model with all parts is worse than the baseline." in other_conclusion
@@ -160,11 +166,13 @@ def test_nothing_found_is_said(tmp_path):
     """Without effects nothing is claimed, and what could have been seen is named."""
     nothing = dict.fromkeys(EFFECTS, 0.0)
     abstract, conclusion, whole = words_of(factorial_results(tmp_path / "a", nothing, noise=0.02))
-    assert ": an improvement" not in abstract and "the data do not decide; effects from about 0." in abstract
+    assert "better" not in abstract.partition("Effects on")[2].partition(".")[0]
+    assert "not decided; effects from about 0." in whole
     sure = words_of(factorial_results(tmp_path / "b", nothing))
-    assert "make no difference: the interval lies within ±0.02" in sure[0] and "there is no difference" in sure[1]
-    assert "make the model better" not in conclusion and "makes the model better" not in conclusion
-    assert "*This phase has not run; nothing is claimed in its place.*" in whole and "**Contradicted.** None." in whole
+    assert "no difference with both" in sure[0] and "no difference with both" in sure[1]
+    assert "better with" not in conclusion and "better, beyond" not in conclusion
+    assert "*these phases have not run; nothing is claimed in their place.*" in whole
+    assert "**Contradicted.** None." in whole
 
 
 def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
@@ -183,8 +191,8 @@ def test_an_effect_that_turns_with_another_part_is_called_so(tmp_path):
 def test_seeds_that_disagree_are_told_from_seeds_that_agree(tmp_path, invented):
     """The intervals from seeds alone stand beside the pooled ones; a pooled error that is too small is called so."""
     agree, differ = words_of(invented), words_of(factorial_results(tmp_path / "a", EFFECTS, uneven=0.1))
-    assert "excludes zero for" in agree[0] and "too optimistic" not in agree[0] + agree[2]
-    assert "the pooled error would be too optimistic" in differ[0]
+    assert "too optimistic" not in agree[0] + agree[2]
+    assert "the pooled error would be too optimistic" in differ[2]
     assert all(whole.count("is its spread over the seeds") == 2 for whole in (agree[2], differ[2]))  # section, threats
 
 
@@ -377,7 +385,7 @@ def test_another_size_is_said_as_it_is(tmp_path, invented):
     )
     assert re.search(
         r"The effect of Muon is smaller at standard: -0\.4\d\d bits/byte at quick, -0\.2\d\d at standard", section
-    ) and re.search(r"that of Muon is smaller \(-0\.4\d\d, -0\.2\d\d\)", abstract)
+    )
     assert re.search(
         r"The effect of MLA changes its sign at standard: \+0\.1\d\d bits/byte at quick, -0\.\d+ at standard", section
     )
@@ -485,15 +493,16 @@ def test_the_published_records_give_a_whole_paper(tmp_path):
 
     if "quick" not in published_profiles():
         pytest.skip("no published reference run of profile quick")
-    start, store = time.perf_counter(), published("quick")
-    more = [published(p) for p in published_profiles() if p != "quick"]
+    *smaller, strongest = published_profiles()
+    start, store = time.perf_counter(), published(strongest)
+    more = [published(p) for p in smaller]
     write_report(store, tmp_path, say=lambda line: None, perhaps=more)
     assert time.perf_counter() - start < 120
     e = Evidence(store)
     also = others(e, more, strict=False)
     doc = build_paper(e, also)
     talk = build_slides(e, {f.stem.removeprefix("slide-"): f for f in (tmp_path / "figures").glob("slide-*.svg")}, also)
-    assert 12 <= len(talk) + 1 <= 20 and len(e.outcomes) == 10
+    assert 12 <= len(talk) + 1 <= 20 and len({phase for one in (e, *also) for phase in one.outcomes}) >= 10
     assert pages(talk_typst(talk, doc), tmp_path) == len(talk) + 1  # none runs over
     first = next(i for i, b in enumerate(doc.blocks) if getattr(b, "appendix", False))
     assert pages(to_typst(replace(doc, blocks=doc.blocks[:first]), tmp_path), tmp_path) >= 20

@@ -189,7 +189,7 @@ def add_report(commands, with_settings: bool = True):
     p.add_argument(
         "--published",
         metavar="PROFILE",
-        help="from the published records of this profile (default where the results folder is empty: quick), "
+        help="from the published records of this profile (default where the results folder is empty: the largest), "
         "beside those of the other published ones",
     )
     p.add_argument(
@@ -208,7 +208,7 @@ def cmd_report(args):
     store = results_store(args)
     out, beside = args.out or store.path, []
     if args.published or not args.results and not store.has_runs():
-        chosen = args.published or "quick"
+        chosen = args.published or published_profiles()[-1]
         store = published(chosen)
         beside = [published(profile) for profile in published_profiles() if profile != chosen]
         print(f"from the published records of profile {chosen}")

@@ -16,21 +16,21 @@ __getattr__, __dir__, __all__ = lazily(
         cited code marked numbered refer render sentence written
     """,
     forms="""
-        REFERENCES ROOM aligned bring compile_typst inline pandoc picture source svg_size
-        table_markdown to_html to_markdown to_typst typst_head write_document
+        REFERENCES ROOM SMALLEST WIDE_ROOM aligned bring compile_typst inline pandoc picture source
+        svg_size table_markdown to_html to_markdown to_typst turned_pages typst_head write_document
     """,
     evidence="""
         Compared Evidence OnMachines Ran ReportError abouts machine_name said span_of with_arrival
     """,
     tables="""
-        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES answer_table
-        benchmark_table bold chance comparison_table could_have_seen effects_table environment_table
-        every_run figure finding_table heading interval kept_tables mean_sd measured reached
-        runs_table size_table study_table tuning_table
+        BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES WIDEST
+        benchmark_table bold cells_table chance comparison_table could_have_seen effects_table
+        environment_table every_run figure finding_table heading inside_table interval kept_tables
+        mean_sd measured reached runs_table size_table study_table tuning_table
     """,
     sentences="""
-        LEVELS PARTS compute_words effect_words pairs_words parts_words seeds_words tally
-        together_words turned
+        LEVELS PARTS compute_words effect_words pairs_words parts_short parts_words seeds_words
+        tally together_words turned
     """,
     across="""
         Claim DECIDED TESTED agreement at_size changes_words claim_name claims_at claims_markdown
@@ -39,10 +39,11 @@ __getattr__, __dir__, __all__ = lazily(
         sizes_appendix sizes_figure sizes_section sizes_words what_ran
     """,
     paper="""
-        LONGEST METHOD_CHECKS PART_OF TITLE UNTESTED abstract all_comparisons answers answers_like
-        appendices build_paper caveats_of combined_tables conclusion further_figures grid_table
-        in_turns negative_results own_findings phase_section phase_tables reproducibility set_up
-        threats
+        LEAD LONGEST METHOD_CHECKS TITLE UNTESTED abstract all_comparisons answers answers_like
+        answers_over appended_phases appendices best_words body_phases build_paper caveats_of
+        combined_tables combined_words conclusion draw_rates further_figures grid_table in_turns
+        negative_results own_findings phase_section phase_tables reproducibility set_up threats
+        tokens_each
     """,
     slides="""
         MOST_SLIDES Notes PARTS_TABLE Slide build_slides bullets figure_of largest_pair own_slides

@@ -36,7 +36,7 @@ from kimi_nb.stats import (
     t_interval,
     t_pvalue,
 )
-from ..study import WORDS, Finding, Outcome, metric_info
+from ..study import Finding, Outcome, metric_info
 
 # %% ../../nbs/report/06_across.ipynb #2e2299d0
 def _short(value):
@@ -56,20 +56,22 @@ def effect_text(
     return "; ".join(shown) or "—"
 
 # %% ../../nbs/report/06_across.ipynb #b49643d8
-DECIDED = WORDS[:2]
-TESTED = tuple(word for word in WORDS if word != "not testable here")
+DECIDED = ("supported", "contradicted", "no difference")
+TESTED = (*DECIDED, "undecided")
 
 
 def agreement(
     words,  # one finding's word a size, None where the size does not have the claim
-) -> str:  # agree, opposite, one decides (or some decide), open, one tested, or not tested
+) -> str:  # agree, opposite, differ, one decides (or some decide), open, one tested, or not tested
     "What the findings on one claim at several sizes say together."
     tested = [word for word in words if word in TESTED]
     decided = [word for word in tested if word in DECIDED]
     if len(tested) < 2:
         return "one tested" if tested else "not tested"
-    if len(set(decided)) == 2:
+    if {"supported", "contradicted"} <= set(decided):
         return "opposite"
+    if len(set(decided)) > 1:
+        return "differ"
     if not decided:
         return "open"
     if len(decided) == len(tested):
@@ -335,10 +337,14 @@ def counts_words(
     kinds = {
         "decided alike": judged["agree"],
         "decided in opposite ways": judged["opposite"],
+        "no difference at one of them": judged["differ"],
         f"decided at {'one size' if two else 'some sizes'} only": judged["one decides"] + judged["some decide"],
         f"open at {'both' if two else 'all'}": judged["open"],
     }
-    told = [f"{counted(n) if n else 'none'} {'is' if n < 2 else 'are'} {text}" for text, n in kinds.items()]
+    told = []
+    for text, n in kinds.items():
+        if n or text.startswith("decided"):
+            told.append(f"{counted(n) if n else 'none'} {'is' if n < 2 else 'are'} {text}")
     where = f"{'both' if two else 'several'} sizes ({listed(names)})"
     return f"Of {counted(sum(judged.values()), 'claim')} judged at {where}, {listed(told)}."
 
@@ -369,7 +375,7 @@ def claims_words(
     def told(found):
         return "; ".join(claim_name(claim, several) for claim in found)
 
-    text = render("claims.md.j2", names=names, group=group, told=told, tested=TESTED, decided=DECIDED)
+    text = render("claims.md.j2", names=names, group=group, told=told, decided=DECIDED, tested=TESTED)
     return [Marked(" ".join(line.split())) for line in text.split("\n\n") if line.strip()]
 
 # %% ../../nbs/report/06_across.ipynb #f4fe64c1

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..config import KimiError
 from ..plan import phases as phase_modules
+from .parts import parts_seen
 from ..stats import amount, capital, comparisons, listed, say, with_targets
 from ..study import Finding, Outcome, PhaseAbout, Store, outcomes_of, questions_of
 
@@ -200,6 +201,14 @@ class Compared(OnMachines):
             return phase_modules()["combined"].analyse(self.store, self.studies["combined"])
         except (KimiError, ValueError, KeyError, IndexError):
             return None
+
+    @functools.cached_property
+    def parts(self) -> list:
+        "What the factorial saw of each part, on average and inside each optimizer; empty where it has not run."
+        try:
+            return parts_seen(self.store) if "combined" in self.studies else []
+        except (KimiError, ValueError, KeyError, IndexError):
+            return []
 
     @functools.cached_property
     def crossed(self) -> list[str]:

@@ -23,7 +23,16 @@ from .across import at_size, claims_words, compared, names_of, sizes_figure, siz
 from .document import Figure, Manuscript, Marked, Section, TableBlock, Text, as_text, render, written
 from .evidence import Evidence, said
 from .forms import compile_typst, inline, pandoc, picture, svg_size, table_markdown, typst_head
-from .paper import METHOD_CHECKS, answers_like, conclusion
+from kimi_nb.report.paper import (
+    METHOD_CHECKS,
+    answers_over,
+    appended_phases,
+    best_words,
+    body_phases,
+    conclusion,
+    own_findings,
+)
+from .parts import fairness_in_words, rates_figure, rates_line, rates_runs
 from kimi_nb.report.sentences import (
     compute_words,
     effect_words,
@@ -33,7 +42,7 @@ from kimi_nb.report.sentences import (
     together_words,
     turned,
 )
-from .tables import bold, could_have_seen
+from .tables import bold, could_have_seen, inside_table
 from ..stats import capital, counted, forest, interaction, listed, loss_curves, power_curve, save
 from ..study import NOT_RUN, WORDS, Finding
 
@@ -102,6 +111,8 @@ def redrawn(
         wanted["parts"] = (lambda: _parts(e), (6.6, 4.3))
     if largest_pair(e):
         wanted["interaction"] = (lambda: _pair(e), (5.4, 3.7))
+    if len(rates_runs(e.store)):
+        wanted["rates"] = (lambda: rates_figure(rates_runs(e.store)), (8.4, 3.9))
     if sum(one.factorial is not None for one in (e, *also)) > 1:
         wanted["sizes"] = (lambda: sizes_figure([e, *also]), (5.4, 3.7))
     found = {}
@@ -243,20 +254,24 @@ def own_slides(
 
 
 def shared_slide(
-    e: Evidence,
-    phases: list[str],  # without a slide of their own
+    owners: dict[str, Evidence],  # phase without a slide of its own -> whose it is
+    most: int = 0,  # claims of a phase, the decided ones first; 0 is all
 ) -> TableBlock | None:
     "What these phases claimed, found and would have seen."
     rows = []
-    for phase in phases:
+    for phase, e in owners.items():
         title = e.about[phase].title
-        for finding in e.findings(phase):
-            rows.append([title, finding.claim.rstrip("."), bold(finding.word), could_have_seen(finding)])
+        found = sorted(own_findings(e, phase), key=lambda finding: not finding.decided)
+        for finding in found[:most] if most else found:
+            row = [title, finding.claim.rstrip("."), bold(finding.word)]
+            rows.append(row if most else [*row, could_have_seen(finding)])
             title = ""
     left = len(rows) - _SHARED_ROWS
     if left > 1:
-        rows = [*rows[:_SHARED_ROWS], ["", f"and {counted(left, 'more claim')}: see the paper", "", ""]]
-    return TableBlock("", ["", "Claim", "Verdict", "Seen from"], rows) if rows else None
+        rest = ["", f"and {counted(left, 'more claim')}: see the paper", "", ""]
+        rows = [*rows[:_SHARED_ROWS], rest[: len(rows[0])]]
+    head = ["", "Claim", "Verdict", "Seen from"]
+    return TableBlock("", head[: len(rows[0])], rows) if rows else None
 
 # %% ../../nbs/report/08_slides.ipynb #a0ffc21e
 def build_slides(
@@ -266,17 +281,22 @@ def build_slides(
 ) -> list[Slide]:
     "Question, design, a slide for every phase that ran, answers, limits."
     done, lost = int((e.runs["status"] == "done").sum()), int((e.runs["status"] != "done").sum())
+    order = {phase: place for place, phase in enumerate(body_phases(e))}
     ran = [phase for phase in e.phases if phase in e.outcomes and phase not in ("baseline", "stats")]
+    ran = sorted(ran, key=lambda phase: order.get(phase, len(order)))
     checks = [f for f in e.findings("stats") if f.id in METHOD_CHECKS]
-    together, sizes = [*together_words(e), *pairs_words(e)], [e, *also]
+    together, sizes = [*best_words(e)[:2], *together_words(e), *pairs_words(e)], [e, *also]
     costs = [file for file in e.figures("combined") if file.stem == "combined-pareto-time"]
     crossed = "combined" in ran and e.factorial is not None
     single = {phase: e.findings(phase) for phase in ran if not (crossed and phase == "combined")}
     pair = _interaction(e) if "interaction" in drawn and not also else None
     trust = [*e.findings("baseline"), *checks]
     fixed = _ALWAYS + sum(map(bool, (trust, also, costs, pair, crossed, crossed)))  # the crossed parts have two
-    own = own_slides(single, MOST_SLIDES - fixed)
-    short = [phase for phase in single if phase not in own]
+    elsewhere = {phase: owner for phase, owner in appended_phases(e, also).items() if owner is not e}
+    trap = rates_line(e.store) if "rates" in drawn else ""
+    own = own_slides(single, MOST_SLIDES - fixed - bool(elsewhere) - bool(trap))
+    short = dict.fromkeys((phase for phase in single if phase not in own), e)
+    answered = answers_over(sizes)
     how_large = []
     for name, one in zip(names_of(sizes), sizes):
         tokens = one.span("tokens", study=one.main)
@@ -293,7 +313,12 @@ def build_slides(
         compute=compute_words(e),
         trust=trust,
         phases=[e.about[phase] for phase in ran if phase in own or phase not in single],
-        shared=shared_slide(e, short),
+        shared=shared_slide(short),
+        elsewhere=shared_slide(elsewhere, 1),
+        explored=listed(dict.fromkeys(owner.profile for owner in elsewhere.values())),
+        trap=trap,
+        inside=inside_table(e),
+        fairness=fairness_in_words(e.store) if e.parts else "",
         all_open=not any(finding.decided for phase in short for finding in e.findings(phase)),
         shared_findings=[finding for phase in short for finding in e.findings(phase)],
         parts=parts_words(e),
@@ -305,9 +330,9 @@ def build_slides(
         sizes=listed(how_large),
         size_sentences=sizes_words(sizes),
         size_claims="\n\n".join(claims_words(compared(sizes), names_of(sizes))) if also else "",
-        missing=[e.about[phase].title for phase in e.phases if phase not in e.outcomes],
-        hypotheses=answers_like(e, r"H\d"),
-        criteria=answers_like(e, "criterion.*"),
+        missing=[e.about[p].title for p in e.phases if not any(p in one.outcomes for one in sizes)],
+        hypotheses=[finding for finding in answered if re.fullmatch(r"H\d", finding.id)],
+        criteria=[finding for finding in answered if finding.id.startswith("criterion")],
         every=[f for phase in e.phases if phase != "stats" for f in e.findings(phase)],
         lost=f"{capital(counted(lost, 'run'))} did not finish" if lost else "Every run finished",
         how_many_sizes=f"{capital(counted(len(sizes)))} sizes" if also else "One size range, one corpus",
@@ -332,11 +357,16 @@ def _sized(text, size):
     return [_raw(f"#[#set text({size}pt)"), text, _raw("]")]
 
 
+_SLIDE_ROOM, _WRAPS = 875.0, 34  # points between the margins; letters from which a cell is broken
+
+
 def _table_typst(table):
-    size = 20 if len(table.rows) < 6 else 17 if len(table.rows) < 8 else 14.5
-    longest = [max(map(len, map(str, column)), default=0) for column in zip(*table.rows)]
-    widest = longest.index(max(longest)) if longest else 0
-    widths = ["1fr" if j == widest else "auto" for j in range(len(table.columns))]
+    "A table in letters as large as its columns and rows leave room for."
+    longest = [max(map(len, map(str, column)), default=0) for column in zip(table.columns, *table.rows)]
+    ems = 0.56 * sum(min(letters, _WRAPS) for letters in longest)
+    rows = 20 if len(table.rows) < 6 else 17 if len(table.rows) < 8 else 14.5
+    size = round(max(12.0, min(rows, (_SLIDE_ROOM - 17 * len(longest)) / ems)), 1)
+    widths = [f"{letters}fr" if letters > _WRAPS else "auto" for letters in longest]
     heads = [f"strong({inline(head)})" for head in table.columns]
     cells = [f"[#({inline(cell)})]" for row in table.rows for cell in row]
     return _raw(f"#[#set text({size}pt)\n#table(columns: ({', '.join(widths)},), {', '.join(heads + cells)})]")
@@ -351,7 +381,7 @@ def _with_figure(slide):
     if width / height > 2.1:
         head = "#block(height: 15cm, grid(rows: (auto, 1fr), row-gutter: 0.4cm, [#set text(17pt)\n"
         return [_raw(head), slide.text, _raw(f"], {image}))")]
-    size = "17" if len(slide.text) < 600 else "14.5"
+    size = "17" if len(slide.text) < 480 else "14" if len(slide.text) < 700 else "12.5"
     head = f"#grid(columns: (37%, 1fr), gutter: 0.8cm, [#set text({size}pt)\n"
     return [_raw(head), slide.text, _raw(f"], block(height: 14.4cm, width: 100%, {image}))")]
 

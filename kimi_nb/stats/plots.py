@@ -548,6 +548,7 @@ def lr_sensitivity(
     ax.set_xscale("log")
     ax.set_xticks(rates, [level_label(float(rate)) for rate in rates], minor=False)
     ax.minorticks_off()
+    ax.tick_params(axis="x", rotation=45 if len(rates) > 6 else 0)  # long numbers, close to each other
     ax.set(xlabel=axis_label(lr), ylabel=axis_label(metric))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
