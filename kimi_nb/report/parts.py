@@ -437,8 +437,10 @@ def sizes(
     one = frame.iloc[0]
     layers, width, context = (int(one[f"model.{k}"]) for k in ("n_layers", "d_model", "max_seq_len"))
     model = f"{layers} layers of width {width}, context {context}"
+    scored = f"scored on {span('test_tokens')} test tokens, " if "test_tokens" in frame else ""
     return (
         f"{len(frame)} runs of {span('total_parameters')} parameters ({span('active_parameters')} active), {model}, "
-        f"trained for {span('steps')} steps on {span('tokens')} tokens of `{one['data.corpus']}`, "
-        f"{frame['seed'].nunique()} seeds an arm."
+        f"trained for {span('steps')} steps on {span('tokens')} tokens of `{one['data.corpus']}` "
+        f"({(frame['tokens'] / frame['active_parameters']).median():.2g} for each active parameter), "
+        f"{scored}{frame['seed'].nunique()} seeds an arm."
     )

@@ -363,7 +363,7 @@ _SLIDE_ROOM, _WRAPS = 875.0, 34  # points between the margins; letters from whic
 def _table_typst(table):
     "A table in letters as large as its columns and rows leave room for."
     longest = [max(map(len, map(str, column)), default=0) for column in zip(table.columns, *table.rows)]
-    ems = 0.56 * sum(min(letters, _WRAPS) for letters in longest)
+    ems = 0.47 * sum(min(letters, _WRAPS) for letters in longest)
     rows = 20 if len(table.rows) < 6 else 17 if len(table.rows) < 8 else 14.5
     size = round(max(12.0, min(rows, (_SLIDE_ROOM - 17 * len(longest)) / ems)), 1)
     widths = [f"{letters}fr" if letters > _WRAPS else "auto" for letters in longest]
