@@ -36,6 +36,7 @@ from kimi_nb.report.sentences import (
     together_words,
 )
 from kimi_nb.report.tables import (
+    answer_table,
     benchmark_table,
     cells_table,
     comparison_table,
@@ -98,11 +99,9 @@ def combined_tables(
     frame, effects, contrasts = e.factorial
     runs = int((frame["status"] == "done").sum())
     main, rest = effects[effects["order"] == 1], effects[effects["order"] > 1]
-    by_seeds = "by_seeds" in main and main["by_seeds"].any()
-    error = "pooled error, or that of the seeds where they differ by more" if by_seeds else "pooled error"
     caption = (
         "Main effects on test bits per byte: the mean difference over all combinations of the other parts "
-        f"({runs} runs, {error}). Negative is better."
+        f"({runs} runs; the error is the spread of the effect over seeds). Negative is better."
     )
     tables = [inside_table(e), effects_table(main, caption, id="main-effects"), cells_table(e)]
     if len(rest):
@@ -193,6 +192,7 @@ def phase_section(
     long = [table for table in tables if len(table.rows) > LONGEST]
     short = [table for table in tables if len(table.rows) <= LONGEST]
     whole = combined_words(e) if phase == "combined" else []
+    findings = tuple(own_findings(e, phase))
     return written(
         "phase.md.j2",
         about=about,
@@ -203,7 +203,8 @@ def phase_section(
         untuned=phase == "optimizer" and not any(name.startswith("tuning") for name in e.studies),
         studies=[set_up(e, name) for name in names],
         unconcluded=phase not in e.outcomes,
-        findings=own_findings(e, phase),
+        findings=findings,
+        answer=[answer_table(e.outcomes[phase].changed(findings=findings))] if findings else [],
         sentences=whole,
         long=capital(f"{counted(len(long), 'table')} of more than {LONGEST} rows") if long else "",
         one_long=len(long) == 1,

@@ -134,8 +134,13 @@ def compute_words(
     return f" (FLOPs per token differ by up to {e.compute:.1%})" if e.compute > 0 else ""
 
 # %% ../../nbs/report/05_sentences.ipynb #6296e0c4
-_ALL = {"supported": ": an improvement", "contradicted": ": the whole is worse"}
+_ALL = {
+    "supported": ": an improvement",
+    "contradicted": ": the whole is worse",
+    "no difference": ": no difference that matters",
+}
 _SYNERGY = {
+    "no difference": "the parts add up, within the margin declared beforehand",
     "supported": "the parts give more together than the sum of what each gives alone",
     "contradicted": "the parts give less together than the sum of what each gives alone",
 }
@@ -234,7 +239,7 @@ def seeds_words(
     main = [row for row in rows if row["name"] != "synergy"]
     if not main:
         return []
-    df, pooled_df = seeds - 1, float(e.factorial[1]["df"].max())
+    df, pooled_df = seeds - 1, float(e.factorial[1]["df_pooled"].max())
     level = 1 - main[0]["alpha"] / 2
     t, pooled_t = t_distribution.ppf(level, df), t_distribution.ppf(level, pooled_df)
     ratios = [((row["ci_seed_high"] - row["ci_seed_low"]) / 2 / t / row["pooled"]) ** 2 for row in main]
@@ -252,7 +257,6 @@ def seeds_words(
         ratio=f"{ratio:.1f}",
         optimistic=f_distribution.sf(ratio, len(main) * df, pooled_df) < 0.05,
         sure=listed([r["name"] for r in main if r["ci_seed_low"] * r["ci_seed_high"] > 0] or ["no part"]),
-        alone=listed(r["name"] for r in rows if r.get("by_seeds")),
         intervals="; ".join(intervals),
     )
     return [told]

@@ -6,8 +6,8 @@
 __all__ = ['WHOLE_LENGTH', 'BOUND', 'RUN_METRICS', 'REPEATED', 'WHOLE_TABLES', 'WIDEST', 'COMPUTED', 'SIZES',
            'RUN_COLUMNS', 'measured', 'heading', 'interval', 'chance', 'mean_sd', 'reached', 'runs_table',
            'comparison_table', 'inside_table', 'cells_table', 'effects_table', 'bold', 'finding_table',
-           'could_have_seen', 'kept_tables', 'figure', 'study_table', 'size_table', 'tuning_table', 'benchmark_table',
-           'environment_table', 'every_run']
+           'could_have_seen', 'answer_table', 'kept_tables', 'figure', 'study_table', 'size_table', 'tuning_table',
+           'benchmark_table', 'environment_table', 'every_run']
 
 # %% ../../nbs/report/04_tables.ipynb #31f42320
 import json
@@ -20,8 +20,19 @@ import pandas as pd
 from .document import Figure, Marked, TableBlock
 from .evidence import Evidence
 from .parts import MARGIN, cell_in_words, fairness_in_words, parts_rows, seen_in_words
-from ..stats import amount, capital, compare, decide, listed, number, p_words, to_target
-from ..study import FigureAbout, Finding, metric_info
+from kimi_nb.stats import (
+    amount,
+    answer_rows,
+    banner,
+    capital,
+    compare,
+    decide,
+    listed,
+    number,
+    p_words,
+    to_target,
+)
+from ..study import FigureAbout, Finding, Outcome, metric_info
 
 # %% ../../nbs/report/04_tables.ipynb #a3fa964c
 def measured(
@@ -283,6 +294,20 @@ def could_have_seen(
     parts = finding.parts or (finding,)
     sizes = [f"{measured(p.detectable, p.metric)} {p.unit}".strip() for p in parts if p.detectable is not None]
     return "; ".join(dict.fromkeys(sizes)) or "—"
+
+# %% ../../nbs/report/04_tables.ipynb #5d0e1a02
+def answer_table(
+    outcome: Outcome,  # of a phase
+) -> TableBlock:
+    "What a phase found, to stand at the head of its section."
+    rows = []
+    for row in answer_rows(outcome):
+        sizes = "; ".join(dict.fromkeys(filter(None, row.sizes)))
+        rows.append(
+            [row.id.removeprefix("criterion "), bold(row.word), row.claim, "; ".join(row.effects), sizes or "—"]
+        )
+    head = ["Id", "Answer", "Claim", "Effect", "Against the margin"]
+    return TableBlock("The answer.", head, rows, id=f"answer-{outcome.phase}", note=banner(outcome))
 
 # %% ../../nbs/report/04_tables.ipynb #f75e3b32
 REPEATED = (
