@@ -2938,7 +2938,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.report.parts.rates_figure': ('report/parts.html#rates_figure', 'kimi_nb/report/parts.py'),
                                       'kimi_nb.report.parts.rates_line': ('report/parts.html#rates_line', 'kimi_nb/report/parts.py'),
                                       'kimi_nb.report.parts.rates_runs': ('report/parts.html#rates_runs', 'kimi_nb/report/parts.py'),
-                                      'kimi_nb.report.parts.seen_in_words': ('report/parts.html#seen_in_words', 'kimi_nb/report/parts.py'),
                                       'kimi_nb.report.parts.size_in_words': ('report/parts.html#size_in_words', 'kimi_nb/report/parts.py'),
                                       'kimi_nb.report.parts.sizes': ('report/parts.html#sizes', 'kimi_nb/report/parts.py')},
             'kimi_nb.report.sentences': { 'kimi_nb.report.sentences._of_word': ( 'report/sentences.html#_of_word',

@@ -8,8 +8,7 @@ __getattr__, __dir__, __all__ = lazily(
         LEVEL_NAMES MARGIN PARTS_HEADS PART_CHANGES PART_COSTS PART_NAMES PartSeen RATES
         agreement_line answer_lines best_cell best_line budget_line cell_in_words crossed_runs
         effect_in_numbers effects_inside fairness_in_words part_effects part_in_words parts_line
-        parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs seen_in_words
-        size_in_words sizes
+        parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs size_in_words sizes
     """,
     document="""
         DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text as_text blocks_of

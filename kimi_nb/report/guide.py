@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pandas as pd
 
 import kimi_nb
-from .parts import LEVEL_NAMES, PART_COSTS, PartSeen, effect_in_numbers, parts_seen, seen_in_words
-from ..stats import capital, listed, p_words, say, table
+from .parts import LEVEL_NAMES, PART_COSTS, PartSeen, effect_in_numbers, parts_seen
+from ..stats import capital, in_two_words, listed, p_words, say, table
 from ..study import Finding, Store
 
 # %% ../../nbs/report/09_guide.ipynb #c2fbb6a9
@@ -167,7 +167,7 @@ def _answer(
     "Yes, no, no difference, no reason seen, no reason in the loss, or not tested."
     if finding.word == "not testable here":
         return "not tested"
-    answer = ANSWERS.get(seen_in_words(finding).partition(",")[0], "no reason seen")
+    answer = ANSWERS.get(in_two_words(finding).partition(",")[0], "no reason seen")
     return "no reason in the loss" if virtues and answer in ("no difference", "no reason seen") else answer
 
 
@@ -177,7 +177,7 @@ def _reason(finding, level):
         return say(finding)
     where = f"With {level}: " if level else ""
     numbers = f"{where}{effect_in_numbers(finding)} {finding.unit}, {p_words(finding.p_adj)} after Holm"
-    seen = seen_in_words(finding)
+    seen = in_two_words(finding)
     if seen == "unclear":
         seen += f", a difference of {finding.detectable:.3f} would be found in 80% of studies"
     return f"{numbers}: {seen}."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'PART_CHANGES', 'PART_COSTS', 'MARGIN', 'LEVEL_NAMES', 'PARTS_HEADS', 'RATES', 'crossed_runs',
-           'part_effects', 'effects_inside', 'PartSeen', 'parts_seen', 'seen_in_words', 'part_in_words',
-           'size_in_words', 'effect_in_numbers', 'parts_rows', 'parts_markdown', 'fairness_in_words', 'parts_line',
-           'agreement_line', 'best_cell', 'cell_in_words', 'best_line', 'budget_line', 'rates_line', 'answer_lines',
-           'rates_runs', 'rates_figure', 'sizes']
+           'part_effects', 'effects_inside', 'PartSeen', 'parts_seen', 'part_in_words', 'size_in_words',
+           'effect_in_numbers', 'parts_rows', 'parts_markdown', 'fairness_in_words', 'parts_line', 'agreement_line',
+           'best_cell', 'cell_in_words', 'best_line', 'budget_line', 'rates_line', 'answer_lines', 'rates_runs',
+           'rates_figure', 'sizes']
 
 # %% ../../nbs/report/00_parts.ipynb #f1ff24a7
 import itertools
@@ -22,19 +22,20 @@ import pandas as pd
 from ..config import KimiError
 from kimi_nb.stats import (
     MARKERS,
+    against_best,
     axis_label,
     cell_intervals,
-    compare,
     component_contrasts,
     decide,
     factorial,
-    family_statistics,
+    in_two_words,
     listed,
     look,
     panels,
+    simple_effects,
     styled,
 )
-from ..study import FACTORS, Finding, Store, cell_factors, metric_info, read_outcome, with_factors
+from ..study import FACTORS, Finding, Store, cell_factors, read_outcome, with_factors
 
 # %% ../../nbs/report/00_parts.ipynb #0105f4ad
 PART_NAMES = {
@@ -150,14 +151,10 @@ def effects_inside(
     others = {factor: levels for factor, levels in known.items() if factor != inside}
     if inside not in known or not others:
         return {}
-    found = []
-    for level in known[inside]:
-        effects = factorial(frame[frame[inside] == level], metric, others, margin=MARGIN)
-        found.append(effects[effects["order"] == 1].assign(level=level))
-    rows = family_statistics(pd.concat(found)).to_dict("records")
+    asked = [(factor, (inside,)) for factor in others]
     seen = {factor: {} for factor in others}
-    for row in rows:
-        seen[row["term"]][row["level"]] = _decided(row, row["term"])
+    for row in simple_effects(frame, metric, known, asked, margin=MARGIN).to_dict("records"):
+        seen[row["factor"]][row["given"]] = _decided(row, row["factor"])
     return seen
 
 
@@ -182,24 +179,13 @@ def parts_seen(
     return found
 
 # %% ../../nbs/report/00_parts.ipynb #c9f7433d
-def seen_in_words(
-    finding: Finding,
-) -> str:  # 'better, beyond the margin'; 'no difference'; 'worse, size unclear'; 'unclear'
-    "Direction and size of what was seen, whatever was claimed."
-    if finding.size == "within":
-        return "no difference"
-    if finding.direction in ("", "unclear"):
-        return finding.direction or finding.word
-    return f"{finding.direction}, {'beyond the margin' if finding.size == 'beyond' else 'size unclear'}"
-
-
 def part_in_words(
     seen: PartSeen,
 ) -> str:  # 'worse with both, beyond the margin'; 'better with AdamW, no difference with Muon'
     "The answer about a part in a few words."
     if not seen.inside:
-        return seen_in_words(seen.average)
-    told = {LEVEL_NAMES.get(level, level): seen_in_words(finding) for level, finding in seen.inside.items()}
+        return in_two_words(seen.average)
+    told = {LEVEL_NAMES.get(level, level): in_two_words(finding) for level, finding in seen.inside.items()}
     if len(set(told.values())) == 1:
         direction, _, size = next(iter(told.values())).partition(", ")
         return f"{direction} with both" + (f", {size}" if size else "")
@@ -311,12 +297,11 @@ def best_cell(
 ]:  # the best cell; all parts against it, None where all parts are the best or did not run
     "The best of the cells, and what all parts together are beside it."
     frame, _ = crossed_runs(store)
-    means = frame[frame["status"] == "done"].groupby("arm")[metric].mean()
-    best = means.idxmin() if metric_info(metric).good < 0 else means.idxmax()
-    if best == "all" or "all" not in means:
+    ranked = against_best(frame, metric, margin=MARGIN)
+    best, whole = ranked["arm"].iloc[0], ranked[ranked["arm"] == "all"]
+    if best == "all" or whole.empty:
         return best, None
-    rows = compare(frame, metric, best, margin=MARGIN)
-    return best, decide(rows[rows["arm"] == "all"], "All parts are as good as the best cell.", "same", margin=MARGIN)
+    return best, decide(whole, "All parts are worse than the best cell.", "worse", margin=MARGIN)
 
 
 def cell_in_words(
@@ -339,9 +324,9 @@ def best_line(
     best, found = best_cell(store)
     if found is None:
         return f"The best of the cells is {cell_in_words(best)}."
-    words = seen_in_words(found)
+    words = in_two_words(found)
     if words == "unclear":
-        words = f"not told apart from it after Holm over {found.family_size} comparisons"
+        words = f"not told apart from it over {found.family_size} comparisons"
     beside = f"beside it all parts are {words}: {effect_in_numbers(found)}"
     return f"The best of the cells is {cell_in_words(best)}; {beside}."
 

@@ -14,8 +14,8 @@ from scipy.stats import t as t_distribution
 
 from .document import Marked, sentence
 from .evidence import Evidence
-from .parts import LEVEL_NAMES, MARGIN, part_in_words, seen_in_words
-from ..stats import capital, counted, listed
+from .parts import LEVEL_NAMES, MARGIN, part_in_words
+from ..stats import capital, counted, in_two_words, listed
 from ..study import FACTORS, NOT_RUN, WORDS, metric_info
 
 # %% ../../nbs/report/05_sentences.ipynb #1762fcfc
@@ -80,7 +80,7 @@ _SEEN = {
 
 def _seen(finding):
     "Direction and size of an effect as the end of a sentence."
-    text = _SEEN.get(seen_in_words(finding), "it could not be tested here")
+    text = _SEEN.get(in_two_words(finding), "it could not be tested here")
     return text.format(margin=finding.margin or MARGIN, detectable=finding.detectable or math.nan)
 
 

@@ -19,14 +19,13 @@ import pandas as pd
 
 from .document import Figure, Marked, TableBlock
 from .evidence import Evidence
-from .parts import MARGIN, cell_in_words, fairness_in_words, parts_rows, seen_in_words
+from .parts import MARGIN, cell_in_words, fairness_in_words, parts_rows
 from kimi_nb.stats import (
+    against_best,
     amount,
     answer_rows,
     banner,
     capital,
-    compare,
-    decide,
     listed,
     number,
     p_words,
@@ -238,22 +237,21 @@ def cells_table(
     if e.factorial is None:
         return None
     frame = e.factorial[0]
-    done = frame[frame["status"] == "done"]
-    means = done.groupby("arm")["test_bpb"].mean().sort_values()
-    if len(means) < 3:
+    if frame.loc[frame["status"] == "done", "arm"].nunique() < 3:
         return None
-    rows = compare(done, "test_bpb", means.index[0], margin=MARGIN).set_index("arm")
-    cells = [[cell_in_words(means.index[0]), measured(float(means.iloc[0]), "test_bpb"), "—", "—", "—", "the best"]]
-    for arm, mean in means.iloc[1:].items():
-        row = rows.loc[arm].to_dict() | dict(arm=arm)
-        words = seen_in_words(decide(row, margin=MARGIN))
-        numbers = [measured(float(mean), "test_bpb"), measured(row["diff"], "test_bpb"), interval(row, "test_bpb")]
-        cells.append([cell_in_words(arm), *numbers, chance(row["p_adj"]), words])
+    ranked = against_best(frame, "test_bpb", margin=MARGIN)
+    cells = []
+    for row in ranked.to_dict("records"):
+        numbers = [measured(float(row["mean"]), "test_bpb"), "—", "—", "—", "—"]
+        if row["arm"] != ranked["arm"].iloc[0]:
+            tested = [interval(row, "test_bpb"), chance(row["p_adj"]), chance(row["p_hsu"])]
+            numbers = [numbers[0], measured(row["diff"], "test_bpb"), *tested]
+        cells.append([cell_in_words(row["arm"]), *numbers, row["in_words"]])
     caption = (
-        f"The cells of the factorial from the best to the worst, each against the best, paired by seed; p after Holm "
-        f"over {len(means) - 1} comparisons, size against ±{MARGIN:g}. The best was chosen on the same runs."
+        f"The cells of the factorial from the best to the worst, each against the best, paired by seed; p after "
+        f"Bonferroni over {len(ranked) - 1} comparisons and after Hsu, size against ±{MARGIN:g}."
     )
-    head = ["Cell", "Mean (bits/byte)", "Difference", "95% interval", "p (Holm)", "In words"]
+    head = ["Cell", "Mean (bits/byte)", "Difference", "95% interval", "p", "p (Hsu)", "In words"]
     return TableBlock(caption, head, cells, id="cells")
 
 
