@@ -43,26 +43,30 @@ def walk(page, take, results: Path) -> None:
     """From the open workbench to a verdict, a comparison and a look inside."""
     tab = lambda title: page.click(f'.knb-workbench .lm-TabBar-tabLabel:text-is("{title}")')
     take("The workbench over the published run: the parts of Kimi K2 are switches.")
-    page.click(".knb-part-mla")
-    page.wait_for_timeout(1500)
-    take("MLA on: parameters, compute and cache follow at once.")
+    verdict = page.locator(".knb-workbench .knb-verdict .verdict")
     page.click(".knb-part-muon")
     page.wait_for_timeout(1500)
-    take("Muon on, too. These runs are there already: nothing has to be trained.")
+    take("Muon on: its runs are there already, nothing has to be trained.")
     page.click(".knb-judge")
-    verdict = page.locator(".knb-workbench .knb-verdict .verdict")
     verdict.wait_for()
-    verdict.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
     take("One click judges the pairs, seed by seed.")
+    before = verdict.inner_text()
+    page.click(".knb-part-mla")
+    page.wait_for_timeout(1500)
+    take("MLA on, too: parameters, compute and cache follow at once.")
+    page.click(".knb-judge")
+    changed = "before => document.querySelector('.knb-workbench .knb-verdict .verdict')?.innerText !== before"
+    page.wait_for_function(changed, arg=before)
+    verdict.wait_for()
+    page.wait_for_timeout(500)
+    take("The same question for both together.")
     tab("Compare")
-    page.locator(".knb-compare .panels svg[data-axes]").first.wait_for()
-    page.locator(".knb-compare .panels svg[data-axes]").first.scroll_into_view_if_needed()
+    chart = page.locator(".knb-compare .panels svg[data-axes]").first
+    chart.wait_for()
+    chart.scroll_into_view_if_needed()
     page.wait_for_timeout(1500)
     take("Compare: a line and a band for all seeds of a configuration.")
-    tab("Plan")
-    page.wait_for_selector("[data-plan]")
-    page.wait_for_timeout(1500)
-    take("The plan: how far each phase is, and what it found.")
 
 
 def main() -> None:
@@ -88,7 +92,7 @@ def main() -> None:
             walk(page, take, results)
         print(*problems, sep="\n")
     made = film(frames, REPO / "figures" / "workbench.gif")
-    frames[3].save(REPO / "figures" / "workbench.png", optimize=True)
+    frames[2].save(REPO / "figures" / "workbench.png", optimize=True)
     print(f"{made}: {len(frames)} pictures, {made.stat().st_size:,} bytes")
 
 

@@ -174,6 +174,15 @@ def test_a_form_that_nobody_knows_is_still_said():
     assert "elsewhere.form" not in FORMS and say(finding) == "runs 3 and loss 2.5."
 
 
+@pytest.mark.parametrize("form", ["{runs} of {drawn} runs.", lambda runs, drawn: f"{runs} of {drawn} runs."])
+def test_a_form_that_has_come_to_need_more_is_still_said(monkeypatch, form):
+    """A record that was published before a form was changed lists its facts; no page and no paper stops at it."""
+    monkeypatch.setitem(FORMS, "changed.form", form)
+    finding = Finding(id="a", claim="b", word="supported", form="changed.form", facts=dict(runs=3))
+    assert say(finding) == "runs 3."
+    assert say(finding.changed(facts=dict(runs=3, drawn=4))) == "3 of 4 runs."
+
+
 def test_runs_that_never_got_there_count_alike_everywhere():
     """A run that did not arrive counts with its whole length, in means and tests; the finding says how many."""
     frame = pd.DataFrame(

@@ -454,10 +454,14 @@ def _without_numbers(finding):
 
 
 def _by_form(finding):
+    "The sentence of a form; the facts alone where nobody has the form, or it has come to need others."
     form = FORMS.get(finding.form)
-    if form is None:
-        return listed(f"{name.replace('_', ' ')} {number(value)}" for name, value in finding.facts.items()) + "."
-    return form.format(**finding.facts) if isinstance(form, str) else form(**finding.facts)
+    try:
+        if form is not None:
+            return form.format(**finding.facts) if isinstance(form, str) else form(**finding.facts)
+    except (KeyError, TypeError):
+        pass  # of a record that was published before the form was changed
+    return listed(f"{name.replace('_', ' ')} {number(value)}" for name, value in finding.facts.items()) + "."
 
 
 def _part(finding, detectable):
