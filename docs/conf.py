@@ -596,6 +596,9 @@ def read(app, docname, content):
         notebook["cells"][:1] = [first, cards, *rest]
     elif docname == "workbench":
         on_paper(notebook)
+    elif docname == "howto/get_started" and REPOSITORY:
+        for cell in notebook["cells"]:
+            cell["source"] = "".join(cell["source"]).replace("git clone REPOSITORY", f"git clone {REPOSITORY}")
     elif docname == "howto/api":
         extra = pages.api_index(course(NBS), exports, NBS)
     elif docname == "howto/command_line":
