@@ -62,12 +62,14 @@ def _read(path):
 
 
 def _sources(store):
-    "Name in the folder -> the notebook as it is to be laid out."
-    found = {"workbench.ipynb": _read(place("nbs/workbench.ipynb"))}
-    for path in sorted(place("nbs/phases").glob("[0-9][0-9]_*.ipynb")):
+    "Name in the folder -> the notebook as it is to be laid out: the workbench, the phases, the lessons."
+    nbs, phases = place("nbs"), place("nbs/phases")
+    found = {f"{path.parent.name}/{path.name}": _read(path) for path in sorted(nbs.glob("[a-z]*/*.ipynb"))}
+    for path in sorted(phases.glob("[0-9][0-9]_*.ipynb")):
         outcome = read_outcome(store, path.stem.partition("_")[2])
         source = _read(path)
         found[f"phases/{path.name}"] = source and with_profile(source, outcome.profile if outcome else "")
+    found["workbench.ipynb"] = _read(place("nbs/workbench.ipynb"))
     missing = [name for name, notebook in found.items() if notebook is None]
     if missing:
         where = place(f"nbs/{missing[0]}")
@@ -79,7 +81,7 @@ def lay_out_notebooks(
     folder: Path,  # made where it is not there
     store: Store,  # whose results the phases are to show
 ) -> list[str]:  # copies that stay as they are, because somebody edited them
-    "Copy the workbench and the phases.  Raises: KimiError where a source is missing, or the folder cannot be written."
+    "Copy all notebooks.  Raises: KimiError where a source is damaged, or the folder cannot be written."
     laid, edited = {}, []
     with suppress(OSError, ValueError, TypeError):  # a new folder
         laid = dict(json.loads((folder / LAID).read_text(encoding="utf-8")))
