@@ -494,6 +494,40 @@ def test_our_own_records_are_judged_as_by_the_phases(tmp_path):
         assert set(mine.caveats) <= set(theirs.caveats)
 
 
+OWN_FAMILY = {"RQ1-kernel", "rope-long"}  # questions of a phase about a part of its table, or about another one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["quick", "standard"])
+def test_every_paired_finding_of_the_phases_comes_from_a_CSV_of_their_runs(profile, tmp_path):
+    from kimi_nb.plan import published
+    from kimi_nb.study import outcomes_of
+
+    store, seen = published(profile), 0
+    studies = set(store.frame(stale=True)["study"])
+    for phase, outcome in outcomes_of(store, profile).items():
+        if phase not in studies:
+            continue
+        frame = store.frame(phase, stale=True)
+        frame.to_csv(tmp_path / "runs.csv", index=False)
+        table = read_runs([tmp_path / "runs.csv"]).frame
+        for theirs in (part for finding in outcome.findings for part in finding.parts or (finding,)):
+            known = {theirs.arm, theirs.baseline} <= set(frame["arm"]) and theirs.metric in frame
+            if not known or theirs.p_adj is None or theirs.n_unit != "pairs" or theirs.id in OWN_FAMILY:
+                continue
+            rule = dict(min_effect=theirs.min_effect, correction=theirs.correction)
+            how = dict(margin=theirs.margin, claim=theirs.claimed, rule=rule)
+            found = judge(table, theirs.metric, theirs.baseline, **how)
+            (mine,) = (f for f in found if (f.arm, f.block) == (theirs.arm, theirs.block))
+            same = ("diff", "ci_low", "ci_high", "p_adj", "detectable")
+            assert [getattr(mine, n) for n in same] == pytest.approx([getattr(theirs, n) for n in same], rel=1e-9), (
+                theirs.id
+            )
+            assert (mine.word, mine.family_size) == (theirs.word, theirs.family_size), theirs.id
+            seen += 1
+    assert seen >= 8
+
+
 def test_two_blocks_and_two_metrics_with_unequal_numbers_of_seeds():
     rows = [
         dict(
