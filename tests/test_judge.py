@@ -431,6 +431,21 @@ def test_published_worked_examples():
     assert (finding.p_adj, finding.df) == pytest.approx((0.07939, 17.776), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("others", "test"), [((0, 1, 2, 3), "pairs"), ((2, 3, 4, 5), "pairs"), ((3, 4, 5, 6), "welch"), ((1, 2), "pairs")]
+)
+def test_seeds_pair_where_half_of_them_are_shared(others, test):
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(arm=arm, seed=seed, loss=rng.normal())
+        for arm, seeds in (("base", range(4)), ("new", others))
+        for seed in seeds
+    ]
+    (finding,) = judge(pd.DataFrame(rows))
+    assert finding.facts["test"] == test and finding.n == (len(set(others) & set(range(4))) if test == "pairs" else 8)
+    assert judge(pd.DataFrame(rows), pairs=False)[0].facts["test"] == "welch"
+
+
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(n=st.integers(2, 7), m=st.integers(2, 7), seed=st.integers(0, 999), margin=st.sampled_from([None, 0.5]))
 def test_findings_agree_with_scipy_and_statsmodels(n, m, seed, margin):
