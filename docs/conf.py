@@ -515,8 +515,8 @@ def on_paper(notebook: dict) -> None:
 def fold_imports(notebook: dict) -> None:
     """Cells that only import are folded."""
     for cell in code_cells(notebook):
-        if not meaning("".join(cell["source"])):
-            cell["metadata"].setdefault("tags", []).append("hide-input")
+        if not meaning("".join(cell["source"])) and not cell["metadata"].get("tags"):
+            cell["metadata"]["tags"] = ["hide-input"]
 
 
 def sizes_of_parts() -> dict:
@@ -581,8 +581,8 @@ def read(app, docname, content):
     notebook["cells"] = [kept for kept in (tidy(c, path.parent) for c in notebook["cells"]) if kept]
     if path.parent.name == "phases":
         notebook["cells"] = joined(notebook["cells"])
+    fold_imports(notebook)
     if path in EXECUTED:
-        fold_imports(notebook)
         notebook = executed(notebook, path)
     extra = "\n\n".join(reference(m) for m in modules)
     if docname == "index":

@@ -102,9 +102,16 @@ def advice_cards(advice: dict[str, list[Advice]]) -> Markup:
 
 
 def one_word(answers) -> str:
-    """The answer that all sizes give."""
-    different = list(dict.fromkeys(answers))
-    return different[0] if len(different) == 1 else "it depends"
+    """The answer of the largest size, which comes first; where it is one for each optimizer, that it depends."""
+    first = next(iter(answers))
+    return "it depends" if "," in first else first
+
+
+def other_sizes(found: list[tuple[str, Advice]]) -> str:
+    """What smaller sizes answer, where that is something else."""
+    first = found[0][1].answer
+    told = [f"{size}: {answer.answer}" for size, answer in found[1:] if answer.answer != first]
+    return f"The largest size, {found[0][0]}, confirms; {'; '.join(told)}." if told else ""
 
 
 def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
@@ -116,7 +123,9 @@ def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
     changes = [tag("p", tag("em", f"It also changes ({found[0][0]}): "), price, ".")] if price else []
     reasons = [tag("p", tag("strong", f"{size}: {answer.answer}. "), answer.because) for size, answer in found]
     why = tag("details", tag("summary", "Why: the numbers at each size"), *reasons)
-    return tag("section", head, *changes, why, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
+    apart = other_sizes(found)
+    differs = tag("p", apart) if apart else None
+    return tag("section", head, *changes, differs, why, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
 
 
 def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None) -> list[dict]:

@@ -44,7 +44,7 @@
       const group = ROW * Math.max(1, sizes.length) + 12, H = TOP + group * data.parts.length + 44;
       const x = (v) => LEFT + ((v + reach) / (2 * reach)) * (W - LEFT - 12);
       const label = `Effect of each part on ${data.label}, with 95% intervals`;
-      const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label });
+      const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label, style: "max-width: 36rem" });
       svg.append(make("rect", { x: x(-data.margin), y: TOP, width: x(data.margin) - x(-data.margin), height: H - 52, class: "knb-margin" }));
       svg.append(make("line", { x1: x(0), x2: x(0), y1: TOP, y2: H - 44, class: "knb-zero" }));
       for (const t of ticks(-reach, reach, 6)) {

@@ -191,7 +191,8 @@ _FRAME = (
 )
 _WARNING = "background:#B84E00; color:white; padding:.4em .7em; border-radius:4px"
 _BADGE = "background:{}; color:white; border-radius:4px; padding:.15em .5em; font-weight:600; white-space:nowrap"
-_CELL = "text-align:left; vertical-align:top; padding:.35em .7em .35em 0; border:0; background:none; white-space:normal"
+_LINE = "display:flex; flex-wrap:wrap; gap:.3em .9em; align-items:flex-start; margin:.55em 0"
+_TEXT = "flex:1 1 15em"
 _SMALL = "font-size:.9em; opacity:.85"
 
 
@@ -217,13 +218,12 @@ def _row(row, reach):
     pictures = Markup("").join(_shape("div", interval_picture(p, reach[p.metric], row.word)) for p in parts)
     claim = _shape("div", _shape("strong", row.id.removeprefix("criterion ")) + " " + row.claim)
     text = claim + Markup("").join(_lines(row)) + _caveats(row)
-    cells = [_shape("td", inside, style=_CELL) for inside in (_badge(row.word), text, pictures)]
-    return _shape("tr", Markup("").join(cells), style="background:none; border:0")
+    inside = _badge(row.word) + _shape("div", text, style=_TEXT) + _shape("div", pictures)
+    return _shape("div", inside, **{"class": "knb-answer-row"}, style=_LINE)
 
 
-def _table(rows, reach):
-    body = _shape("tbody", Markup("").join(_row(row, reach) for row in rows))
-    return _shape("table", body, style="border:0; margin:.4em 0; border-collapse:collapse")
+def _rows(rows, reach):
+    return Markup("").join(_row(row, reach) for row in rows)
 
 
 def _frame(inside, color):
@@ -252,13 +252,14 @@ def answer_box(
         return AnswerBox(_frame(_shape("strong", "The answer. ") + text, "#8888"), f"**The answer.** {text}")
     rows, warning = answer_rows(outcome), banner(outcome)
     first, rest = rows[:SHOWN_AT_ONCE], rows[SHOWN_AT_ONCE:]
-    head = _shape("div", _shape("strong", "The answer") + f" (profile {outcome.profile})")
+    about = ", ".join(filter(None, (f"profile {outcome.profile}", outcome.role)))
+    head = _shape("div", _shape("strong", "The answer") + f" ({about})")
     warned = _shape("div", warning, role="alert", style=_WARNING)
     reach = _reaches(rows)
-    inside = head + (warned if warning else "") + _table(first, reach)
+    inside = head + (warned if warning else "") + _rows(first, reach)
     if rest:
         summary = _shape("summary", f"{capital(counted(len(rest), 'more claim'))}")
-        inside += _shape("details", summary + _table(rest, reach))
+        inside += _shape("details", summary + _rows(rest, reach))
     color = "#B84E00" if warning else "#0072B2"
     return AnswerBox(_frame(inside + _key(rows), color), answer_markdown(rows, warning))
 
