@@ -105,14 +105,14 @@ def agrees(config, seed, folder):
             past, piece = out.past_key_values, decoder(ids[:, at : at + n], cache)
             assert (out.logits[:, -1] - piece).abs().max() <= 1e-5 * scale
             at += n
-            assert (piece - a[:, at - 1]).abs().max() <= 1e-9 * scale
+            assert (piece - a[:, at - 1]).abs().max() <= 1e-6 * scale
         theirs.save_pretrained(folder)
         untied = config.changed({"tie_embeddings": False})
         for back in (from_kimi_linear(theirs), load_pretrained(folder)):
             assert back.config == untied and not back.training
-            assert (back(ids).logits - a).abs().max() <= 1e-9 * scale
+            assert (back(ids).logits - a).abs().max() <= 1e-6 * scale
         del theirs.config.kimi_nb  # as a file of somebody else: what it says is the same network
-        assert (from_kimi_linear(theirs)(ids).logits - a).abs().max() <= 1e-9 * scale
+        assert (from_kimi_linear(theirs)(ids).logits - a).abs().max() <= 1e-6 * scale
 
 
 @settings(max_examples=4, **QUIET)

@@ -6,7 +6,7 @@
 __all__ = ['BENCHES', 'side_by_side', 'row', 'ratio_row', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed',
            'bench_nanogpt_loss', 'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions',
            'looped_experts', 'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward',
-           'bench_kernels', 'bench_utilisation', 'bench_plan_run', 'bench_repeats', 'run_bench']
+           'bench_kernels', 'bench_linear', 'bench_utilisation', 'bench_plan_run', 'bench_repeats', 'run_bench']
 
 # %% ../../nbs/bench/04_suite.ipynb #4a1f2f61
 import functools
@@ -501,6 +501,45 @@ def bench_kernels(contexts=(256, 512, 1024, 2048, 4096), rounds: int = 3):
             note = f"keeps {memory} for the backward pass, {name} runs {runs}"
             yield ratio_row(f"attention over {T} tokens: eager over {name}", r, "at least", None, note)
 
+# %% ../../nbs/bench/04_suite.ipynb #d3a7c102
+class _LayerAlone(nn.Module):
+    "The attention of a network's first layer, with its positions."
+
+    def __init__(self, kind, tokens, device, **settings):
+        from kimi_nb.config import ModelConfig
+        from kimi_nb.model import KimiModel
+
+        super().__init__()
+        attention = dict(kind=kind, **settings)
+        config = ModelConfig(d_model=384, n_heads=6, n_layers=1, vocab_size=2, max_seq_len=tokens, attention=attention)
+        model = KimiModel(config).to(device)
+        self.attention = model.layers[0].self_attn
+        self.rope = model.rope(torch.arange(tokens, device=device)) if kind == "mha" else None
+
+    def forward(self, x):
+        return self.attention(x, self.rope)
+
+
+def bench_linear(short: int = 512, long: int = 4096, rounds: int = 5):
+    "Linear attentions, forward and backward: a layer against multi-head attention, a token of a long text."
+    device = pick_device()
+
+    def work(kind, tokens, batch, **settings):
+        x = torch.randn(batch, tokens, 384, device=device, requires_grad=True)
+        return _forward_backward(_LayerAlone(kind, tokens, device, **settings), x)
+
+    batch = long // short
+    full = work("mha", short, batch)
+    kinds = dict(kda={}, gdn={}, bounded=dict(kind="kda", decay_bound=-5.0))
+    for name, settings in kinds.items():
+        mine = {"kind": name} | settings
+        r = side_by_side(work(tokens=short, batch=batch, **mine), full, rounds)
+        what = f"training a layer over {short} tokens: {name} over mha"
+        yield ratio_row(what, r, "at most", 1.5 if name == "kda" else None, f"{batch} texts, 384 wide, 6 heads")
+        r = side_by_side(work(tokens=long, batch=1, **mine), work(tokens=short, batch=batch, **mine), rounds)
+        what = f"training a layer, a token of {long} over one of {short}: {name}"
+        yield ratio_row(what, r, "at most", 1.25 if name == "kda" else None)
+
 # %% ../../nbs/bench/04_suite.ipynb #3c8c1356
 def _filling_run(gpu: bool, precision: str, compiled: bool, **changes) -> RunConfig:
     "A preset that fills a GPU, or a smaller one elsewhere."
@@ -576,6 +615,7 @@ BENCHES = dict(
     decode=bench_decode,
     training_step=bench_training_step,
     kernels=bench_kernels,
+    linear=bench_linear,
     example=bench_example,
     nanogpt_loss=bench_nanogpt_loss,
     repeats=bench_repeats,
