@@ -16,6 +16,7 @@ from tiny import Workplace, in_process, phase_cells, tiny_run
 
 import kimi_nb.plan.run
 from kimi_nb.cli import main
+from kimi_nb.config import KimiError
 from kimi_nb.runner import Progress
 from kimi_nb.study import Store
 
@@ -210,6 +211,15 @@ def test_another_block_of_seeds(place, capsys):
     with pytest.raises(SystemExit):
         main([*PLAN, "--seeds", "1e2"])
     assert "1e2" in capsys.readouterr().err
+
+
+def test_a_phase_by_request_is_in_no_plan_that_does_not_name_it():
+    """The screen of later parts costs as much as all the rest: `--only k3` asks for it, a plan of all leaves it out."""
+    from kimi_nb.plan import phases, pick_phases
+
+    assert "k3" not in pick_phases() and "k3" not in phases() and list(phases(("k3",))) == ["k3"]
+    with pytest.raises(KimiError, match="phase 'k4' is unknown"):
+        pick_phases(("k4",))
 
 
 def test_a_dry_run_changes_nothing(place, capsys):

@@ -35,7 +35,7 @@ from kimi_nb.config import (
     writing,
 )
 from ..data import cache_dir
-from .run import phase_notebooks, pick_phases
+from .run import pick_phases
 from kimi_nb.study import (
     Outcome,
     Store,
@@ -349,7 +349,7 @@ def bundle(
         profile=profile,
         finished=max(o.finished for o in outcomes.values()).isoformat(),
         phases=list(outcomes),
-        partial=len(outcomes) < len(phase_notebooks()),
+        partial=len(outcomes) < len(pick_phases()),
         points=points,
         files={k: hashlib.sha256(v).hexdigest() for k, v in sorted(files.items())},
     )

@@ -56,7 +56,7 @@ def phase_notebooks(folder=None) -> dict[str, Path]:
 
 
 def pick_phases(
-    only=(),  # names; none is all
+    only=(),  # names; none is all that need no asking
 ) -> dict[str, Path]:
     "Raises: PlanError for a phase that does not exist."
     there = phase_notebooks()
@@ -67,7 +67,16 @@ def pick_phases(
     for name in only:
         if name not in there:
             raise PlanError(f"phase {name!r} is unknown: {near(name, there)}")
-    return {k: v for k, v in there.items() if not only or k in only}
+    return {name: file for name, file in there.items() if (name in only if only else not _by_request(name))}
+
+
+def _by_request(name):
+    "Whether a phase runs only where it is asked for; one that has no module yet does not say so."
+    try:
+        about = getattr(importlib.import_module(f"kimi_nb.phases.{name}"), "ABOUT", None)
+    except ImportError:
+        return False
+    return bool(about and about.by_request)
 
 
 def phases(
@@ -472,9 +481,9 @@ def phase_key(
 ) -> str:
     "Hash over everything that an executed phase notebook shows."
     records = [(p.run.run_id, r.digest if (r := store.get(p.run.run_id)) else None) for p in distinct(studies)]
-    every = phases()
-    if reads_outcomes(every[notebook.stem.partition("_")[2]]):
-        names = [name for name, module in every.items() if not reads_outcomes(module)]
+    own = notebook.stem.partition("_")[2]
+    if reads_outcomes(phases((own,))[own]):
+        names = [name for name, module in phases().items() if not reads_outcomes(module)]
         left = {name: read_outcome(store, name, profile.name) for name in names}
         records += [(name, o.finished.isoformat(), o.mark) for name, o in left.items() if o]
     facts = [*_key_of_code(notebook), profile.to_json(), [s.to_dict() for s in studies], records]

@@ -52,6 +52,9 @@ __getattr__, __dir__, __all__ = lazily(
     inside="""
         against_best partners simple_effects
     """,
+    screens="""
+        aliases fraction resolution
+    """,
     errors="""
         level_noise mixed_effects noisier_level text_error with_text_error
     """,

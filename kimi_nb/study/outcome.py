@@ -423,6 +423,7 @@ class PhaseAbout(_Data):
     readings: dict[str, dict[str, str]] = Field(default_factory=dict)  # id -> word -> what follows
     needs_outcomes: bool = False  # it reads what the others left: executed last, and again when one of them was
     long: bool = False  # its notebook takes longest: begun first
+    by_request: bool = False  # no part of a plan of all phases: only where it is asked for by name
 
 
 _KINDS = ("H", "RQ", "criterion")  # hypotheses, questions, criteria of success; then whatever a phase asks
