@@ -27,6 +27,7 @@ from kimi_nb.stats import (
     chance_to_cross,
     drawn_improvements,
     e_process,
+    in_half,
     keep_or_drop,
     nct_cdf,
     open_levels,
@@ -305,35 +306,64 @@ def test_the_gate_starts_light():
 
 
 def test_a_sequential_factorial_needs_fewer_runs_at_equal_error():
-    """A truth like the published one: large effects beside none, noise that is not the same in every cell."""
-    signs = np.array(np.meshgrid(*[(-1, 1)] * 4, indexing="ij"))
-    means = 2 + np.tensordot([0.02, 0.0, 0.008, -0.05], signs, 1)
-    truth = Factorial(means, np.random.default_rng(0).uniform(0.002, 0.01, (2,) * 4), 0.02)
-    one, all_seeds = (play(truth, 5, 500, np.random.default_rng(1), sequential=s) for s in (True, False))
-    assert one.seeds.mean() <= 0.6 * 5
-    assert (one.right.mean(axis=0) >= 0.9 * all_seeds.right.mean(axis=0))[[0, 2, 3]].all()
+    """A truth like the published one: large effects beside none, effects that differ from seed to seed."""
+    means = 2 + np.tensordot([0.02, 0.0, 0.008, -0.05], 2 * np.indices((2,) * 4) - 1, 1)
+    truth = Factorial(means, np.full((2,) * 4, 0.0053), np.array([0.0037, 0.0, 0.0021, 0.0037]), 0.02)
+    rounds, fixed = dict(looks=10, halves=True), dict(looks=5, sequential=False)
+    for times in (1, 3):
+        one, other = (
+            play(truth.noisier(times), studies=1000, rng=np.random.default_rng(1), **h) for h in (rounds, fixed)
+        )
+        assert (one.right.mean(axis=0) >= 0.9 * other.right.mean(axis=0))[[0, 2, 3]].all()
+        assert one.runs.mean() <= (0.6 if times == 1 else 1.0) * other.runs.mean()
     null = truth.without(0, 1, 2, 3)._replace(margin=0.0)
-    found = play(null, 5, 2000, np.random.default_rng(2), futility=0.0)
-    assert found.better.any(axis=1).mean() <= 0.05 + 3.3 * math.sqrt(0.05 * 0.95 / 2000)
+    for how in (rounds, dict(looks=5), dict(looks=3)):
+        found = play(null, studies=2000, rng=np.random.default_rng(2), futility=0.0, **how)
+        assert found.better.any(axis=1).mean() <= 0.05 + 3.3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
 @pytest.mark.slow
 def test_the_published_factorial_in_rounds():
-    """Effects and noise of profile standard."""
-    from kimi_nb.plan import published
-    from kimi_nb.study import FACTORS, with_factors
+    """Effects, noise and spread over seeds of profile standard; and its records, looked at as the plan would have."""
+    from kimi_nb.plan import in_rounds, look_at_study, published, questions_of_study
+    from kimi_nb.stats import in_half
+    from kimi_nb.study import FACTORS, cell_factors, with_factors
 
-    frame = with_factors(published("standard").frame("combined", stale=True))
-    truth = truth_of(frame, "test_bpb", FACTORS, 0.02)
-    one, all_seeds = (play(truth, 5, 5000, np.random.default_rng(1), sequential=s) for s in (True, False))
+    store = published("standard")
+    frame = store.frame("combined", stale=True)
+    truth = truth_of(with_factors(frame), "test_bpb", FACTORS, 0.02)
+    rounds, fixed = dict(looks=10, halves=True), dict(looks=5, sequential=False)
     real = np.abs(truth.effects) > 0.01
-    assert one.seeds.mean() <= 0.6 * 5 and (one.right.mean(axis=0) >= 0.9 * all_seeds.right.mean(axis=0))[real].all()
+    for times, share in ((1, 0.6), (3, 1.0), (8, 1.0)):
+        one, other = (
+            play(truth.noisier(times), studies=5000, rng=np.random.default_rng(1), **h) for h in (rounds, fixed)
+        )
+        assert one.runs.mean() <= share * other.runs.mean()
+        assert (one.right.mean(axis=0) >= 0.9 * other.right.mean(axis=0))[real].all()
     null = truth.without(0, 1, 2, 3)._replace(margin=0.0)
     wrong = [
-        play(null, 5, 20_000, np.random.default_rng(2), sequential=s, futility=0.0).better.any(axis=1).mean()
-        for s in (True, False)
+        play(null, studies=20_000, rng=np.random.default_rng(2), futility=0.0, **how).better.any(axis=1).mean()
+        for how in (rounds, fixed)
     ]
-    assert wrong[0] <= wrong[1] + 0.005, "the noise of cells differs: what the fixed plan's error is, is the measure"
+    assert wrong[0] <= 0.05 + 3.3 * math.sqrt(0.05 * 0.95 / 20_000) and wrong[0] <= wrong[1] + 0.005
+    study = in_rounds(store.manifest("combined")[0])
+    mine = frame[[in_half(len(cell_factors(arm)), seed) for arm, seed in zip(frame["arm"], frame["seed"])]]
+    questions = questions_of_study(study)
+    for look in range(2, 6):
+        look_at_study(study, questions, mine, look)
+    found = {question.name: (question.state, question.finding.direction) for question in questions}
+    assert found["optimizer"] == ("answered", "better") and found["attention"] == ("answered", "worse")
+
+
+def test_halves_take_turns():
+    """Both halves hold every level of every factor equally often; together they are the whole."""
+    signs = np.array(list(np.ndindex(2, 2, 2, 2)))
+    even, odd = ([in_half(int(cell.sum()), turn) for cell in signs] for turn in (0, 1))
+    assert np.array_equal(np.logical_not(even), odd)
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    for half in (even, odd):
+        cells = 2 * signs[half] - 1
+        assert not cells.sum(axis=0).any() and not any((cells[:, i] * cells[:, j]).sum() for i, j in pairs)
 
 
 @pytest.fixture
@@ -350,14 +380,15 @@ SEQUENTIAL = ["plan", "--profile", "tiny", "--quiet", "--executor", "inprocess",
 
 
 def test_a_plan_in_rounds(place, capsys):
-    """Trains no more than the fixed plan, keeps every look, and looks the same way again."""
+    """Keeps every look, looks the same way again, and the fixed plan goes on with its runs."""
     from kimi_nb.study import Store, unseal
 
     assert main([*SEQUENTIAL, "--seeds", "4"]) == 0
     out = capsys.readouterr().out
     file = place.results / "sequential" / "tiny" / "norm.json"
     kept = unseal(file.read_text(), str(file))
-    frame = Store(place.results).frame("norm")
+    frame = Store(place.results).frame("norm-in-rounds")
+    assert Store(place.results).studies() == ["norm-in-rounds"], "no table of a fixed sample finds these runs"
     for question in kept["questions"]:
         trained = frame[(frame["arm"].isin(question["arms"])) & (frame["block"] == question["block"])]
         looked = question["looks"][-1]["seeds"]
@@ -367,6 +398,8 @@ def test_a_plan_in_rounds(place, capsys):
     assert f"Sequential plan tiny: {len(frame)} runs" in out and not (place.results / "notebooks").exists()
     assert main([*SEQUENTIAL, "--seeds", "4"]) == 0 and "0 trained by this call" in capsys.readouterr().out
     assert unseal(file.read_text(), str(file)) == kept
+    assert main([word for word in SEQUENTIAL if word != "--sequential"] + ["--dry-run", "--seeds", "4"]) == 0
+    assert f"{8 - len(frame)} runs to train" in capsys.readouterr().out
 
 
 def test_a_look_is_not_taken_back(place, capsys):

@@ -21,8 +21,8 @@ __getattr__, __dir__, __all__ = lazily(
         AnswerPlace answer_at_top change_outcome change_study try_change
     """,
     rounds="""
-        ANSWERED FUTILE FUTILITY OPEN OUT_OF_RUNS Question SPENT Sequential check_looks
-        crossed_factors look_at_study looks_file questions_of_study rounds_summary rounds_table
-        run_rounds run_sequential write_looks
+        ANSWERED FUTILE FUTILITY IN_ROUNDS OPEN OUT_OF_RUNS Question SPENT Sequential check_looks
+        crossed_factors in_rounds look_at_study looks_file questions_of_study rounds_summary
+        rounds_table run_rounds run_sequential takes_halves write_looks
     """,
 )

@@ -90,6 +90,7 @@ __getattr__, __dir__, __all__ = lazily(
         drawn_improvements improvements keep_or_drop search_all
     """,
     looks="""
-        Factorial Played answered chance_of_answer look_level play truth_of
+        Factorial HALVES_FROM Played ROUNDS_SPENDING answered chance_of_answer in_half look_level
+        play truth_of
     """,
 )
