@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -589,7 +590,7 @@ def test_order_and_unit_change_nothing_but_what_they_should(values, seed, scale)
 
 
 def test_what_chance_gives():
-    (finding,) = judge(pd.read_csv(__import__("io").StringIO(GOOD)))
+    (finding,) = judge(pd.read_csv(StringIO(GOOD)))
     assert finding.facts["chance"] == 1 / 8 and "1 of 8" in " ".join(finding.notes)
     (apart,) = judge(two_arms([1.0, 1.1], [2.0, 2.1], paired=False), better="higher")
     assert apart.facts["chance"] == pytest.approx(1 / 6)
@@ -665,6 +666,13 @@ def test_the_command(tmp_path, capsys):
     assert main(["noise", str(file)]) == 0
     error = capsys.readouterr()
     assert "cannot be seen with 3 seeds" in error.out and error.err.count("\n") == 2
+
+
+def test_a_table_may_be_pasted(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(GOLF.encode())))
+    assert main(["judge", "-"]) == 0 and "All 3 seeds are better" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"")))
+    assert main(["judge", "-"]) == 2 and "the pasted table is empty" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_loaded(tmp_path):

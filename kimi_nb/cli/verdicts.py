@@ -72,7 +72,10 @@ def add_judge(commands, with_settings: bool = True):
         "a verdict on anybody's runs: CSV, Markdown, JSON, parquet, exports and stores of trackers, logs",
     )
     p.add_argument(
-        "files", nargs="+", metavar="FILE", help="tables of runs, a tracker's store, or folders of such files"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="tables of runs, a tracker's store, folders of such files; - for a table that is pasted",
     )
     p.add_argument(
         "--metric", nargs="+", default=(), metavar="COLUMN", help="the numbers to compare (default: guessed)"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .foreign import Loaded, file_bytes, read_table, text_of
+from .foreign import PASTED, Loaded, file_bytes, read_table, text_of
 from .inference import StatsError
 from .words import counted, listed
 
@@ -364,6 +364,8 @@ def _from_folder(folder, pattern, names):
 
 
 def _from_file(path, pattern, names):
+    if str(path) == PASTED:
+        return read_table(PASTED)
     if pattern:
         return from_logs([path], path.parent, pattern, names)
     if "tfevents" in path.name:
