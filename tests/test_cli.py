@@ -64,10 +64,20 @@ def test_a_closed_pipe_ends_without_a_word():
 def test_a_module_beside_the_notebooks_is_none_of_the_lab(tmp_path):
     """A file random.py in the working folder would otherwise end JupyterLab at its start."""
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
-    args = SimpleNamespace(no_browser=True, port=None, more=["--version"])
+    args = SimpleNamespace(app=False, no_browser=True, port=None, more=["--version"])
     command = lab_command(tmp_path / "workbench.ipynb", args)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-300:]
+
+
+def test_the_app_needs_no_voila(tmp_path, monkeypatch):
+    """With Voilà the workbench alone, without it JupyterLab with one document and nothing around it."""
+    args, notebook = SimpleNamespace(app=True, no_browser=True, port=8899, more=[]), tmp_path / "workbench.ipynb"
+    for there, expected in ((True, "voila"), (False, "jupyterlab")):
+        monkeypatch.setattr(kimi_nb.cli.machine, "find_spec", lambda name, there=there: there or None)
+        command = lab_command(notebook, args)
+        assert command[3] == expected and command[-1].endswith("port=8899")
+    assert "--LabApp.default_url=/doc/tree/workbench.ipynb" in command
 
 
 def test_the_version_is_told(capsys):

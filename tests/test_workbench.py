@@ -528,3 +528,48 @@ def test_the_command_shown_trains_exactly_the_chosen_run(tmp_path, monkeypatch):
             (tmp_path / "run.yaml").write_text(text.partition("<<'END'\n")[2].partition("END\n")[0])
         argv = shlex.split(text.splitlines()[-1] if "<<" in text else text.replace("\\\n", " "))[1:]
         assert chosen_run(build_parser(argv).parse_args(argv)) == run, text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_app_is_the_workbench_alone(tmp_path):
+    """`kimi-nb lab --app`: no cells, nothing to run; what was chosen is there again when the page is opened anew."""
+    pytest.importorskip("voila", reason="needs voila")
+    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if chromium() is None:
+        pytest.skip("needs Chromium: playwright install chromium")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ("lab", "--app", "--no-browser", f"--port={port}", "--results", str(tmp_path / "results"))
+    clean = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "KIMI_NB_WIDGETS")}
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, *options],
+            cwd=tmp_path,
+            env=clean | dict(KIMI_NB_SETTINGS=str(REPO / "settings.ini")),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def answers():
+        assert server.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), 1).close() or True
+
+    try:
+        wait_until(answers, 90, "the server's answer")
+        with sync.sync_playwright() as p:
+            page = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox"]).new_page()
+            page.set_default_timeout(90_000)
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.click(".knb-part-muon")
+            page.wait_for_selector(".knb-chosen :text('Muon')")
+            page.reload()
+            page.wait_for_selector(".knb-chosen :text('Muon')")
+            assert page.locator(".CodeMirror, .cm-editor, .jp-InputArea").count() == 0
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)

@@ -56,6 +56,9 @@ def cmd_env(args):
 def add_lab(commands, with_settings: bool = True):
     "The parser of `kimi-nb lab`."
     p = add_command(commands, "lab", cmd_lab, "open the workbench in JupyterLab: choose, train, compare, explore, plan")
+    p.add_argument(
+        "--app", action="store_true", help="the workbench alone, without cells (by Voilà, where it is installed)"
+    )
     p.add_argument("--no-browser", action="store_true", help="start the server only")
     p.add_argument("--port", type=at_least_one, help="of the server")
     p.add_argument("--lay-out", action="store_true", help="lay the notebooks out, say where, and start nothing")
@@ -69,12 +72,18 @@ def lab_command(
 ) -> list[str]:
     "The program and its arguments."
     root = root or notebook.parent
-    command = [sys.executable, "-P", "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
-    command.append(f"--LabApp.default_url=/lab/tree/{notebook.relative_to(root).as_posix()}")
+    place = notebook.relative_to(root).as_posix()
+    if args.app and find_spec("voila") is not None:
+        command, port = [sys.executable, "-P", "-m", "voila", str(notebook), "--strip_sources=True"], "--port"
+    else:
+        mode = "doc" if args.app else "lab"
+        command = [sys.executable, "-P", "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
+        command.append(f"--LabApp.default_url=/{mode}/tree/{place}")
+        port = "--ServerApp.port"
     if args.no_browser:
         command.append("--no-browser")
     if args.port:
-        command.append(f"--ServerApp.port={args.port}")
+        command.append(f"{port}={args.port}")
     return command + args.more
 
 
@@ -87,6 +96,12 @@ def cmd_lab(args):
     print("\n".join([*desk.said, f"notebooks: {desk.notebook.parent}"]), flush=True)
     if args.lay_out:
         return
+    if args.app:
+        os.environ["KIMI_NB_WIDGETS"] = "1"  # Voilà is a front end that names no session
+        if find_spec("voila") is None:
+            print(
+                "Voilà is not installed (pip install voila): one document of JupyterLab, press Shift-Enter in its cell"
+            )
     os.environ["KIMI_NB_RESULTS"] = str(desk.results)
     os.environ["KIMI_NB_SETTINGS"] = str(settings_path().resolve())  # kernels start in the folders of their notebooks
     os.execv(sys.executable, lab_command(desk.notebook, args, desk.root))

@@ -42,7 +42,7 @@ __getattr__, __dir__, __all__ = lazily(
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
     workbench="""
-        Desk PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
+        Memory PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
     """,
     copies="""
         Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile
