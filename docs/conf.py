@@ -67,6 +67,7 @@ html_js_files = ["kimi_nb.js", "kimi_figures.js"]
 html_favicon = "_static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
+PROFILE = os.environ.get("KIMI_NB_SITE_PROFILE", "quick")
 version = release = __version__
 REPOSITORY = pages.repository(REPO)
 html_theme_options = {
@@ -82,12 +83,11 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_sidebars = {"index": [], "**": ["course.html"]}
-PAPERS = {"paper.pdf": "Paper", "slides.pdf": "Slides"}  # of a report that is laid beside the site
-papers = Path(os.environ.get("KIMI_NB_SITE_PAPERS", REPO / "_paper"))
-html_extra_path = [str(papers / name) for name in PAPERS if (papers / name).is_file()]
+PAPERS = {"paper.pdf": "Paper", "slides.pdf": "Slides"}  # that `make release` writes
+html_extra_path = sorted(str(f) for end in PAPERS for f in (REPO / "dist").glob(f"kimi_nb-{PROFILE}-{end}"))
 html_context = {
     "default_mode": "auto",
-    "papers": {Path(file).name: PAPERS[Path(file).name] for file in html_extra_path},
+    "papers": {Path(file).name: PAPERS[file.rpartition("-")[2]] for file in html_extra_path},
     "release": release,
     "repository": REPOSITORY,
 }
@@ -282,8 +282,6 @@ def toctree(caption: str, notebooks: list[Path]) -> str:
 
 
 # --- results of the published reference run ------------------------------------------------------------------------
-
-PROFILE = os.environ.get("KIMI_NB_SITE_PROFILE", "quick")
 
 
 @functools.cache
@@ -527,7 +525,7 @@ def sizes_of_parts() -> dict:
 def links() -> pages.Markup | None:
     """Repository, paper and slides, as far as there are any."""
     found = [("Repository", REPOSITORY)] if REPOSITORY else []
-    found += [(PAPERS[Path(file).name], Path(file).name) for file in html_extra_path]
+    found += [(PAPERS[file.rpartition("-")[2]], Path(file).name) for file in html_extra_path]
     told = [pages.tag("a", name, href=target) for name, target in found]
     return pages.tag("p", *told, pages.tag("span", f"version {release}"), cls="knb-fine knb-links")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from kimi_nb.lab import tag
-from kimi_nb.report import CHAPTERS, LEVEL_NAMES, MARGIN, Advice, Evidence, advise, parts_seen, seen_in_words
+from kimi_nb.report import CHAPTERS, LEVEL_NAMES, MARGIN, Advice, Evidence, advise, parts_seen
+from kimi_nb.stats import in_two_words
 from kimi_nb.study import Finding, metric_info
 
 WORD_CLASS = {"yes": "yes", "no": "no"}  # answer -> class of its card; every other is `open`
@@ -62,7 +63,7 @@ def _effect(finding: Finding) -> dict | None:
     if finding.diff is None or finding.ci_low is None:
         return None
     numbers = [round(float(v), 6) for v in (finding.diff, finding.ci_low, finding.ci_high)]
-    words = f"{seen_in_words(finding)}, {finding.n} {finding.n_unit}"
+    words = f"{in_two_words(finding)}, {finding.n} {finding.n_unit}"
     return dict(zip(("diff", "low", "high"), numbers, strict=True)) | dict(word=words)
 
 
