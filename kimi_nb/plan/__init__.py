@@ -13,9 +13,10 @@ __getattr__, __dir__, __all__ = lazily(
         Phase TemplateError export_notebooks new_phase open_phase
     """,
     publish="""
-        COLOURS FORMAT LIMIT MODELS MOST_WEIGHTS POINTS PublishError SHOWN bundle check_finished
-        headline kept_models models_of open_published publish_records published published_profiles
-        read_bundle records_of slim_notebook small_png small_svg source_of studies_of where_from
+        COLOURS FORMAT LIMIT MODELS MOST_WEIGHTS NAMES POINTS PublishError SHOWN bundle
+        check_finished headline kept_models models_of open_published publish_records published
+        published_profiles read_bundle records_of slim_notebook small_png small_svg source_of
+        studies_of where_from
     """,
     lesson="""
         AnswerPlace answer_at_top change_outcome change_study try_change

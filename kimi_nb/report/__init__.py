@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = lazily(
     paper="""
         LEAD LONGEST METHOD_CHECKS TITLE UNTESTED abstract all_comparisons answers answers_like
         answers_over appended_phases appendices best_words body_phases build_paper caveats_of
-        combined_tables combined_words conclusion draw_rates further_figures grid_table in_turns
+        combined_tables combined_words conclusion draw_own further_figures grid_table in_turns
         negative_results own_findings phase_section phase_tables reproducibility set_up threats
         tokens_each
     """,

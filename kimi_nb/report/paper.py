@@ -7,12 +7,14 @@ __all__ = ['LONGEST', 'METHOD_CHECKS', 'LEAD', 'UNTESTED', 'TITLE', 'set_up', 'c
            'in_turns', 'own_findings', 'best_words', 'combined_words', 'phase_section', 'body_phases',
            'appended_phases', 'answers_like', 'abstract', 'conclusion', 'answers_over', 'answers', 'negative_results',
            'caveats_of', 'tokens_each', 'threats', 'reproducibility', 'grid_table', 'all_comparisons',
-           'further_figures', 'appendices', 'draw_rates', 'build_paper']
+           'further_figures', 'appendices', 'draw_own', 'build_paper']
 
 # %% ../../nbs/report/07_paper.ipynb #36693da6
 import re
 from pathlib import Path
+from types import MappingProxyType
 
+from ..plan import headline
 from kimi_nb.report.across import (
     DECIDED,
     at_size,
@@ -526,13 +528,27 @@ def _method_values(e):
     )
 
 
-def draw_rates(
+def draw_own(
     e: Evidence,
     folder,  # for the files
-):  # Path of the SVG; None where one rate was not tuned beside two
-    "The figure of the trap."
-    runs = rates_runs(e.store)
-    return save(rates_figure(runs), Path(folder) / "contest-rates.svg")[1] if len(runs) else None
+) -> dict:  # name -> Path of the SVG; without what has not run
+    "The figures that the paper draws itself: the parts inside each optimizer, and the trap."
+    found, runs = {}, rates_runs(e.store)
+    if e.parts:
+        found["parts"] = save(headline(e.store), Path(folder) / "combined-inside.svg")[1]
+    if len(runs):
+        found["rates"] = save(rates_figure(runs), Path(folder) / "contest-rates.svg")[1]
+    return found
+
+
+def _parts_drawn(e, drawn):
+    if not drawn:
+        return None
+    caption = (
+        "Effect of each part on test bits per byte inside each optimizer, and of the optimizer itself on an axis of "
+        f"its own; bars: 95% intervals. {e.seeds('combined')} an arm; {e.hardware}."
+    )
+    return Figure([drawn], caption, id="combined-inside", alt="Effects of the parts inside each optimizer")
 
 
 def _rates_drawn(e, rates):
@@ -552,11 +568,11 @@ def build_paper(
     e: Evidence,
     also=(),  # the same at other sizes
     drawn=None,  # of `draw_sizes`
-    rates=None,  # of `draw_rates`
+    drawings=MappingProxyType({}),  # of `draw_own`
 ) -> Manuscript:
     "The whole paper."
     sizes = [e, *also]
-    extra = {"contest": [_rates_drawn(e, rates)]}
+    extra = {"contest": [_rates_drawn(e, drawings.get("rates"))], "combined": [_parts_drawn(e, drawings.get("parts"))]}
     sections = [block for phase in body_phases(e) for block in phase_section(e, phase, extra=extra)]
     behind, ran = [], appended_phases(e, also)
     for phase, owner in ran.items():

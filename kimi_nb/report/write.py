@@ -24,7 +24,7 @@ from kimi_nb.report.across import (
 from .document import render
 from .evidence import Evidence, ReportError, said
 from .forms import write_document
-from .paper import abstract, build_paper, draw_rates
+from .paper import abstract, build_paper, draw_own
 from .sentences import tally
 from .slides import write_slides
 from ..stats import capital
@@ -78,7 +78,7 @@ def write_report(
         raise ReportError(f"no phase has been concluded in {e.path}: {again}")
     also = [*others(e, also), *others(e, perhaps, strict=False)]
     with TemporaryDirectory() as folder:
-        doc = build_paper(e, also, draw_sizes([e, *also], folder), draw_rates(e, folder))
+        doc = build_paper(e, also, draw_sizes([e, *also], folder), draw_own(e, folder))
         files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), out / "research_report.md"]
     write_file(files[-1], short_report(e, also))
     for file in files:

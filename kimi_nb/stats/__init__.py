@@ -37,8 +37,8 @@ __getattr__, __dir__, __all__ = lazily(
         save styled table
     """,
     pictures="""
-        cell_intervals correlation_matrix expert_load factorial_effects interaction power_curve
-        scaling_fit spectra
+        cell_intervals correlation_matrix effects_inside expert_load factorial_effects interaction
+        power_curve scaling_fit spectra
     """,
     answer="""
         AGAINST_MARGIN AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
