@@ -2585,6 +2585,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kimi_nb.plan.run.check_kernel': ('plan/run.html#check_kernel', 'kimi_nb/plan/run.py'),
                                   'kimi_nb.plan.run.check_parameters': ('plan/run.html#check_parameters', 'kimi_nb/plan/run.py'),
                                   'kimi_nb.plan.run.execute_phase': ('plan/run.html#execute_phase', 'kimi_nb/plan/run.py'),
+                                  'kimi_nb.plan.run.executed_copy': ('plan/run.html#executed_copy', 'kimi_nb/plan/run.py'),
                                   'kimi_nb.plan.run.kernel_command': ('plan/run.html#kernel_command', 'kimi_nb/plan/run.py'),
                                   'kimi_nb.plan.run.phase_key': ('plan/run.html#phase_key', 'kimi_nb/plan/run.py'),
                                   'kimi_nb.plan.run.phase_notebooks': ('plan/run.html#phase_notebooks', 'kimi_nb/plan/run.py'),

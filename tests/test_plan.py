@@ -46,6 +46,24 @@ def executed(out):
     return re.findall(r"^phase (\w+): ", out, re.M)
 
 
+def test_a_smaller_profile_replaces_nothing_of_a_larger_one(place, capsys):
+    """Neither the outcome nor the executed notebook; its own stand beside them, and are up to date the next time."""
+    assert call(capsys, *PLAN, "--only", "norm")[0] == 0
+    kept = {file: file.read_bytes() for part in ("phases", "notebooks") for file in (place.results / part).rglob("*.*")}
+    text = (place.path / "settings.ini").read_text()
+    less = text.replace("[tiny]", "[less]").replace("train.steps = 3", "train.steps = 2").replace("0, 2, 3", "0, 1, 2")
+    (place.path / "settings.ini").write_text(text + less)
+    smaller = ["plan", "--profile", "less", "--quiet", "--executor", "inprocess", "--only", "norm"]
+    assert call(capsys, *smaller)[0] == 0
+    assert {file: file.read_bytes() for file in kept} == kept
+    assert (place.results / "notebooks" / "less" / "03_norm.ipynb").is_file()
+    assert (
+        call(capsys, *smaller)[1].count("(up to date)")
+        == call(capsys, *PLAN, "--only", "norm")[1].count("(up to date)")
+        == 1
+    )
+
+
 def test_a_second_plan_trains_nothing_and_executes_nothing(place, capsys):
     """A second `kimi-nb plan` trains and executes nothing, says the same verdicts, computes for under two seconds."""
     code, out, err = call(capsys, *PLAN)

@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     run="""
         ANALYSIS PlanError PlanReport check_grids check_kernel check_parameters execute_phase
-        kernel_command phase_key phase_notebooks phase_studies phases pick_phases plan_table
-        reads_outcomes run_plan summary takes_long time_by_part timing used_files
+        executed_copy kernel_command phase_key phase_notebooks phase_studies phases pick_phases
+        plan_table reads_outcomes run_plan summary takes_long time_by_part timing used_files
     """,
     phase="""
         Phase TemplateError export_notebooks new_phase open_phase

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANALYSIS', 'PlanError', 'phase_notebooks', 'pick_phases', 'phases', 'reads_outcomes', 'takes_long',
-           'check_grids', 'phase_studies', 'plan_table', 'check_parameters', 'execute_phase', 'kernel_command',
-           'check_kernel', 'time_by_part', 'used_files', 'phase_key', 'PlanReport', 'run_plan', 'timing', 'summary']
+           'check_grids', 'phase_studies', 'plan_table', 'check_parameters', 'executed_copy', 'execute_phase',
+           'kernel_command', 'check_kernel', 'time_by_part', 'used_files', 'phase_key', 'PlanReport', 'run_plan',
+           'timing', 'summary']
 
 # %% ../../nbs/plan/01_run.ipynb #d99e69b0
 import ast
@@ -200,6 +201,18 @@ def check_parameters(
             sets = ", ".join(sorted(known)) or "nothing"
             raise PlanError(f"{notebook} has no parameter {name!r}: its parameters cell sets {sets}")
 
+# %% ../../nbs/plan/01_run.ipynb #3d51c0a2
+def executed_copy(
+    store: Store,
+    notebook: Path,  # of a phase
+    profile: str,  # that was, or is to be run
+    tokens: int,  # of the profile's base run: tells which is larger
+) -> Path:
+    "notebooks/NAME, or notebooks/PROFILE/NAME where a larger profile has an outcome."
+    largest = read_outcome(store, re.sub(r"^\d+_", "", notebook.stem))
+    smaller = largest is not None and largest.profile != profile and largest.tokens > tokens
+    return Path(store.path) / "notebooks" / (profile if smaller else "") / notebook.name
+
 # %% ../../nbs/plan/01_run.ipynb #bb22c8f9
 def execute_phase(
     phase: str,
@@ -220,7 +233,7 @@ def execute_phase(
     if seeds:
         parameters["seeds"] = seeds
     check_parameters(notebook, parameters)
-    target = Path(store.path) / "notebooks" / notebook.name
+    target = executed_copy(store, notebook, profile.name, profile.base.train.steps * profile.base.tokens_per_step)
     lock = Path(store.path) / ".locks" / f"phase-{phase}.lock"
     with writing(target):
         for folder in (target.parent, lock.parent):
@@ -577,7 +590,7 @@ def _checked_notebooks(profile, only, seeds):
 def _still_there(store, notebook, outcome):
     "Whether the figures and the executed notebook of an outcome are still those of its profile."
     folder = Path(store.path)
-    executed = folder / "notebooks" / notebook.name
+    executed = executed_copy(store, notebook, outcome.profile, outcome.tokens)
     if not all((folder / name).is_file() for name in outcome.figures):
         return False
     try:
@@ -628,7 +641,8 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
             try:
                 for job in as_completed(jobs):
                     phase, outcomes[phase], seconds = job.result()
-                    executed = Path(store.path) / "notebooks" / notebooks[phase].name
+                    tokens = profile.base.train.steps * profile.base.tokens_per_step
+                    executed = executed_copy(store, notebooks[phase], profile.name, tokens)
                     _report_phase(report, phase, outcomes[phase], seconds, executed, say)
             finally:
                 for job in jobs:
