@@ -35,7 +35,7 @@ from kimi_nb.config import (
     writing,
 )
 from ..data import cache_dir
-from .run import pick_phases
+from .run import executed_copy, pick_phases
 from kimi_nb.study import (
     Outcome,
     Store,
@@ -188,7 +188,7 @@ def check_finished(
     outcomes = {}
     for phase, notebook in notebooks.items():
         outcomes[phase] = _checked_outcome(store, phase, profile, again)
-        _check_executed(Path(store.path) / "notebooks" / notebook.name, again)
+        _check_executed(executed_copy(store, notebook, profile, outcomes[phase].tokens), again)
         _check_figures(store, outcomes[phase], again)
     return outcomes
 
@@ -311,8 +311,9 @@ def bundle(
     for name in sorted(kept):
         data = (folder / name).read_bytes()
         files[f"figures/{profile}/{Path(name).name}"] = _SMALLER.get(Path(name).suffix, bytes)(data)
-    for notebook in pick_phases(only).values():
-        executed = json.loads((folder / "notebooks" / notebook.name).read_text(encoding="utf-8"))
+    for phase, notebook in pick_phases(only).items():
+        copy = executed_copy(store, notebook, profile, outcomes[phase].tokens)
+        executed = json.loads(copy.read_text(encoding="utf-8"))
         made = executed.get("metadata", {}).get("papermill", {}).get("input_path") or ""
         paths = (
             [str(folder.resolve()), str(folder)]
