@@ -49,11 +49,11 @@ __getattr__, __dir__, __all__ = lazily(
         NAMED_AT_MOST read_comparisons read_correlations read_curves read_load read_means read_plan
         read_tradeoff
     """,
-    inside="""
-        against_best partners simple_effects
-    """,
     screens="""
         aliases fraction resolution
+    """,
+    inside="""
+        against_best partners simple_effects
     """,
     errors="""
         level_noise mixed_effects noisier_level text_error with_text_error
