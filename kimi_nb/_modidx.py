@@ -3766,6 +3766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.stats.spread.Spread': ('stats/spread.html#spread', 'kimi_nb/stats/spread.py'),
                                       'kimi_nb.stats.spread._pair_spread': ('stats/spread.html#_pair_spread', 'kimi_nb/stats/spread.py'),
                                       'kimi_nb.stats.spread._repeats': ('stats/spread.html#_repeats', 'kimi_nb/stats/spread.py'),
+                                      'kimi_nb.stats.spread._unequal': ('stats/spread.html#_unequal', 'kimi_nb/stats/spread.py'),
                                       'kimi_nb.stats.spread.by_cause': ('stats/spread.html#by_cause', 'kimi_nb/stats/spread.py'),
                                       'kimi_nb.stats.spread.causes_in': ('stats/spread.html#causes_in', 'kimi_nb/stats/spread.py'),
                                       'kimi_nb.stats.spread.noise': ('stats/spread.html#noise', 'kimi_nb/stats/spread.py'),

@@ -745,6 +745,17 @@ def test_runs_that_differ_in_nothing_show_the_machine():
     assert again.what == "nothing: runs repeated" and again.sd == pytest.approx(0.001 / math.sqrt(2))
 
 
+def test_arms_that_scatter_unequally_are_told():
+    rng = np.random.default_rng(0)
+    told = 0
+    for _ in range(60):
+        rows = pd.DataFrame(dict(arm=np.repeat(list("abc"), 4), seed=list(range(4)) * 3, loss=rng.normal(size=12)))
+        told += any("scatter unequally" in line for line in noise(rows).said)
+    assert told <= 8, "by chance in a twentieth of the tables, at most"
+    wild = rows.assign(loss=rows["loss"].where(rows["arm"] != "c", 100 * rows["loss"]))
+    assert any("scatter unequally" in line for line in noise(wild).said)
+
+
 def test_the_noise_of_one_run_is_refused():
     with pytest.raises(StatsError, match="a spread needs two"):
         noise(pd.DataFrame(dict(seed=[0], loss=[1.0])))

@@ -7,6 +7,7 @@ __all__ = ['SEED_COUNTS', 'CAUSES', 'Spread', 'spread_of', 'visible', 'causes_in
            'noise_sentences']
 
 # %% ../../nbs/stats/24_spread.ipynb #aeb89aef
+import itertools
 import math
 from typing import NamedTuple
 
@@ -121,16 +122,34 @@ class Noise(NamedTuple):
     said: tuple[str, ...] = ()  # guesses and repairs
 
 
+_MOST_PAIRS = 200  # of arms; more tell no more
+
+
 def _pair_spread(frame, metric):
-    "Standard deviation of the differences of two arms of one seed, pooled over all pairs of arms."
-    wide = frame.pivot_table(index=["block", "seed"], columns="arm", values=metric).dropna()
-    arms, blocks = wide.shape[1], wide.index.get_level_values("block")
-    df = (len(wide) - blocks.nunique()) * (arms - 1)
-    if df < 1:
-        return math.nan
-    around = wide - wide.groupby(level="block").transform("mean")
-    left = around.sub(around.mean(axis=1), axis=0)
-    return math.sqrt(2 * float((left**2).to_numpy().sum()) / df)
+    "Standard deviation of the differences of two arms of one seed, pooled over the pairs of arms."
+    wide = frame.pivot_table(index=["block", "seed"], columns="arm", values=metric)
+    squares, df = 0.0, 0
+    for one, other in itertools.islice(itertools.combinations(wide.columns, 2), _MOST_PAIRS):
+        change = (wide[one] - wide[other]).dropna()
+        around = change - change.groupby(level="block").transform("mean")
+        squares += float((around**2).sum())
+        df += len(change) - change.index.get_level_values("block").nunique()
+    return math.sqrt(squares / df) if df else math.nan
+
+
+def _unequal(frame, metric):
+    "A sentence where arms surely scatter unequally (F test, Bonferroni over pairs): the pooled spread is nobody's."
+    from scipy.special import fdtrc
+
+    arms = frame.groupby(["block", "arm"])[metric].agg(["std", "size"]).query("size > 1 and std > 0")
+    if len(arms) < 2:
+        return ""
+    wild, calm = arms.loc[arms["std"].idxmax()], arms.loc[arms["std"].idxmin()]
+    low, high = calm["std"], wild["std"]
+    p = float(fdtrc(wild["size"] - 1, calm["size"] - 1, (high / low) ** 2))
+    if p * len(arms) * (len(arms) - 1) > 0.05:
+        return ""
+    return f"the arms scatter unequally, by {low:.2g} to {high:.2g}: leave out the wild one, or look at one arm alone"
 
 
 def noise(
@@ -168,6 +187,7 @@ def noise(
     pairs = _pair_spread(done, metric) if runs.seeded else math.nan
     floor = visible(spread.sd, pairs, alpha, seeds)
     arms = done["arm"].nunique()
+    said += [line for line in (_unequal(done, metric),) if line]
     return Noise(metric, len(done), arms, float(done[metric].mean()), spread, tuple(parts), pairs, floor, tuple(said))
 
 
