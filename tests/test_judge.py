@@ -240,7 +240,7 @@ def test_every_form_of_a_table_gives_the_same_findings(form, tmp_path):
 
 def test_a_wide_table_is_turned_on_its_side(tmp_path):
     (finding,) = of_text(tmp_path, GOLF, margin=0.005 / math.log(2)).findings
-    assert (finding.word, finding.direction, finding.size, finding.n) == ("supported", "better", "within", 3)
+    assert (finding.word, finding.direction, finding.size, finding.n) == ("no difference", "better", "within", 3)
     across = "seed,base,new\n42,1.05989454,1.05906444\n0,1.06124613,1.06059202\n1234,1.06208695,1.06129561\n"
     (other,) = of_text(tmp_path, across, baseline="base", metrics="val_bpb").findings
     assert other.diff == pytest.approx(finding.diff) and other.metric == "val_bpb"
@@ -748,10 +748,10 @@ def test_runs_that_differ_in_nothing_show_the_machine():
 def test_arms_that_scatter_unequally_are_told():
     rng = np.random.default_rng(0)
     told = 0
-    for _ in range(60):
+    for _ in range(30):
         rows = pd.DataFrame(dict(arm=np.repeat(list("abc"), 4), seed=list(range(4)) * 3, loss=rng.normal(size=12)))
         told += any("scatter unequally" in line for line in noise(rows).said)
-    assert told <= 8, "by chance in a twentieth of the tables, at most"
+    assert told <= 5, "by chance in a twentieth of the tables, at most"
     wild = rows.assign(loss=rows["loss"].where(rows["arm"] != "c", 100 * rows["loss"]))
     assert any("scatter unequally" in line for line in noise(wild).said)
 

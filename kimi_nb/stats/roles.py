@@ -22,36 +22,40 @@ from .words import counted, listed
 from ..study import metric_info
 
 # %% ../../nbs/stats/22_roles.ipynb #25dc9603
+def _plain(name):
+    return re.sub(r"[\s_\-/]+", "_", name.strip().lower())
+
+
+def _columns_like(frame, name):
+    "Columns that a name may mean, the likeliest kind of likeness only."
+    columns = [str(column) for column in frame.columns]
+    if name in columns:
+        return [name]
+    wanted = _plain(name)
+    same = [column for column in columns if _plain(column) == wanted]
+    return same or [column for column in columns if _plain(re.split(r"[./]", column)[-1]) == wanted]
+
+
 def column_named(
     frame: pd.DataFrame,
     name: str,  # as somebody typed it
 ) -> str:  # as the table spells it
     "The column that is meant.  Raises: StatsError for none, or several."
-    columns = [str(column) for column in frame.columns]
-    if name in columns:
-        return name
-    plain = lambda text: re.sub(r"[\s_\-/]+", "_", text.strip().lower())
-    same = [column for column in columns if plain(column) == plain(name)]
-    tails = [column for column in columns if plain(re.split(r"[./]", column)[-1]) == plain(name)]
-    for found in (same, tails):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise StatsError(f"column {name!r} may be {listed(found, 'or')}: name one of them whole")
-    raise not_in_table("column", name, columns)
+    found = _columns_like(frame, name)
+    if not found:
+        raise not_in_table("column", name, map(str, frame.columns))
+    if len(found) > 1:
+        raise StatsError(f"column {name!r} may be {listed(found, 'or')}: name one of them whole")
+    return found[0]
 
 
 def first_named(
     frame: pd.DataFrame,
     names,  # that are tried, one after the other
 ) -> str | None:
-    "The first of the names that is a column."
-    for name in names:
-        try:
-            return column_named(frame, name)
-        except StatsError:
-            continue
-    return None
+    "The first of the names that is one column."
+    found = (_columns_like(frame, name) for name in names)
+    return next((columns[0] for columns in found if len(columns) == 1), None)
 
 # %% ../../nbs/stats/22_roles.ipynb #77605cac
 _LOW = "loss bpb bpc ppl perplexity error err wer cer mae mse rmse nll fid time seconds latency ms memory flops".split()
