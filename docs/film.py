@@ -42,6 +42,7 @@ def film(frames: list[Image.Image], target: Path, colours: int = COLOURS) -> Pat
 def walk(page, take, results: Path) -> None:
     """From the open workbench to a verdict, a comparison and a look inside."""
     tab = lambda title: page.click(f'.knb-workbench .lm-TabBar-tabLabel:text-is("{title}")')
+    page.locator(".knb-workbench [data-cost=total_parameters]").wait_for()
     take("The workbench over the published run: the parts of Kimi K2 are switches.")
     verdict = page.locator(".knb-workbench .knb-verdict .verdict")
     page.click(".knb-part-muon")

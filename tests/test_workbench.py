@@ -312,7 +312,8 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         page.wait_for_selector('.knb-progress [data-state="done"]', timeout=150_000)
 
         # a second tab has the same desk
-        second = page.context.new_page()
+        second = page.context.browser.new_page()
+        second.set_default_timeout(60_000)
         second.goto(page.url)
         run_all(second)
         second.wait_for_selector(SHOWN)

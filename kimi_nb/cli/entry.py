@@ -80,7 +80,7 @@ def error_line(
     text = " ".join(str(error).split())
     if isinstance(error, KimiError):
         stopped = type(error).__name__ in STOPPED
-        return f"kimi-nb: {'stopped' if stopped else 'error'}: {text}", 130 if stopped else 2
+        return f"kimi-nb: {'stopped: ' if stopped else 'error: '}{text.removeprefix('stopped ')}", 130 if stopped else 2
     text = text if len(text) <= 300 else f"{text[:300]} …"
     return f"kimi-nb: error: {type(error).__name__}: {text} (the traceback is in {traceback_file()})", 1
 
