@@ -198,7 +198,8 @@ def add_noise(commands, with_settings: bool = True):
         metavar="R",
         help="train each so often: runs that differ in nothing show what the machine adds",
     )
-    train.add_argument("--preset", help="the configuration: one of those of kimi-nb train")
+    train.add_argument("--profile", metavar="NAME", help="the configuration: the base run of a profile")
+    train.add_argument("--preset", metavar="NAME", help="the configuration: one of those of kimi-nb train")
     train.add_argument("--config", metavar="FILE", help="the configuration: a YAML or JSON file")
     train.add_argument("--dataset", metavar="NAME", help="data, as of kimi-nb train")
     train.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", help="settings, such as train.steps=200")
