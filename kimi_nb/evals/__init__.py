@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazily(
         CONSTANTS COUNTED Counts as_numbers count_baselines count_table interpolated looked_up
         scored_pairs table_losses trained_windows
     """,
-    recall="""
-        Recall learn_recall recall_accuracy recall_batch
+    documents="""
+        by_document decide_with_text document_losses score_documents scored_documents scores_file
     """,
 )

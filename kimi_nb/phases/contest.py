@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..config import Profile
 from .moe import router_delta
-from ..stats import claim, decide, over_seeds, t_interval, t_pvalue
+from ..stats import claim, decide, family_statistics, over_seeds, percent, t_interval, t_pvalue
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study
 
 # %% ../../nbs/phases/13_contest.ipynb #d7eb8c61
@@ -256,7 +256,7 @@ def rate_contrasts(
     for what, weights in (("gain", gain_weights), ("crossover", crossover_weights)):
         one, two = (seed_contrast(frame, weights(rates)) for rates in ("one rate", "two rates"))
         rows.append(contrast_row((one - two).dropna(), f"the {what} with one rate minus that with two"))
-    return pd.DataFrame(rows)
+    return family_statistics(pd.DataFrame(rows))
 
 
 def judge_rates(
@@ -316,13 +316,16 @@ PARTS = {  # arm: what it has, and the arm that has it not
 def judge_router(
     frame: pd.DataFrame,  # of `contest-router`
 ) -> list[Finding]:
-    "C4: each part against the same router without it, seed by seed."
-    found = []
-    for arm, (words, without) in PARTS.items():
-        row = contrast_row(seed_contrast(frame, {arm: 1, without: -1}), f"{arm} instead of {without}")
-        text = f"A router is better with {words}."
-        found.append(decide(row, text, id=f"C4 {arm}", margin=0.02))
-    return found
+    "C4: each part against the same router without it, seed by seed; all parts are one family."
+    rows = [
+        contrast_row(seed_contrast(frame, {arm: 1, without: -1}), f"{arm} instead of {without}")
+        for arm, (_, without) in PARTS.items()
+    ]
+    rows = family_statistics(pd.DataFrame(rows)).to_dict("records")
+    return [
+        decide(row, f"A router is better with {words}.", id=f"C4 {arm}", margin=0.02)
+        for row, (arm, (words, _)) in zip(rows, PARTS.items())
+    ]
 
 # %% ../../nbs/phases/13_contest.ipynb #14717d5a
 def budget_share(
@@ -363,4 +366,8 @@ def judge_budget(
         reason = "not every seed's curve of budgets crosses AdamW's final loss"
         return Finding(id="C5", claim=text, word="not testable here", reason=reason)
     row = contrast_row(known - 1, "share of AdamW's steps that Muon needs, minus one", "budget_ratio")
-    return decide(row, text, "lower", id="C5")
+    found = decide(row, text, "lower", id="C5")
+    if found.ci_low is None:
+        return found
+    share, low, high = (percent(1 + value, 0) for value in (found.diff, found.ci_low, found.ci_high))
+    return found.changed(notes=(f"So Muon needs {share} of AdamW's steps ({low} to {high}).",))

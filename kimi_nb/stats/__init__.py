@@ -15,9 +15,10 @@ __getattr__, __dir__, __all__ = lazily(
         short_number
     """,
     verdict="""
-        DECIDED DIRECTIONS FORMS Seen beyond_margin check_claim claimed_sign decide declared_margin
-        digits_of direction_seen family_size_of found_better in_two_words joint_finding lost_runs
-        metric_of not_in_table row_of said_whole say seen size_seen survivors word_for
+        DECIDED DIRECTIONS FORMS Seen about_text beyond_margin check_claim claimed_sign decide
+        declared_margin digits_of direction_seen family_size_of found_better in_two_words
+        joint_finding lost_runs metric_of not_in_table row_of said_whole say seen size_seen
+        survivors word_for
     """,
     comparison="""
         LOST Rule TESTS compare family_statistics paired words_of

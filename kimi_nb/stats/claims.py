@@ -12,7 +12,7 @@ import pandas as pd
 
 from .comparison import compare
 from .verdict import decide, joint_finding
-from ..study import Finding, Study, steps_to
+from ..study import MARGINS, Finding, Study, steps_to
 
 # %% ../../nbs/stats/05_claims.ipynb #990fe313
 def _targets(frame, baseline):
@@ -33,18 +33,22 @@ def with_targets(
     frame: pd.DataFrame,  # of the store, one row per run
     curves: pd.DataFrame,  # of the store, with val_loss
     baseline: str,  # arm whose mean final validation loss is the target
-) -> pd.DataFrame:  # with target_loss, and steps, tokens and seconds to it; NaN where it was not reached
+) -> (
+    pd.DataFrame
+):  # with target_loss, and steps, tokens and seconds to it; NaN where it was not reached; target_at_first
     "What each run needed to get to where the baseline ends."
     goal = frame["block"].map(_targets(frame, baseline)).astype(float)
     known = _validation_curves(curves)
     steps = [steps_to(*known[run], target) if run in known else math.nan for run, target in zip(frame["run_id"], goal)]
     steps = pd.Series(steps, index=frame.index, dtype=float)
+    first = pd.Series([known[run][0][0] if run in known else math.nan for run in frame["run_id"]], index=frame.index)
     tokens_a_step = frame["tokens"] / frame["steps"].where(frame["steps"] > 0)
     return frame.assign(
         target_loss=goal,
         steps_to_target=steps,
         tokens_to_target=steps * tokens_a_step,
         seconds_to_target=steps * frame["step_seconds"],
+        target_at_first=steps <= first.astype(float),
     )
 
 # %% ../../nbs/stats/05_claims.ipynb #490f723f
@@ -72,15 +76,19 @@ def to_target(
 def with_late(
     rows: pd.DataFrame,  # of `compare`
     frame: pd.DataFrame,  # of `to_target`
-) -> pd.DataFrame:  # with n_late and n_late_baseline
-    "How many runs of each comparison never got there: a caveat of every finding that rests on them."
+) -> pd.DataFrame:  # with n_late, n_first, and the same of the baseline
+    "How many runs never got there, or were there at their first scoring: caveats of findings that rest on them."
     if "late" not in frame:
         return rows
     blocks = frame["block"].fillna("") if "block" in frame else pd.Series("", index=frame.index)
-    late = frame["late"].groupby([blocks, frame["arm"]]).sum().to_dict()
-    own = [int(late.get(key, 0)) for key in zip(rows["block"], rows["arm"])]
-    base = [int(late.get(key, 0)) for key in zip(rows["block"], rows["baseline"])]
-    return rows.assign(n_late=own, n_late_baseline=base)
+    for column, name in (("late", "n_late"), ("target_at_first", "n_first")):
+        if column not in frame:
+            continue
+        count = frame[column].groupby([blocks, frame["arm"]]).sum().to_dict()
+        own = [int(count.get(key, 0)) for key in zip(rows["block"], rows["arm"])]
+        base = [int(count.get(key, 0)) for key in zip(rows["block"], rows["baseline"])]
+        rows = rows.assign(**{name: own, f"{name}_baseline": base})
+    return rows
 
 # %% ../../nbs/stats/05_claims.ipynb #2f86809c
 def comparisons(
@@ -94,7 +102,7 @@ def comparisons(
         if metric not in frame or not frame[metric].notna().any():
             continue
         counted = to_target(frame, metric)
-        margin = study.margin if metric == study.metric else None
+        margin = (study.margin if metric == study.metric else None) or MARGINS.get(metric)
         rows = compare(counted, metric, study.baseline, alpha=study.alpha, margin=margin)
         parts.append(with_late(rows, counted).assign(about=about))
     if not parts:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'DECIDED', 'FORMS', 'not_in_table', 'row_of', 'Seen', 'seen', 'declared_margin',
-           'family_size_of', 'beyond_margin', 'claimed_sign', 'word_for', 'lost_runs', 'found_better', 'survivors',
-           'check_claim', 'direction_seen', 'size_seen', 'in_two_words', 'metric_of', 'decide', 'joint_finding',
-           'digits_of', 'say', 'said_whole']
+           'family_size_of', 'beyond_margin', 'claimed_sign', 'word_for', 'lost_runs', 'about_text', 'found_better',
+           'survivors', 'check_claim', 'direction_seen', 'size_seen', 'in_two_words', 'metric_of', 'decide',
+           'joint_finding', 'digits_of', 'say', 'said_whole']
 
 # %% ../../nbs/stats/03_verdict.ipynb #48af3654
 import difflib
@@ -168,10 +168,25 @@ def lost_runs(
         late = row.get("n_late" + end, 0)
         if late > 0:  # NaN in a table of several metrics, where this one has no such runs
             caveats.append(f"{late:.0f} of the runs of {label} never got there and count with their whole length.")
+        first = row.get("n_first" + end, 0)
+        if first > 0:
+            caveats.append(f"{first:.0f} of the runs of {label} were there at their first scoring, perhaps sooner.")
     return caveats
 
 
 DECIDED = ("supported", "contradicted")
+
+
+def about_text(
+    row: dict,  # perhaps with `documents`, where the text's error is in it
+    metric: Metric,
+) -> list[str]:  # a sentence, or none where nothing was scored on a sample of text
+    "Whether the interval covers another sample of text."
+    if metric.unit not in ("bits/byte", "nats/token") or not metric.name.startswith(("test_", "val_")):
+        return []
+    if row.get("documents"):
+        return [f"The interval covers another sample of text as well: a bootstrap over {row['documents']} documents."]
+    return ["The interval covers other seeds, not another sample of text."]
 
 
 def found_better(
@@ -310,6 +325,7 @@ def decide(
     if not row["se"] > 0:
         why = row.get("note") or "there is no spread to judge by"
         return Finding(word="not testable here", reason=why, caveats=tuple(caveats), **asked)
+    caveats += about_text(row, metric)
     found, sign = seen(row, alpha, margin), claimed_sign(direction, metric)
     word = word_for(direction, sign, found, min_effect, margin)
     same = found.same

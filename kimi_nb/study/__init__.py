@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazily(
         LARGEST MEASURED Store vouched
     """,
     metrics="""
-        COST EXPERTS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
+        COST EXPERTS MARGINS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
     """,
     outcome="""
         CONFIRMS FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS declared_apart
