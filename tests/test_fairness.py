@@ -3,13 +3,18 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from tiny import tiny_run
 
 from kimi_nb.config import load_profile
 from kimi_nb.data import Batches
 from kimi_nb.model import KimiModel
+from kimi_nb.phases import combined, contest
 from kimi_nb.plan import phase_studies
+from kimi_nb.stats import component_contrasts, factorial
+from kimi_nb.study import Arm, Store, Study, with_factors
 
 # what may differ because it is how long an arm trains, not what it trains on
 LENGTH = {"train.steps", "train.warmup_steps", "train.eval_every"}
@@ -118,3 +123,66 @@ def test_arms_train_on_equal_tokens(profile):
             tokens = {r.train.steps * r.tokens_per_step for r in runs.values()}
             assert len(tokens) == 1 or varies, (study.name, tokens)
             assert not varies or study.phase in ("baseline", "benchmarks") or study.name == "contest-budget", study.name
+
+
+def by_embedding_alone(study, noise=0.002):
+    """Runs whose loss depends on the rate of the embedding alone: best at 0.032, 0.1 worse for each factor of four."""
+    rng, rows = np.random.default_rng(0), []
+    shared = dict(zip(study.seeds, rng.normal(0, 0.05, len(study.seeds)), strict=True))
+    for p in study.expand():
+        rate = p.run.train.lr * p.run.train.optimizer.embed_lr_scale
+        bits = 2.5 + 0.05 * abs(np.log2(rate / 0.032)) + shared[p.seed] + rng.normal(0, noise)
+        rows.append(dict(run_id=p.run_id, arm=p.arm, block=p.block, seed=p.seed, status="done", test_bpb=bits))
+    return pd.DataFrame(rows)
+
+
+def rates(adamw, muon):
+    """The profile `quick` with tuned rates: (matrices, factor on the embedding's) for each optimizer."""
+    two = dict(adamw=(4e-3, adamw), muon=(1.6e-2, muon))
+    values = two | {"adamw-single": (4e-3, 1.0), "muon-single": (1.6e-2, 1.0)}
+    tuned = {n: {"train.lr": lr, "train.optimizer.embed_lr_scale": s} for n, (lr, s) in values.items()}
+    profile = load_profile("quick")
+    return profile.model_copy(update=dict(tuned=tuned, base=profile.base.override(tuned["adamw"])))
+
+
+def words_of_the_factorial(profile):
+    """RQ1 to RQ5 and what stands inside levels, from runs by the embedding's rate alone."""
+    study = combined.study(profile).with_seeds(5)
+    frame = with_factors(by_embedding_alone(study))
+    factors = combined.factors_of(study)
+    effects = factorial(frame, "test_bpb", factors, margin=study.margin)
+    contrasts = component_contrasts(frame, "test_bpb", factors, margin=study.margin)
+    found = combined.judge(effects, contrasts, combined.inside(frame, study, effects))
+    return {finding.id: finding.word for finding in found}
+
+
+def test_an_effect_of_the_embeddings_rate_is_not_reported_as_one_of_the_matrix_optimizer():
+    """With a rate of its own for the embedding Muon makes no difference; with one rate for all it seems to."""
+    fair = words_of_the_factorial(rates(adamw=8.0, muon=2.0))
+    assert fair["RQ4"] == "no difference" and not {"supported", "contradicted"} & set(fair.values())
+    trap = words_of_the_factorial(rates(adamw=1.0, muon=1.0))
+    assert trap["RQ4"] == "supported"
+    found = contest.judge_rates(contest.rate_contrasts(by_embedding_alone(contest.one_rate_study(rates(8.0, 2.0)))))
+    words = {finding.id: finding.word for finding in found}
+    assert words["C1 gain, one rate"] == "supported" and words["C1 gain, two rates"] == "no difference"
+
+
+def test_losses_by_document_are_those_of_the_record(tmp_path):
+    """Saved weights scored again give every run's own bits per byte, and the text's error widens the interval."""
+    from kimi_nb.evals import decide_with_text, score_documents, scored_documents
+    from kimi_nb.runner import run_studies
+    from kimi_nb.stats import compare, decide
+
+    store = Store(tmp_path)
+    arms = [Arm("base", {}), Arm("fast", {"train.lr": 4e-3})]
+    study = Study(name="toy", base=tiny_run(), arms=arms, baseline="base", seeds=(0, 1), margin=0.02)
+    run_studies([study], store, executor="inprocess", progress=False)
+    assert score_documents(store, "toy") == 4 and score_documents(store, "toy") == 0
+    scores, frame = scored_documents(store, "toy"), store.frame("toy")
+    sums = scores.groupby(["arm", "seed"])[["nats", "bytes"]].sum()
+    again = sums["nats"] / sums["bytes"] / np.log(2)
+    assert np.allclose(again, frame.set_index(["arm", "seed"])["test_bpb"].loc[again.index], atol=1e-5)
+    row = compare(frame, "test_bpb", "base", margin=0.02).iloc[0].to_dict()
+    plain, both = decide(row), decide_with_text(row, scores)
+    assert both.ci_high - both.ci_low > 0 and "another sample of text as well" in " ".join(both.caveats)
+    assert both.df > plain.df and "not another sample of text" in " ".join(plain.caveats)
