@@ -30,4 +30,7 @@ __getattr__, __dir__, __all__ = lazily(
     documents="""
         by_document decide_with_text document_losses score_documents scored_documents scores_file
     """,
+    recall="""
+        Recall learn_recall recall_accuracy recall_batch
+    """,
 )

@@ -161,7 +161,7 @@ def calibration_figure(
     ax.set_yticks(range(len(tests)), tests)
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper right")
     ax.set_xlabel(
         "studies without a difference that are called significant (%)\n"
         "bar: 99% interval of the simulation; dashed: declared rate; dotted: what is allowed"

@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazily(
         survivors word_for
     """,
     comparison="""
-        LOST Rule TESTS compare family_statistics paired words_of
+        LOST Rule TESTS compare family_statistics paired with_words
     """,
     claims="""
         WHOLE analysed claim comparisons to_target with_late with_targets

@@ -141,7 +141,7 @@ def _wrong_factorial(spread, n_seeds, n_sim, rng, alpha):
     main = found.orders == 1
     wrong = {}
     for i, name in enumerate(spread.names):
-        wrong[f"main effect of {name}"] = (found.p[:, i] < alpha, f"t over seeds, {df} degrees of freedom")
+        wrong[f"main effect of {name}"] = (found.p[:, i] < alpha, "t over seeds")
     wrong["main effects, Holm"] = (any_by_holm(found.p[:, main], alpha), "any of them")
     wrong["interactions, Holm"] = (any_by_holm(found.p[:, ~main], alpha), "any of them")
     worst = int(np.argmax(spread.factor_sd))

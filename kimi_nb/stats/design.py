@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .comparison import Rule, compare, family_statistics, words_of
+from .comparison import Rule, compare, family_statistics, with_words
 from .inference import StatsError, adjust, seeds_needed, t_interval, t_pvalue, tost_pvalue
 
 # %% ../../nbs/stats/06_design.ipynb #259c9135
@@ -307,7 +307,7 @@ def factorial(
 def _judged(rows, rule, family=None):
     "The rows with the family's statistics and the word on the claim that each is an improvement."
     out = family_statistics(rows, rule.alpha, rule.correction, family)
-    return out.assign(verdict=words_of(out, Rule(margin=rule.margin)))
+    return with_words(out, Rule(margin=rule.margin))
 
 # %% ../../nbs/stats/06_design.ipynb #ee0679ae
 def _parts(levels):

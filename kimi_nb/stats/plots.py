@@ -355,7 +355,8 @@ def _beside(ax, row, y, digits):
     "Number, p value, runs and word at the side; where there is no interval, why."
     text = f"{row['diff']:+.{digits}f}  ".replace("-", "−") if np.isfinite(row["diff"]) else ""
     if np.isfinite(row["ci_low"]):
-        text += f"{p_words(row.get('p_adj', row.get('p')))}  n = {int(row['n'])}  {row.get('verdict', '')}"
+        word = row.get("in_words") or row.get("verdict", "")
+        text += f"{p_words(row.get('p_adj', row.get('p')))}  n = {int(row['n'])}  {word}"
     else:
         box = dict(facecolor="white", lw=0, pad=1)
         at = dict(xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#555555", zorder=6, bbox=box)
