@@ -1356,6 +1356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kimi_nb.lab.svg._Block.changed': ('lab/svg.html#_block.changed', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._Block.feed_forward': ('lab/svg.html#_block.feed_forward', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._Block.norm': ('lab/svg.html#_block.norm', 'kimi_nb/lab/svg.py'),
+                                 'kimi_nb.lab.svg._Block.residual': ('lab/svg.html#_block.residual', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._Column': ('lab/svg.html#_column', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._Column.__init__': ('lab/svg.html#_column.__init__', 'kimi_nb/lab/svg.py'),
                                  'kimi_nb.lab.svg._Column.arrow': ('lab/svg.html#_column.arrow', 'kimi_nb/lab/svg.py'),

@@ -154,11 +154,11 @@ class _OfKDA(Attention):
         "Lines for a diagram."
         H, K = linear_sizes(config)
         a = config.attention
-        bound = "" if a.decay_bound is None else f", at least e^{a.decay_bound:g}"
+        bound = "" if a.decay_bound is None else f", decays over e^{a.decay_bound:g}"
         return [
-            f"KDA: {H} heads × {K}, a decay per channel{bound}",
-            f"kept: a state of {K} × {K} a head, no cache that grows",
-            f"convolution over {a.conv_kernel}, output gate",
+            f"KDA: {H} heads × {K}, a decay per channel",
+            f"kept: a state of {K} × {K} a head, for any length",
+            f"convolution over {a.conv_kernel}, output gate{bound}",
         ]
 
 # %% ../../nbs/model/34_kda.ipynb #d5af80ab
