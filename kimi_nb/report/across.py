@@ -425,7 +425,13 @@ def sizes_figure(
         heights = [len(terms) - 1 - terms.index(term) + shift for term in rows.index]
         bars = [rows["diff"] - rows["ci_low"], rows["ci_high"] - rows["diff"]]
         look = dict(fmt=MARKERS[i % len(MARKERS)], color=COLORS[i % len(COLORS)], ms=7, lw=2.5)
-        ax.errorbar(rows["diff"], heights, xerr=bars, label=f"{name} ({int(rows['n'].iloc[0])} runs)", **look)
+        ax.errorbar(
+            rows["diff"],
+            heights,
+            xerr=bars,
+            label=f"{name} ({int(rows['n'].iloc[0])} {rows['n_unit'].iloc[0]})",
+            **look,
+        )
     ax.axvline(0, color="#222222", lw=1.2, zorder=1)
     labels = [f"{LEVELS[term][1]} instead\nof {LEVELS[term][0]}" for term in terms]
     ax.set_yticks(range(len(terms) - 1, -1, -1), labels)
@@ -530,6 +536,11 @@ def _ran(e, phases):
     return [phase for phase in phases if phase in e.outcomes]
 
 
+def _at_both(claims):
+    "Claims that more than one size has judged."
+    return [claim for claim in claims if claim.agree not in ("one tested", "not tested")]
+
+
 def sizes_section(
     sizes: list[Evidence],
     drawn=None,  # of `draw_sizes`
@@ -557,7 +568,7 @@ def sizes_section(
         lines=claims_words(claims, names),
         changes=changes,
         not_size=[key for key in apart if key.startswith("data.") or key in _NOT_SIZE],
-        tables=[claims_table(own, names) for own in by_phase.values() if own],
+        tables=[claims_table(own, names) for own in map(_at_both, by_phase.values()) if own],
         listed=listed,
     )
 

@@ -108,6 +108,11 @@ class Ran:
             self._frames[study] = None if frame is None or frame.empty else frame
         return self._frames[study]
 
+    @property
+    def tuned(self) -> bool:
+        "Whether there are rounds of tuning."
+        return any(name.startswith("tuning") for name in self.studies)
+
     def tuning(self):
         "The runs of all rounds of tuning; None where nothing was tuned."
         rounds = [self.frame(name) for name in self.studies if name.startswith("tuning")]

@@ -224,7 +224,7 @@ def inline(
 ROOM, WIDE_ROOM = 463.0, 711.0  # points between the margins of a page, and of one on its side
 SMALLEST = 7.0  # letters of a table; one that would need smaller ones has a page on its side
 _PADDING = 8.5  # points of a column besides its text
-_LONG = 40  # letters from which a cell is a sentence and may be broken
+_LONG, _NAME = 40, 12  # letters from which a cell is a sentence and may be broken, and from which an id may
 
 
 def _columns_in_ems(table, lines):
@@ -234,7 +234,7 @@ def _columns_in_ems(table, lines):
         longest = max((len(str(row[j])) for row in table.rows), default=0)
         word = max(map(len, head.split()), default=1)
         need = max(word, math.ceil(1.1 * len(head) / lines))
-        if longest > _LONG and not right:
+        if not right and (longest > _LONG or (str(head) == "Id" and longest > _NAME)):
             widths.append((0.48 * min(need, 34), longest))
         else:
             widths.append((max((0.47 if right else 0.5) * longest, 0.53 * need), 0))
@@ -251,7 +251,7 @@ def _table_layout(table, room=ROOM):
     if size < 5.5:  # more than a page can hold: Typst breaks what it must
         return 5.5, ["auto"] * len(widths), [False] * len(widths)
     size = min(8.5, size)
-    columns = [f"{letters}fr" if letters else f"{ems * size + _PADDING:.1f}pt" for ems, letters in widths]
+    columns = [f"{letters**0.5:.1f}fr" if letters else f"{ems * size + _PADDING:.1f}pt" for ems, letters in widths]
     return size, columns, [not letters for _, letters in widths]
 
 # %% ../../nbs/report/02_forms.ipynb #96611f33

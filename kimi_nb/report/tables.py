@@ -19,7 +19,7 @@ import pandas as pd
 
 from .document import Figure, Marked, TableBlock
 from .evidence import Evidence
-from .parts import MARGIN, cell_in_words, fairness_in_words, parts_rows
+from .parts import MARGIN, PART_NAMES, fairness_in_words, parts_rows
 from kimi_nb.stats import (
     against_best,
     amount,
@@ -31,7 +31,7 @@ from kimi_nb.stats import (
     p_words,
     to_target,
 )
-from ..study import FigureAbout, Finding, Outcome, metric_info
+from ..study import FigureAbout, Finding, Outcome, cell_factors, metric_info
 
 # %% ../../nbs/report/04_tables.ipynb #a3fa964c
 def measured(
@@ -242,16 +242,18 @@ def cells_table(
     ranked = against_best(frame, "test_bpb", margin=MARGIN)
     cells = []
     for row in ranked.to_dict("records"):
-        numbers = [measured(float(row["mean"]), "test_bpb"), "—", "—", "—", "—"]
+        numbers = [measured(float(row["mean"]), "test_bpb"), "—", "—", "—"]
         if row["arm"] != ranked["arm"].iloc[0]:
-            tested = [interval(row, "test_bpb"), chance(row["p_adj"]), chance(row["p_hsu"])]
+            tested = [interval(row, "test_bpb"), chance(row["p_hsu"])]
             numbers = [numbers[0], measured(row["diff"], "test_bpb"), *tested]
-        cells.append([cell_in_words(row["arm"]), *numbers, row["in_words"]])
+        on = cell_factors(row["arm"])
+        name = " + ".join(PART_NAMES[factor] for factor in on) if on else "baseline"
+        cells.append([name, *numbers, row["in_words"]])
     caption = (
-        f"The cells of the factorial from the best to the worst, each against the best, paired by seed; p after "
-        f"Bonferroni over {len(ranked) - 1} comparisons and after Hsu, size against ±{MARGIN:g}."
+        f"The {len(ranked)} cells of the factorial from the best to the worst, each against the best, paired by seed; "
+        f"p of being worse than the best after Hsu, words after Bonferroni and against ±{MARGIN:g}."
     )
-    head = ["Cell", "Mean (bits/byte)", "Difference", "95% interval", "p", "p (Hsu)", "In words"]
+    head = ["Cell", "Mean (bits/byte)", "Difference", "95% interval", "p (Hsu)", "In words"]
     return TableBlock(caption, head, cells, id="cells")
 
 
@@ -475,22 +477,26 @@ def size_table(
 def tuning_table(
     e: Evidence,
 ) -> TableBlock | None:
-    "The learning rates tried for each optimizer and the one it kept; None where nothing was tuned."
-    tune = e.tuning()
+    "The rates tried in each search and where the loss was least; None where nothing was tuned."
+    tune, factor = e.tuning(), "train.optimizer.embed_lr_scale"
     if tune is None or not {"val_loss", "train.optimizer.name"} <= set(tune):
         return None
-    done, rows = tune[(tune["status"] == "done") & tune["val_loss"].notna()], []
-    for name, trials in done.groupby("train.optimizer.name", sort=False):
-        rates = sorted(tune.loc[tune["train.optimizer.name"] == name, "train.lr"].unique())
-        means = trials.groupby("train.lr")["val_loss"].mean()
-        kept, loss = f"{means.idxmin():g}", measured(float(means.min()), "val_loss")
-        rows.append([name, ", ".join(f"{rate:g}" for rate in rates), len(trials), kept, loss])
-    return TableBlock(
-        "Learning rates: the grid of each optimizer and the rate it kept.",
-        ["Optimizer", "Rates tried", "Trials", "Kept", "Validation loss (nats/token)"],
-        rows,
-        id="tuned",
+    tune = tune.assign(search=tune["arm"].str.split(" ").str[0], factor=tune.get(factor, 1.0))
+    rows = []
+    for name, trials in tune.groupby("search", sort=False):
+        done = trials[(trials["status"] == "done") & trials["val_loss"].notna()]
+        if done.empty:
+            continue
+        means = done.groupby(["train.lr", "factor"])["val_loss"].mean()
+        tried = [", ".join(f"{v:g}" for v in sorted(trials[column].unique())) for column in ("train.lr", "factor")]
+        kept = " × ".join(f"{value:g}" for value in means.idxmin())
+        rows.append([name, *tried, len(done), kept, measured(float(means.min()), "val_loss")])
+    caption = (
+        "The searches: rates of the matrices, factors of the embedding's rate, and where the mean validation loss was "
+        "least (rate × factor); one rate for everything is the factor 1."
     )
+    head = ["Search", "Rates tried", "Factors tried", "Runs", "Least at", "Loss (nats/token)"]
+    return TableBlock(caption, head, rows, id="tuned")
 
 # %% ../../nbs/report/04_tables.ipynb #b309a21b
 def _scores(e, frame):
