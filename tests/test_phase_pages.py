@@ -16,9 +16,9 @@ SHOWS = re.compile(
 
 
 def cells_of(path: Path) -> list[dict]:
-    """Cells with their source as one text."""
+    """Cells with their source as one text, without the line that says when nbdev tests them."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [c | {"source": "".join(c["source"])} for c in cells]
+    return [c | {"source": "".join(c["source"]).removeprefix("#| slow\n")} for c in cells]
 
 
 def hidden(cell: dict) -> bool:
