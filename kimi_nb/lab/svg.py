@@ -402,12 +402,12 @@ class _Block(_Column):
         changed = self.changed("model.attention", "model.n_heads", "model.position")
         self.box(280, attention_words(self.model), changed)
 
-    def residual(self, top):
-        "What the residual says of itself, in a corner of the layers' frame; a sum says nothing."
+    def residual(self, y):
+        "What the residual says of itself, at the bottom of the layers' frame; a sum says nothing."
         from kimi_nb.model import RESIDUALS
 
         said = ", ".join(RESIDUALS[self.model.residual.kind].words(self.model))
-        self.parts.append(svg_text(26, top + 15, said, 9.5, cls="soft"))
+        self.parts.append(svg_text(26, y, said, 10.5, cls="soft"))
 
     def feed_forward(self):
         from kimi_nb.model import FEED_FORWARDS
@@ -438,7 +438,7 @@ def _layers(block):
     place = dict(x=20, y=top, width=360, height=block.y - top + 6, rx=9)
     block.parts.append(tag("rect", **place, fill="none", stroke=edge, stroke_width=1.5, stroke_dasharray="5 4"))
     block.parts.append(svg_text(374, top + 15, f"× {model.n_layers}", 13, "end", font_weight=600))
-    block.residual(top)
+    block.residual(block.y - 2)
     if model.ffn.kind == "moe" and model.first_dense_layers:
         dense = "layer" if model.first_dense_layers == 1 else f"{model.first_dense_layers} layers"
         block.parts.append(svg_text(374, block.y - 2, f"first {dense} dense", 10.5, "end", cls="soft"))
