@@ -486,7 +486,7 @@ def test_an_empty_folder_is_refused_in_a_line(tmp_path):
 
 @pytest.mark.slow
 def test_the_published_records_give_a_whole_paper(tmp_path):
-    """Body of twenty pages or more, twelve to twenty slides, in well under three minutes, without training."""
+    """Body of twenty pages or more, twelve to twenty slides, in less than two minutes of work, without training."""
     import time
 
     from kimi_nb.plan import published, published_profiles
@@ -494,10 +494,10 @@ def test_the_published_records_give_a_whole_paper(tmp_path):
     if "quick" not in published_profiles():
         pytest.skip("no published reference run of profile quick")
     *smaller, strongest = published_profiles()
-    start, store = time.perf_counter(), published(strongest)
+    start, store = time.process_time(), published(strongest)
     more = [published(p) for p in smaller]
     write_report(store, tmp_path, say=lambda line: None, perhaps=more)
-    assert time.perf_counter() - start < 120
+    assert time.process_time() - start < 100  # of the processor: other work on the machine does not count
     e = Evidence(store)
     also = others(e, more, strict=False)
     doc = build_paper(e, also)
