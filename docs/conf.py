@@ -504,7 +504,7 @@ def on_paper(notebook: dict) -> None:
     fold(notebook)
     how = "On this page it is a film. `make lab`, or `kimi-nb lab` in any folder, opens the workbench itself."
     first = notebook["cells"][0]
-    first["source"] = re.sub(r"^Run the cell below.*$", how, "".join(first["source"]), flags=re.M)
+    first["source"] = re.sub(r"^.*[Rr]un the cell below.*$", how, "".join(first["source"]), flags=re.M)
     if (REPO / "figures" / "workbench.gif").is_file():
         words = "Two parts are switched on, the runs that are there already are judged, compared and found in the plan"
         notebook["cells"].insert(1, pages.markdown_cell("film", f"![{words}](../figures/workbench.gif)"))

@@ -432,6 +432,7 @@ def test_a_result_page_opens_with_its_answer(page, address):
     assert "have been edited since" not in page.locator("article").inner_text() and page.wrong == []
 
 
+@pytest.mark.slow
 def test_a_slow_page_costs_its_results_and_not_the_site(conf, monkeypatch, tmp_path):
     """A cell over the limit leaves a note and what came before it; an error in a cell is still an error."""
     conf["executed"].__globals__["LIMIT"] = 2
