@@ -430,9 +430,11 @@ def _imports(source, module):
 def _homes(name, names, root):
     "The files of the package that define what is imported from a module or a wing."
     path = root.joinpath(*name.split("."))
+    if name.split(".")[0] != "kimi_nb":  # an installed package stands among all the others
+        return set()
     if path.with_suffix(".py").is_file():
         return {path.with_suffix(".py")}
-    if not (path / "__init__.py").is_file() or name.split(".")[0] != "kimi_nb":
+    if not (path / "__init__.py").is_file():
         return set()
     found = set()
     for wanted in names:
