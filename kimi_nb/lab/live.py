@@ -221,8 +221,9 @@ def curves_html(
     charts = [
         _loss_chart(run, seen, behind or {}, log),
         _noisy_chart(run, "gradient norm", *seen.get("grad_norm"), 0),
-        _speed_chart(run, seen),
     ]
+    if seen.get("seconds")[0] or not seen.columns:  # a record that was published has no times of steps
+        charts.append(_speed_chart(run, seen))
     if seen.load:
         charts.append(load_svg(seen.load))
     for name, title, color in _SOMETIMES:

@@ -352,7 +352,7 @@ def legend_html(
     rows = []
     for color, line in enumerate(lines):
         swatch = tag("span", cls="swatch", style=f"background:{hue(color)}")
-        count = f"mean of {len(line.members)} seeds" if len(line.members) > 1 else tag("code", line.run_id)
+        count = f"mean of {len(line.members)} runs" if len(line.members) > 1 else tag("code", line.run_id)
         rows.append(tag("div", swatch, tag("b", line.name), " ", tag("span", count, cls="soft")))
     return together(rows)
 
