@@ -37,12 +37,12 @@ __getattr__, __dir__, __all__ = lazily(
     search="""
         Search Tried held_search read_search search_text
     """,
+    completion="""
+        SCRIPTS Words add_completion bash_script cmd_completion command_words every_command
+        fish_script zsh_script
+    """,
     gate="""
         STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
         read_values search_lines
-    """,
-    completion="""
-        SCRIPTS Words add_completion bash_script cmd_completion every_command fish_script words_of
-        zsh_script
     """,
 )

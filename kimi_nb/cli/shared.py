@@ -14,7 +14,7 @@ import shutil
 import sys
 
 from ..config import PRESETS, ConfigError, KimiError, RunConfig, load_profile, near
-from ..lab import said, setting_help, settings_of, typed_value
+from ..lab import setting_help, setting_name, settings_of, typed_value
 
 # %% ../../nbs/cli/01_shared.ipynb #33c6d7f1
 class Parser(argparse.ArgumentParser):
@@ -102,7 +102,7 @@ _METAVARS = {"int": "N", "float": "X", "list": "LIST", "bool": "BOOL", "text": "
 
 def _help_of(setting, text):
     "A setting in words, what it may be, what it is where nobody says."
-    told = "; ".join(filter(None, (said(setting.path), text)))
+    told = "; ".join(filter(None, (setting_name(setting.path), text)))
     return f"{told} (default: {typed_value(setting.default)})"
 
 

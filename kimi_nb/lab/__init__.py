@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
         block_svg chart_svg load_svg nice_ticks svg_drawing svg_text thin_points
     """,
     parts="""
-        Names Part SAID SPELLED component_settings has_part measured_profile parts_of put_off put_on
-        run_name run_of runs_like said spelled without_parts
+        Names Part SAID SPELLED component_name component_settings has_part measured_profile parts_of
+        put_off put_on run_name run_of runs_like setting_name without_parts
     """,
     picker="""
         PickedRun Picker SUGGESTED Switches arms_html cost_html cost_rows elsewhere_html factors_of

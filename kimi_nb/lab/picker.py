@@ -25,7 +25,7 @@ from kimi_nb.lab.choices import (
     why_not,
 )
 from .markup import View, error_html, page, style_sheet, table_of, tag
-from .parts import has_part, parts_of, put_off, put_on, said, spelled
+from .parts import component_name, has_part, parts_of, put_off, put_on, setting_name
 from .svg import block_svg
 from ..stats import amount, duration, number, percent
 from ..study import Study, metric_info
@@ -117,7 +117,9 @@ class _Row:
         self.setting, self.chosen = setting, chosen
         self.buttons, self.error, self.typed, self.quiet = {}, "", None, False
         about = "; ".join(filter(None, (setting.range, setting.help)))
-        self.name = W.HTML(tag("span", said(setting.path), title=f"{setting.path}: {about}")).add_class("knb-name")
+        self.name = W.HTML(tag("span", setting_name(setting.path), title=f"{setting.path}: {about}")).add_class(
+            "knb-name"
+        )
         self.note = W.HTML().add_class("knb-note")
         make = {"choice": self._make_buttons, "bool": self._make_tick}.get(setting.kind, self._make_field)
         self.control = make(W)
@@ -464,7 +466,9 @@ class Switches:
                 button.value = has_part(run, part)
                 reason = "" if button.value else _why_no_part(run, part)
                 button.disabled = bool(reason)
-                button.tooltip = reason or f"{said(part.path)}: {part.name} instead of {spelled(own[part.path])}"
+                button.tooltip = (
+                    reason or f"{setting_name(part.path)}: {part.name} instead of {component_name(own[part.path])}"
+                )
 
 # %% ../../nbs/lab/05_picker.ipynb #828493ad
 def _starts():
@@ -567,7 +571,7 @@ class Picker(_CountedRun):
     def _show_only(self, words):
         "Hide the rows in whose names and help the words are not."
         for row in self._rows.values():
-            found = words in f"{said(row.setting.path)} {row.setting.path} {row.setting.help}".lower()
+            found = words in f"{setting_name(row.setting.path)} {row.setting.path} {row.setting.help}".lower()
             row.box.layout.display = "" if found else "none"
         if words:
             self._fold.selected_index = 0

@@ -18,7 +18,7 @@ from ..config import load_profile
 from .choices import settings_of, typed_value
 from .live import arm_curve
 from .markup import View, error_html, hue, page, style_sheet, table_of, table_row, tag, together
-from .parts import Names, said
+from .parts import Names, setting_name
 from .picker import elsewhere_html, keeping_quiet
 from .svg import chart_svg
 from ..runner import TUNING_SEEDS
@@ -374,7 +374,7 @@ def _side_by_side(table, names):
     for kind, part in table.groupby("kind", sort=False):
         rows.append(_heading("settings that differ" if kind == "setting" else "results", len(runs) + 1))
         for row in part.to_dict("records"):
-            words = said(row["what"]) if kind == "setting" else _metric_words(row["what"])
+            words = setting_name(row["what"]) if kind == "setting" else _metric_words(row["what"])
             name = tag("span", words, title=row["what"])
             rows.append(table_row([name, *(row[run] for run in runs)], kinds))
     titles = [tag("span", name, title=run) for run, name in zip(runs, names)]
