@@ -342,7 +342,7 @@ def with_results(notebook: dict, name: str) -> None:
     if executed is None:
         title = "No results here"
         note = f"No reference run of the profile `{PROFILE}` is published for this phase: "
-        note += f"run `kimi-nb plan --profile {PROFILE}` to see its results."
+        note += f"run `kimi-nb plan --profile {PROFILE} --only {name.partition('_')[2]}` to see its results."
     else:
         title, note = "Results of the published reference run", where_from(about)
         changed = restore(notebook, json.loads(executed))
