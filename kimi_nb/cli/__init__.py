@@ -38,8 +38,8 @@ __getattr__, __dir__, __all__ = lazily(
         Search Tried held_search read_search search_text
     """,
     completion="""
-        SCRIPTS Words add_completion bash_script cmd_completion command_words every_command
-        fish_script zsh_script
+        SCRIPTS Words add_completion bash_script cmd_completion every_command fish_script
+        what_follows zsh_script
     """,
     gate="""
         STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
