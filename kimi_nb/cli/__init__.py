@@ -34,12 +34,12 @@ __getattr__, __dir__, __all__ = lazily(
         add_judge add_noise add_reading cmd_judge cmd_noise margins_of named_settings noise_frame
         noise_json number_above_zero roles_of trained
     """,
-    search="""
-        Search Tried held_search read_search search_text
-    """,
     completion="""
         SCRIPTS Words add_completion bash_script cmd_completion every_command fish_script
         what_follows zsh_script
+    """,
+    search="""
+        Search Tried held_search read_search search_text
     """,
     gate="""
         STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
