@@ -7,8 +7,9 @@ __getattr__, __dir__, __all__ = lazily(
     parts="""
         LEVEL_NAMES MARGIN PARTS_HEADS PART_CHANGES PART_COSTS PART_NAMES PartSeen RATES
         agreement_line answer_lines best_cell best_line budget_line cell_in_words crossed_runs
-        effect_in_numbers effects_inside fairness_in_words part_effects part_in_words parts_line
-        parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs size_in_words sizes
+        effect_in_numbers fairness_in_words inside_each_optimizer part_effects part_in_words
+        parts_line parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs
+        size_in_words sizes
     """,
     document="""
         DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text as_text blocks_of
@@ -32,7 +33,7 @@ __getattr__, __dir__, __all__ = lazily(
         tally together_words turned
     """,
     across="""
-        Claim DECIDED TESTED agreement at_size changes_words claim_name claims_at claims_markdown
+        ANSWERING Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown
         claims_of claims_table claims_words compared counts_words draw_sizes effect_changes
         effect_text how_large main_figures names_of others settings_apart shared_phases
         sizes_appendix sizes_figure sizes_section sizes_words what_ran

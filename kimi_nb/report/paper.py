@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from ..plan import headline
 from kimi_nb.report.across import (
-    DECIDED,
+    ANSWERING,
     at_size,
     compared,
     counts_words,
@@ -228,7 +228,7 @@ def body_phases(
 
     def tells(phase):
         own = e.about[phase].order >= 99
-        return own or any(finding.word in DECIDED for finding in own_findings(e, phase))
+        return own or any(finding.word in ANSWERING for finding in own_findings(e, phase))
 
     there = [phase for phase in e.phases if phase in e.outcomes]
     told = [phase for phase in there if tells(phase)] or there

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'PART_CHANGES', 'PART_COSTS', 'MARGIN', 'LEVEL_NAMES', 'PARTS_HEADS', 'RATES', 'crossed_runs',
-           'part_effects', 'effects_inside', 'PartSeen', 'parts_seen', 'part_in_words', 'size_in_words',
+           'part_effects', 'inside_each_optimizer', 'PartSeen', 'parts_seen', 'part_in_words', 'size_in_words',
            'effect_in_numbers', 'parts_rows', 'parts_markdown', 'fairness_in_words', 'parts_line', 'agreement_line',
            'best_cell', 'cell_in_words', 'best_line', 'budget_line', 'rates_line', 'answer_lines', 'rates_runs',
            'rates_figure', 'sizes']
@@ -141,7 +141,7 @@ def _decided(row, factor):
     return decide(row, f"{PART_CHANGES[factor]} makes the model better.", id=factor, margin=MARGIN)
 
 
-def effects_inside(
+def inside_each_optimizer(
     store: Store,  # with the study `combined`
     metric: str = "test_bpb",
     inside: str = "optimizer",  # the factor whose levels are looked into
@@ -172,7 +172,7 @@ def parts_seen(
     store: Store,  # with the study `combined`
 ) -> list[PartSeen]:
     "Every part with its average effect and those inside the optimizers."
-    inside, found = effects_inside(store), []
+    inside, found = inside_each_optimizer(store), []
     for row in part_effects(store).to_dict("records"):
         factor = row["term"]
         found.append(PartSeen(factor, row["part"], _decided(row, factor), inside.get(factor, {}), row))
