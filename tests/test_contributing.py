@@ -170,7 +170,9 @@ def test_commands_in_the_documents_are_commands():
         if path.suffix == ".ipynb":
             text = "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
         for block in (m[3] for m in BLOCK.finditer(text) if m[1] in ("sh", "yaml") and not m[2]):
-            for found in re.finditer(r"(?<![\w/-])(?:\.venv/bin/)?kimi-nb ((?:\"[^\"]*\"|[^#\n&|;\"])+)", block):
+            for found in re.finditer(
+                r"(?<![\w/-])(?:\.venv/bin/)?kimi-nb ((?:\"[^\"]*\"|[^#\n&|;\"])+)", block.replace("\\\n", " ")
+            ):
                 if (
                     found[1].strip().startswith("#")
                     or "image:" in block[block.rfind("\n", 0, found.start()) + 1 : found.start()]

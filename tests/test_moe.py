@@ -253,6 +253,7 @@ CHANGES = {
     "aux_loss_weight": 0.5,
     "seq_loss_weight": 0.5,
     "bias_update_speed": 0.01,
+    "latent_dim": 8,
 }
 
 

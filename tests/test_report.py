@@ -39,6 +39,7 @@ from kimi_nb.study import WORDS, Arm, Finding, Record, Store, Study, record_outc
 
 REPO = Path(__file__).resolve().parents[1]
 
+SEEDS = load_profile("quick").n_seeds("combined")
 EFFECTS = dict(attention=0.10, norm=-0.06, routing=0.0, optimizer=-0.40)
 
 
@@ -202,7 +203,9 @@ def test_steps_to_target_say_what_they_leave_out(tmp_path):
         Evidence(factorial_results(tmp_path / "a", EFFECTS | dict(optimizer=-2.0))), "combined", ("steps_to_target",)
     )
     cells = {row[0]: row[-1] for row in table.rows}
-    assert cells["MLA"] == "≥ 300 (0 of 3)" and cells["Muon"] == "≤ 100" and "of 3)" not in cells["RMSNorm"]
+    assert (
+        cells["MLA"] == f"≥ 300 (0 of {SEEDS})" and cells["Muon"] == "≤ 100" and f"of {SEEDS})" not in cells["RMSNorm"]
+    )
     assert "counts with its whole length, here and in the comparisons" in table.caption and "is a bound" in table.note
 
 
@@ -225,7 +228,9 @@ def test_runs_that_were_lost_are_listed(tmp_path):
     """A diverged run is in the negative results and not counted as finished."""
     store = factorial_results(tmp_path / "a", EFFECTS, status={("all", 1): "diverged"})
     whole = words_of(store)[2]
-    assert "We train 47 models" in whole and re.search(r"Of 48 runs 1 diverged: `[0-9a-f]{12}` \(diverged\)", whole)
+    assert f"We train {16 * SEEDS - 1} models" in whole and re.search(
+        rf"Of {16 * SEEDS} runs 1 diverged: `[0-9a-f]{{12}}` \(diverged\)", whole
+    )
     assert any("One run did not finish" in s.text for s in build_slides(Evidence(store), {}))
 
 
@@ -264,7 +269,7 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
         re.search(r"## .*\d+ Toy\n", text)
         and "| toy | " in text
         and "A run takes 0 to 120 steps of " in text
-        and re.search(r"We train 52 models of .*? \(and leave two untrained, as a floor\)", text)
+        and re.search(rf"We train {16 * SEEDS + 4} models of .*? \(and leave two untrained, as a floor\)", text)
         and all(f.stat().st_size > 1000 for f in files)
     )
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
@@ -394,7 +399,7 @@ def test_another_size_is_said_as_it_is(tmp_path, invented):
         and "{sec:sizes}" not in conclusion
     )
     runs = whole.split("Runs at other sizes\n")[1]
-    assert "| MLA + RMSNorm + noaux_tc + Muon | 3 |" in runs and not any(
+    assert f"| MLA + RMSNorm + noaux_tc + Muon | {SEEDS} |" in runs and not any(
         r.run_id in runs for r in other.records()
     )  # a summary, no run by run
     assert "At a larger size" not in words_of(invented)[2]

@@ -36,7 +36,10 @@ def nanogpt_equal(
     changes |= {
         "model.position.kind": "learned",
         "model.attention.kind": "mha",
+        "model.attention.pattern": None,
+        "model.attention.output_gate": False,
         "model.attention.qk_norm": False,
+        "model.residual.kind": "sum",
         "model.ffn.kind": "dense",
         "model.ffn.activation": "gelu",
         "model.first_dense_layers": 0,
