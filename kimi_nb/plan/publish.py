@@ -48,7 +48,7 @@ from kimi_nb.study import (
 )
 
 # %% ../../nbs/plan/03_publish.ipynb #3b05c2c7
-LIMIT = 8_000_000  # bytes of a whole bundle
+LIMIT = 10_000_000  # bytes of a whole bundle
 COLOURS = 128  # of a published picture
 
 
@@ -299,7 +299,7 @@ def bundle(
     stale: bool = False,  # as in `check_finished`
     only=(),  # phases; none is all
 ) -> dict[str, bytes]:  # path below the checkout -> content; the same bytes for the same folder
-    "Every file of a bundle.  Raises: PublishError as `check_finished`, or where the bundle is larger than 8 MB."
+    "Every file of a bundle.  Raises: PublishError as `check_finished`, or where the bundle is larger than 10 MB."
     outcomes, folder, base = check_finished(store, profile, stale, only), Path(store.path), f"data/records/{profile}"
     records, files, kept = records_of(store, only), {}, set()
     for phase, outcome in outcomes.items():
