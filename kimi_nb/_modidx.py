@@ -1326,6 +1326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'kimi_nb/lab/pinboard.py'),
                                       'kimi_nb.lab.pinboard._setting_words': ( 'lab/pinboard.html#_setting_words',
                                                                                'kimi_nb/lab/pinboard.py'),
+                                      'kimi_nb.lab.pinboard._settled': ('lab/pinboard.html#_settled', 'kimi_nb/lab/pinboard.py'),
                                       'kimi_nb.lab.pinboard._side_by_side': ('lab/pinboard.html#_side_by_side', 'kimi_nb/lab/pinboard.py'),
                                       'kimi_nb.lab.pinboard._table_head': ('lab/pinboard.html#_table_head', 'kimi_nb/lab/pinboard.py'),
                                       'kimi_nb.lab.pinboard._tested': ('lab/pinboard.html#_tested', 'kimi_nb/lab/pinboard.py'),

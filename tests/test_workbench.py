@@ -251,7 +251,7 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         verdict.wait_for()
         words = verdict.inner_text()
         assert words.startswith("MLA + Muon") and "the baseline" in words and "95% interval" in words
-        assert "seed by seed: " in words and verdict.get_attribute("data-seeds") == "3"
+        assert "seed by seed: " in words and verdict.get_attribute("data-seeds") == "5"
 
         # the chart says its values, and a stretch of it can be looked at closely
         open_tab(page, "Compare")

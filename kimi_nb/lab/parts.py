@@ -299,10 +299,13 @@ def run_of(
     row: dict,  # of `Store.frame`
 ) -> RunConfig | None:
     "The run of a row; None where today's settings do not allow it."
-    known, default = settings_of(), RunConfig()
-    flat = {path: _plain(row[path]) for path in known if path in row}
+    default = RunConfig()
+    usual = {path: _plain(value) for path, value in default.flat().items()}
+    flat = {path: _plain(row[path]) for path in settings_of() if path in row}
+    # a record from before there was a setting has none of it
+    flat = {path: value for path, value in flat.items() if value is not None or usual[path] is None}
     try:
-        return default.changed({path: value for path, value in flat.items() if value != _plain(default.flat()[path])})
+        return default.changed({path: value for path, value in flat.items() if value != usual[path]})
     except ConfigError:
         return None
 

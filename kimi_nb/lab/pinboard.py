@@ -54,6 +54,18 @@ def _same(value):
     return "null" if _missing(value) else json.dumps(value, default=str)
 
 
+def _settled(frame, column):
+    "A setting's words; a record from before there was the setting has its default."
+    default = settings_of()[column].default
+    whole = isinstance(default, int) and not isinstance(default, bool)  # a column with gaps holds them as floats
+
+    def words(value):
+        value = default if _missing(value) else value
+        return _same(int(value) if whole and isinstance(value, float) and value.is_integer() else value)
+
+    return frame[column].map(words)
+
+
 def _setting_words(value):
     "A value of the frame, in which an empty field is a missing number."
     return typed_value(None if _missing(value) else value)
@@ -63,14 +75,14 @@ def arm_keys(
     frame,  # of `Store.frame`
 ) -> pd.Series:
     "One word a run, the same for runs that differ in seed and repeat alone."
-    rows = frame[setting_columns(frame)].itertuples(index=False)
-    return pd.Series(["|".join(map(_same, row)) for row in rows], index=frame.index, dtype=object)
+    rows = pd.DataFrame({column: _settled(frame, column) for column in setting_columns(frame)}, index=frame.index)
+    return pd.Series(["|".join(row) for row in rows.itertuples(index=False)], index=frame.index, dtype=object)
 
 # %% ../../nbs/lab/07_pinboard.ipynb #0c9b12c6
 def _unusual(frame):
     "(setting, its values, where it is not what most have), for each setting that is not always the same."
     for column in setting_columns(frame):
-        words = frame[column].map(_same)
+        words = _settled(frame, column)
         if words.nunique() > 1:
             usual = words.value_counts().index[0]
             yield column, frame[column], words != usual

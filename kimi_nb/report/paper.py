@@ -535,7 +535,7 @@ def draw_own(
     "The figures that the paper draws itself: the parts inside each optimizer, and the trap."
     found, runs = {}, rates_runs(e.store)
     if e.parts:
-        found["parts"] = save(headline(e.store), Path(folder) / "combined-inside.svg")[1]
+        found["parts"] = save(headline(e.store), Path(folder) / "parts-inside.svg")[1]
     if len(runs):
         found["rates"] = save(rates_figure(runs), Path(folder) / "contest-rates.svg")[1]
     return found
@@ -548,7 +548,7 @@ def _parts_drawn(e, drawn):
         "Effect of each part on test bits per byte inside each optimizer, and of the optimizer itself on an axis of "
         f"its own; bars: 95% intervals. {e.seeds('combined')} an arm; {e.hardware}."
     )
-    return Figure([drawn], caption, id="combined-inside", alt="Effects of the parts inside each optimizer")
+    return Figure([drawn], caption, id="parts-inside", alt="Effects of the parts inside each optimizer")
 
 
 def _rates_drawn(e, rates):
