@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LATENT_NORM_EPS', 'PUBLISHED', 'HubError', 'later_parts', 'deepseek_obstacles', 'attention_settings',
            'deepseek_settings', 'moved_eps', 'exported_tensors', 'to_deepseek_v3', 'unlike', 'config_from_deepseek_v3',
-           'model_type_of', 'from_deepseek_v3']
+           'model_type_of', 'opened_model', 'with_weights_of', 'from_deepseek_v3']
 
 # %% ../../nbs/use/02_deepseek.ipynb #62cf9e5b
 import json
@@ -378,20 +378,45 @@ def model_type_of(
         raise HubError(f"{file} is not the configuration of a model: restore it") from None
 
 
-def _opened(folder):
-    "transformers' model of a folder.  Raises: HubError."
-    from transformers import DeepseekV3ForCausalLM
-
-    kind = model_type_of(folder)
-    if kind != "deepseek_v3":
+def opened_model(
+    folder: str | Path,  # holds config.json and weights
+    cls,  # of transformers, such as DeepseekV3ForCausalLM
+):
+    "transformers' model of a folder.  Raises: HubError for another architecture, or what cannot be read."
+    kind, wanted = model_type_of(folder), cls.config_class.model_type
+    if kind != wanted:
         raise HubError(
-            f"{folder} holds a model of type {kind!r}, not deepseek_v3: "
+            f"{folder} holds a model of type {kind!r}, not {wanted}: "
             "use load_pretrained for a folder that save_pretrained wrote"
         )
     try:
-        return DeepseekV3ForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        return cls.from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as e:
         raise HubError(f"{folder} cannot be read: {' '.join(str(e).split())[:200]}") from None
+
+
+def with_weights_of(
+    source,  # a causal model of transformers
+    config: ModelConfig,  # the same network in our words
+    shaped=lambda t, shape: t,  # how a tensor of theirs takes the shape of ours
+) -> KimiModel:
+    """A KimiModel with copied weights, of the source's dtype, device and mode.
+
+    Raises: HubError where a weight is missing, or not part of the network.
+    """
+    first = source.get_input_embeddings().weight
+    model = KimiModel(config, seed=None).to(first.device, first.dtype)
+    wanted, tensors = model.state_dict(), {}
+    for there, t in source.state_dict().items():
+        name = there.removeprefix("model.")
+        empty = ".shared_experts." in name and t.numel() == 0  # theirs always has one
+        if name in wanted or not empty:
+            tensors[name] = shaped(t.detach(), wanted[name].shape) if name in wanted else t.detach()
+    if wrong := sorted(wanted.keys() ^ tensors.keys()):
+        what = "missing" if wrong[0] in wanted else "not part of it"
+        raise HubError(f"the weights do not fit the configuration: {wrong[0]} is {what}")
+    model.load_state_dict(moved_eps(config, tensors, (config.norm.eps / LATENT_NORM_EPS) ** 0.5))
+    return model.train(source.training)
 
 
 def from_deepseek_v3(
@@ -402,17 +427,7 @@ def from_deepseek_v3(
     Raises: HubError for a model we have no words for, or a folder that holds none.
     """
     if isinstance(source, (str, Path)):
-        source = _opened(source)
-    config, first = config_from_deepseek_v3(source.config), source.get_input_embeddings().weight
-    model = KimiModel(config, seed=None).to(first.device, first.dtype)
-    wanted, tensors = model.state_dict(), {}
-    for there, t in source.state_dict().items():
-        name = there.removeprefix("model.")
-        empty = ".shared_experts." in name and t.numel() == 0  # theirs always has one
-        if name in wanted or not empty:
-            tensors[name] = t.detach()
-    if wrong := sorted(wanted.keys() ^ tensors.keys()):
-        what = "missing" if wrong[0] in wanted else "not part of it"
-        raise HubError(f"the weights do not fit the configuration: {wrong[0]} is {what}")
-    model.load_state_dict(moved_eps(config, tensors, (config.norm.eps / LATENT_NORM_EPS) ** 0.5))
-    return model.train(source.training)
+        from transformers import DeepseekV3ForCausalLM
+
+        source = opened_model(source, DeepseekV3ForCausalLM)
+    return with_weights_of(source, config_from_deepseek_v3(source.config))

@@ -15,14 +15,13 @@ from ..config import ConfigError, KimiError, ModelConfig
 from ..data import Tokenizer
 from ..model import KimiModel, expert_backend, linear_sizes
 from kimi_nb.use.deepseek import (
-    LATENT_NORM_EPS,
     HubError,
     attention_settings,
     exported_tensors,
     later_parts,
-    model_type_of,
-    moved_eps,
+    opened_model,
     unlike,
+    with_weights_of,
 )
 
 # %% ../../nbs/use/03_kimi_linear.ipynb #2d1b423f
@@ -246,22 +245,6 @@ def config_from_kimi_linear(
         raise HubError(f"this package cannot express the model: {e}") from None
 
 
-def _opened(folder):
-    "transformers' model of a folder.  Raises: HubError."
-    from transformers import KimiLinearForCausalLM
-
-    kind = model_type_of(folder)
-    if kind != "kimi_linear":
-        raise HubError(
-            f"{folder} holds a model of type {kind!r}, not kimi_linear: "
-            "use load_pretrained for a folder that save_pretrained wrote"
-        )
-    try:
-        return KimiLinearForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise HubError(f"{folder} cannot be read: {' '.join(str(e).split())[:200]}") from None
-
-
 def from_kimi_linear(
     source,  # transformers.KimiLinearForCausalLM, or a folder in its format
 ) -> KimiModel:
@@ -270,17 +253,7 @@ def from_kimi_linear(
     Raises: HubError for a model we have no words for, or a folder that holds none.
     """
     if isinstance(source, (str, Path)):
-        source = _opened(source)
-    config, first = config_from_kimi_linear(source.config), source.get_input_embeddings().weight
-    model = KimiModel(config, seed=None).to(first.device, first.dtype)
-    wanted, tensors = model.state_dict(), {}
-    for there, t in source.state_dict().items():
-        name = there.removeprefix("model.")
-        empty = ".shared_experts." in name and t.numel() == 0  # theirs always has one
-        if name in wanted or not empty:
-            tensors[name] = t.detach().reshape(wanted[name].shape) if name in wanted else t.detach()
-    if wrong := sorted(wanted.keys() ^ tensors.keys()):
-        what = "missing" if wrong[0] in wanted else "not part of it"
-        raise HubError(f"the weights do not fit the configuration: {wrong[0]} is {what}")
-    model.load_state_dict(moved_eps(config, tensors, (config.norm.eps / LATENT_NORM_EPS) ** 0.5))
-    return model.train(source.training)
+        from transformers import KimiLinearForCausalLM
+
+        source = opened_model(source, KimiLinearForCausalLM)
+    return with_weights_of(source, config_from_kimi_linear(source.config), torch.reshape)
