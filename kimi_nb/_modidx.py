@@ -1169,6 +1169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kimi_nb.lab.parts.run_of': ('lab/parts.html#run_of', 'kimi_nb/lab/parts.py'),
                                    'kimi_nb.lab.parts.runs_like': ('lab/parts.html#runs_like', 'kimi_nb/lab/parts.py'),
                                    'kimi_nb.lab.parts.setting_name': ('lab/parts.html#setting_name', 'kimi_nb/lab/parts.py'),
+                                   'kimi_nb.lab.parts.settled': ('lab/parts.html#settled', 'kimi_nb/lab/parts.py'),
                                    'kimi_nb.lab.parts.without_parts': ('lab/parts.html#without_parts', 'kimi_nb/lab/parts.py')},
             'kimi_nb.lab.picker': { 'kimi_nb.lab.picker.PickedRun': ('lab/picker.html#pickedrun', 'kimi_nb/lab/picker.py'),
                                     'kimi_nb.lab.picker.PickedRun.__init__': ( 'lab/picker.html#pickedrun.__init__',

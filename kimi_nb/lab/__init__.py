@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     parts="""
         Names Part SAID SPELLED component_name component_settings has_part measured_profile parts_of
-        put_off put_on run_name run_of runs_like setting_name without_parts
+        put_off put_on run_name run_of runs_like setting_name settled without_parts
     """,
     picker="""
         PickedRun Picker SUGGESTED Switches arms_html cost_html cost_rows elsewhere_html factors_of

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPELLED', 'SAID', 'component_name', 'setting_name', 'Part', 'component_settings', 'parts_of', 'put_on',
-           'put_off', 'has_part', 'without_parts', 'run_name', 'measured_profile', 'run_of', 'Names', 'runs_like']
+           'put_off', 'has_part', 'without_parts', 'run_name', 'measured_profile', 'settled', 'run_of', 'Names',
+           'runs_like']
 
 # %% ../../nbs/lab/04_parts.ipynb #4114c429
 from typing import NamedTuple
@@ -295,15 +296,22 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def settled(
+    value,  # of a setting's column in the frame
+    default,  # of the setting
+):
+    "A setting's value in a record; one from before there was the setting has its default."
+    value = _plain(value)
+    return _plain(default) if value is None else value
+
+
 def run_of(
     row: dict,  # of `Store.frame`
 ) -> RunConfig | None:
     "The run of a row; None where today's settings do not allow it."
     default = RunConfig()
     usual = {path: _plain(value) for path, value in default.flat().items()}
-    flat = {path: _plain(row[path]) for path in settings_of() if path in row}
-    # a record from before there was a setting has none of it
-    flat = {path: value for path, value in flat.items() if value is not None or usual[path] is None}
+    flat = {path: settled(row[path], usual[path]) for path in settings_of() if path in row}
     try:
         return default.changed({path: value for path, value in flat.items() if value != usual[path]})
     except ConfigError:

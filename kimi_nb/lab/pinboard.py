@@ -18,7 +18,7 @@ from ..config import load_profile
 from .choices import settings_of, typed_value
 from .live import arm_curve
 from .markup import View, error_html, hue, page, style_sheet, table_of, table_row, tag, together
-from .parts import Names, setting_name
+from .parts import Names, setting_name, settled
 from .picker import elsewhere_html, keeping_quiet
 from .svg import chart_svg
 from ..runner import TUNING_SEEDS
@@ -57,13 +57,7 @@ def _same(value):
 def _settled(frame, column):
     "A setting's words; a record from before there was the setting has its default."
     default = settings_of()[column].default
-    whole = isinstance(default, int) and not isinstance(default, bool)  # a column with gaps holds them as floats
-
-    def words(value):
-        value = default if _missing(value) else value
-        return _same(int(value) if whole and isinstance(value, float) and value.is_integer() else value)
-
-    return frame[column].map(words)
+    return frame[column].map(lambda value: _same(settled(value, default)))
 
 
 def _setting_words(value):
