@@ -406,6 +406,25 @@ def test_menus_are_the_registries_of_the_model_and_show_what_is_added(monkeypatc
     assert shown.count("a &lt; norm") == 3 and "novel: 4 heads" in shown
 
 
+def test_a_process_ends_cleanly_while_a_picker_still_counts():
+    """Counting runs PyTorch in a thread; a process that ended in the middle of it aborted (status 134)."""
+    code = """
+import time
+from kimi_nb.lab import Picker, picker
+
+count = picker.cost_rows
+def slow_count(run, frame):
+    time.sleep(0.3)
+    print("counted", flush=True)
+    return count(run, frame)
+
+picker.cost_rows = slow_count
+Picker(only=["model.norm.kind"]).widget
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["counted"] * 2), done.stderr
+
+
 def test_a_run_outlives_the_kernel_that_started_it(tmp_path):
     run, store = tiny_run(train__steps=1500, train__save_every=0), Store(tmp_path / "results")
     code = f"""

@@ -401,7 +401,7 @@ class _Writer(_Writing):
         self.halted.clear()
         box.text, box.message.value = "", ""
         self._busy(True)
-        box.thread = threading.Thread(target=self._work, args=(prompt, pieces), daemon=True)
+        box.thread = threading.Thread(target=self._work, args=(prompt, pieces), daemon=False)
         box.thread.start()
 
     def halt(self, _=None):
@@ -499,7 +499,7 @@ class _Explorers(_Tabs):
         "Look at the model that was picked."
         label, box = self.box.pick.value, self.box
         if label == _SMALL:
-            box.thread, box.pick.disabled = threading.Thread(target=self.train, daemon=True), True
+            box.thread, box.pick.disabled = threading.Thread(target=self.train, daemon=False), True
             box.message.value = note("Training a small model; the notebook is free meanwhile.")
             box.thread.start()
         elif label in self.found:

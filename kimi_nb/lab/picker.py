@@ -369,7 +369,8 @@ class _CountedRun(PickedRun):
         if wait:
             self._warm_up()
         else:
-            threading.Thread(target=self._warm_up, daemon=True).start()
+            # no daemon, whoever asks: an interpreter that ends inside PyTorch aborts
+            threading.Thread(target=self._warm_up, daemon=False).start()
 
     @property
     def costs(self) -> dict | None:
