@@ -175,6 +175,12 @@ class _Parts:
         self.micro_batch = pick_micro_batch(run, config.vocab_size, device)
 
 # %% ../../nbs/train/06_trainer.ipynb #201768c0
+def _losses(out) -> dict:
+    "A micro-batch's losses by name, without their gradients."
+    found = dict(train_loss=out.loss, aux_loss=out.aux_loss, mtp_loss=out.mtp_loss)
+    return {name: loss.detach() for name, loss in found.items() if loss is not None}
+
+
 class _Gradients(_Parts):
     "Gradients of a batch."
 
@@ -183,21 +189,24 @@ class _Gradients(_Parts):
         inputs, targets = self.batches.batch(step)
         return ids_on(self.device, inputs[self.mine]), ids_on(self.device, targets[self.mine])
 
+    def _goal(self, out):
+        "What is made small: the losses as they are weighted."
+        goal = out.loss + out.aux_loss
+        return goal if out.mtp_loss is None else goal + self.run.train.mtp_weight * out.mtp_loss
+
     def _accumulate(self, x, y):
-        "Gradients of the whole batch, summed over micro-batches; returns the mean losses."
+        "Gradients of the whole batch, summed over micro-batches; returns the mean losses by name."
         self.optimizer.zero_grad(set_to_none=True)
-        n, losses, aux = len(x) // self.micro_batch, [], []
+        n, seen = len(x) // self.micro_batch, []
         for i in range(0, len(x), self.micro_batch):
             part = slice(i, i + self.micro_batch)
             with self._exchanging(last=part.stop >= len(x)):
                 with autocast(self.device, self.precision):
                     out = self.forward(x[part], y[part], logits=False)
-                self.scaler.scale((out.loss + out.aux_loss) / n).backward()
-            losses.append(out.loss.detach())
-            aux.append(out.aux_loss.detach())
-        both = torch.stack([torch.stack(losses).mean(), torch.stack(aux).mean()])
-        loss, aux_loss = total(both) / self.ranks
-        return loss, aux_loss
+                self.scaler.scale(self._goal(out) / n).backward()
+            seen.append(_losses(out))
+        means = torch.stack([torch.stack([losses[name] for losses in seen]).mean() for name in seen[0]])
+        return dict(zip(seen[0], total(means) / self.ranks))
 
     def _exchanging(self, last: bool):
         "Ranks exchange gradients once, after the last micro-batch."
@@ -314,12 +323,14 @@ class _Steps(_Retries):
         if self.ranks > 1:  # dropout, whatever the number of ranks was before
             torch.manual_seed(hash((self.run.seed, step, self.rank)))
         asked = _Asked(self.device)
-        loss, aux = self._accumulate_in_memory(x, y, step)
-        asked.add("train_loss", loss)
+        losses = self._accumulate_in_memory(x, y, step)
+        asked.add("train_loss", losses["train_loss"])
         asked.add("grad_norm", self._clipped_norm())
         learnt = self._update()
         self._clip_logits(asked)
-        self._balance(asked, aux, learnt, step)
+        if "mtp_loss" in losses:
+            asked.add("mtp_loss", losses["mtp_loss"])
+        self._balance(asked, losses["aux_loss"], learnt, step)
         return _as_line(asked.read(), lr)
 
     def _clipped_norm(self):
@@ -361,11 +372,11 @@ class _WarmUp(_Steps):
             return 0.0
         start, random = time.perf_counter(), self._random_state()
         self.model.train()
-        loss, _ = self._accumulate_in_memory(*self._batch(0), step=0)
+        losses = self._accumulate_in_memory(*self._batch(0), step=0)
         for optimizer in getattr(self.optimizer, "optimizers", ()):
             if hasattr(optimizer, "warm_up"):
                 optimizer.warm_up()
-        loss.item()  # until the device has done it
+        losses["train_loss"].item()  # until the device has done it
         self._start_over(random)
         return time.perf_counter() - start
 

@@ -419,9 +419,19 @@ class KimiNbForCausalLM(_Balanced, GenerationMixin):
         by_name = self.config.return_dict if return_dict is None else return_dict
         return out if by_name else out.to_tuple()
 
+    def _refuse_further(self):
+        "Raises: HubError where training would leave the modules out that look further."
+        depth = self.model.config.mtp_depth
+        if depth:
+            raise HubError(
+                f"model.mtp_depth {depth} is trained by kimi-nb train alone: here its modules would learn nothing, "
+                "train there, or set mtp_depth 0"
+            )
+
     def _through(self, input_ids, mask, cache, targets):
         "(B, T, V) logits and the balance losses, a number."
         if self.training and torch.is_grad_enabled():
+            self._refuse_further()
             self._counting = True
         if bool(mask.all()) and not (cache is not None and cache.ragged):
             out = self.model(input_ids, cache=cache.parts[0] if cache is not None else None)
