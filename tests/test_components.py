@@ -77,6 +77,7 @@ ARMS = dict(
     situ_experts=dict(ffn=dict(kind="moe", activation="situ"), moe=EXPERTS),
     latent_experts=dict(ffn=dict(kind="moe"), moe=EXPERTS | dict(latent_dim=8, n_shared_experts=1)),
     quantile=dict(ffn=dict(kind="moe"), moe=EXPERTS | dict(router="quantile")),
+    further=dict(mtp_depth=1),
 )
 
 

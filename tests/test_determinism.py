@@ -34,6 +34,7 @@ COMPONENTS = {
     "shared expert": MOE | {"model.moe.router": "noaux_tc", "model.moe.n_shared_experts": 1},
     **{f"optimizer {k}": {"train.optimizer.name": k} for k in ("adam", "adamw", "muon", "muonclip")},
     "dropout": {"model.dropout": 0.2},
+    "tokens after the next one": {"model.mtp_depth": 1},
     "micro-batches": {"train.micro_batch_size": 1},
     "all of Kimi": MLA
     | MOE

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from kimi_nb.config import ModelConfig
 from kimi_nb.model import KimiModel, update_biases
-from kimi_nb.use import HubError, KimiNbForCausalLM, to_deepseek_v3
+from kimi_nb.use import HubError, KimiNbConfig, KimiNbForCausalLM, to_deepseek_v3
 
 V, PAD = 40, 0
 MLA = dict(kind="mla", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
@@ -245,3 +245,13 @@ def test_the_same_gradients_as_a_stock_deepseek(tmp_path):
     for name, gradient in theirs.items():
         mine = ours.get(name if name in ours else f"model.{name}")
         torch.testing.assert_close(mine, gradient, atol=2e-5, rtol=1e-3)
+
+
+def test_what_looks_further_is_not_trained_here():
+    """One line, before anything is computed; scoring works."""
+    config = ModelConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=30, max_seq_len=8, mtp_depth=1)
+    wrapper = KimiNbForCausalLM(KimiNbConfig(network=config.model_dump(mode="json")))
+    ids = torch.arange(16).view(2, 8)
+    with pytest.raises(HubError, match=r"^model.mtp_depth 1 is trained by kimi-nb train alone"):
+        wrapper.train()(ids, labels=ids)
+    assert wrapper.eval()(ids, labels=ids).loss.isfinite()

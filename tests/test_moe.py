@@ -497,3 +497,23 @@ def test_the_bias_balances_a_model_on_a_skewed_stream():
 
     still, moving = validation_load(0.0), validation_load(None)
     assert min(still) > 0.5 and max(moving) < 0.1, (still, moving)
+
+
+def test_a_quantile_over_micro_batches_is_that_of_the_batch(tmp_path, monkeypatch):
+    """Four micro-batches, two and one: the same bias after a step, and experts that then share the load."""
+    from tiny import tiny_run
+
+    from kimi_nb.data import prepare
+    from kimi_nb.train import Trainer, pick_device
+
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
+    experts = {"ffn.kind": "moe", "moe.n_experts": 4, "moe.d_expert": 8, "moe.router": "quantile"}
+    run = tiny_run().changed({f"model.{path}": value for path, value in experts.items()})
+    data, biases = prepare(run.data), []
+    for size in (4, 2, 1):
+        trainer = Trainer(run.override({"train.micro_batch_size": size}), data, pick_device("cpu"))
+        trainer.step(0)
+        biases.append(trainer.moe[0].gate.e_score_correction_bias.clone())
+    assert biases[0].abs().max() > 1e-3
+    for bias in biases[1:]:
+        torch.testing.assert_close(bias, biases[0], atol=2e-5, rtol=0)

@@ -19,6 +19,9 @@ KIMI = dict(
     model__moe__n_shared_experts=1, train__optimizer__name="muonclip", train__optimizer__qk_clip_threshold=0.01,
     train__batch_size=4, train__micro_batch_size=2, train__save_every=0,
 )  # fmt: skip
+QUANTILE = KIMI | dict(model__moe__router="quantile", model__mtp_depth=1, train__optimizer__name="muon")
+del QUANTILE["train__optimizer__qk_clip_threshold"]
+KINDS = dict(plain=dict(train__micro_batch_size=2, train__save_every=0), kimi=KIMI, quantile=QUANTILE)
 
 
 def train(run, folder, rank, size, port, on_step=None, **how):
@@ -92,15 +95,15 @@ def close(a, b, tolerance=2e-5):
         assert a.metrics[name] == pytest.approx(b.metrics[name], abs=tolerance, rel=tolerance), name
 
 
-@pytest.mark.parametrize("kind", ["plain", "kimi"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_steps_of_one(kind, tmp_path):
     """Same global batch, same micro-batches: the curve of two ranks is that of one to 2e-5 (sums in another order).
 
-    Experts' counts and clipped heads included; there is one record.
+    Experts' counts, clipped heads and the bias of a quantile over all ranks included; there is one record.
     """
-    from kimi_nb.train import fit
+    from kimi_nb.train import fit, load_model
 
-    run = tiny_run(**(KIMI if kind == "kimi" else dict(train__micro_batch_size=2, train__save_every=0)))
+    run = tiny_run(**KINDS[kind])
     alone = fit(run, tmp_path / "alone", device="cpu", progress=False, threads=1)
     (tmp_path / "two").mkdir()
     together(run, tmp_path / "two")
@@ -109,6 +112,13 @@ def test_two_ranks_take_the_steps_of_one(kind, tmp_path):
     close(alone, both)
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, run.train.steps + 1))
+    if kind == "quantile":
+        biases = [
+            torch.stack([moe.gate.e_score_correction_bias for moe in load_model(folder)[0].routed()])
+            for folder in (tmp_path / "alone", tmp_path / "two")
+        ]
+        assert len(biases[0]) == 2 and (biases[0].abs().amax(1) > 0).all()  # the layer's, and of what looks further
+        torch.testing.assert_close(*biases, atol=2e-5, rtol=2e-5)
     if kind == "kimi":
         assert (
             max(both.curves["qk_clipped_heads"]["value"]) > 0

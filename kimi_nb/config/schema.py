@@ -396,7 +396,7 @@ class ModelConfig(Config):
     ffn: FFNConfig = FFNConfig()
     moe: Annotated[MoEConfig, needs("ffn.kind", "moe")] = MoEConfig()
     residual: Annotated[ResidualConfig, NEUTRAL] = ResidualConfig()
-    mtp_depth: Annotated[Count, NEUTRAL, PLANNED] = 0  # tokens after the next one that training predicts too
+    mtp_depth: Annotated[Count, NEUTRAL] = 0  # tokens after the next one that training predicts too
 
     @model_validator(mode="before")
     @classmethod
@@ -522,7 +522,7 @@ class TrainConfig(Config):
     decay_fraction: Annotated[Fraction, needs("schedule", "wsd"), NEUTRAL] = (
         0.2  # wsd: share of the steps in which the rate falls
     )
-    mtp_weight: Annotated[Float, Field(ge=0), NEUTRAL, PLANNED] = 0.3  # of the loss on tokens after the next one
+    mtp_weight: Annotated[Float, Field(gt=0), NEUTRAL] = 0.3  # of the loss on tokens after the next one
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
@@ -645,6 +645,10 @@ class RunConfig(Config):
             raise ConfigError(
                 "train.seq_len", f"{self.train.seq_len} is over model.max_seq_len {self.model.max_seq_len}"
             )
+        if self.model.mtp_depth >= self.seq_len:
+            raise ConfigError(
+                "model.mtp_depth", f"{self.model.mtp_depth} leaves nothing to predict of {self.seq_len} tokens: fewer"
+            )
         if self.train.optimizer.name == "muonclip":
             self._check_clip()
         return self
@@ -696,6 +700,8 @@ class RunConfig(Config):
         asleep = self.model.dormant("model.") | self.train.dormant("train.")
         if self.model.ffn.kind != "moe":
             asleep["train.optimizer.expert_lr_scale"] = "model.ffn.kind moe"
+        if not self.model.mtp_depth:
+            asleep["train.mtp_weight"] = "model.mtp_depth over 0"
         if self.train.optimizer.muon_split == "parts" and "mla" not in self.model.layer_kinds:
             asleep["train.optimizer.muon_split"] = "model.attention.kind mla, or heads"
         return asleep

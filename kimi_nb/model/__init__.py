@@ -73,6 +73,9 @@ __getattr__, __dir__, __all__ = lazily(
     residuals="""
         RESIDUALS build_residual
     """,
+    mtp="""
+        FurtherToken FurtherTokens further_loss
+    """,
     situ="""
         GATE_BOUND UP_BOUND situ_gate situ_up
     """,
@@ -112,8 +115,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     network="""
         Block INIT_STD KimiConfig KimiModel ModelOutput costs count_parameters
-        forward_flops_per_token init_parameters measured_forward_flops_per_token parameter_generator
-        training_flops_per_token
+        forward_flops_per_token init_parameters measured_forward_flops_per_token mtp_flops_per_token
+        parameter_generator training_flops_per_token
     """,
     decoder="""
         Decoder

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'parameter_generator', 'init_parameters', 'Block', 'ModelOutput', 'KimiModel',
-           'count_parameters', 'forward_flops_per_token', 'training_flops_per_token',
+           'count_parameters', 'forward_flops_per_token', 'mtp_flops_per_token', 'training_flops_per_token',
            'measured_forward_flops_per_token', 'costs']
 
 # %% ../../nbs/model/60_network.ipynb #fd98a61a
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..config import ConfigError, KimiConfig, KimiError, ModelConfig  # noqa: F401
+from ..config import ConfigError, KimiConfig, KimiError, ModelConfig, ResidualConfig  # noqa: F401
 from kimi_nb.model.attention import (
     attention_flops_per_token,
     attention_of,
@@ -29,6 +30,7 @@ from kimi_nb.model.attention import (
 )
 from .feedforward import build_feed_forward
 from .moe import MoE, RouterStats
+from .mtp import FurtherTokens, further_loss
 from .norm import build_norm
 from .residuals import build_residual
 from .rope import RotaryEmbedding
@@ -127,6 +129,12 @@ class ModelOutput:
     loss: torch.Tensor | None  # mean cross-entropy in nats per target token, None without targets
     aux_loss: torch.Tensor  # sum of the routers' weighted balance losses, 0 without routers
     router: list[RouterStats | None]  # per layer; None in a dense layer
+    mtp_loss: torch.Tensor | None = None  # on tokens after the next one, unweighted; only in training with `mtp_depth`
+
+# %% ../../nbs/model/60_network.ipynb #5d0f3a21
+def _last_block(config):
+    "A block like the last, for what looks further: its stream is its own, a plain sum."
+    return Block(config.model_copy(update=dict(residual=ResidualConfig())), config.n_layers - 1)
 
 # %% ../../nbs/model/60_network.ipynb #cbef2734
 class _Parts(nn.Module):
@@ -165,6 +173,7 @@ class _Parts(nn.Module):
         self.residual = build_residual(config, 2 * config.n_layers)
         self.norm = build_norm(config.norm, config.d_model)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.mtp = FurtherTokens(config, partial(_last_block, config)) if config.mtp_depth else None
 
     def make_cache(self, batch_size: int, max_len: int | None = None):
         "An empty key/value cache for every layer."
@@ -174,6 +183,11 @@ class _Parts(nn.Module):
     def moe_layers(self) -> dict[int, MoE]:
         "Layer index -> its MoE."
         return {i: layer.mlp for i, layer in enumerate(self.layers) if layer.sparse}
+
+    def routed(self) -> list[MoE]:
+        "Every MoE that training uses: the layers', then those that look further."
+        blocks = [further.block for further in self.mtp or ()]
+        return [*self.moe_layers().values(), *(block.mlp for block in blocks if block.sparse)]
 
 # %% ../../nbs/model/60_network.ipynb #94f0af43
 class KimiModel(_Parts):
@@ -219,25 +233,33 @@ class KimiModel(_Parts):
         for i, layer in enumerate(self.layers):
             stream, stats = layer(stream, rope, cache[i] if cache else None, need_weights)
             router.append(stats)
-        scores = self.lm_head(self.norm(self.residual.read(stream)))  # (B, T, V)
-        loss = None
+        known = self.residual.read(stream)  # (B, T, D)
+        scores = self.lm_head(self.norm(known))  # (B, T, V)
+        loss, mtp_loss, more = None, None, []
         if targets is not None:
             loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        aux = [s.aux_loss for s in router if s is not None]
+        if targets is not None and self.training and self.mtp is not None:
+            read, more = self.mtp(known, self.embed_tokens(input_ids), rope)
+            mtp_loss = further_loss(read, self.lm_head, targets)
+        aux = [s.aux_loss for s in [*router, *more] if s is not None]
         aux_loss = torch.stack(aux).sum() if aux else scores.new_zeros((), dtype=torch.float32)
-        return ModelOutput(scores if logits else None, loss, aux_loss, router)
+        return ModelOutput(scores if logits else None, loss, aux_loss, router, mtp_loss)
 
 # %% ../../nbs/model/60_network.ipynb #48c3ddc5
+_FURTHER = "mtp."  # parameters of what only training uses
+
+
 def count_parameters(
     model: KimiModel,
 ) -> dict[str, int]:
     """Numbers of parameters, with and without the embedding (tokens and positions, a tied head once).
 
-    `active` ones are used by a token, `total` are all.
+    `active` ones are used by a token, `total` are all; what looks further in training is idle when a token is made.
     """
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     total, embedding = sum(sizes.values()), sum(v for n, v in sizes.items() if n.startswith("embed_"))
     idle = sum(layer.mlp.idle_parameters() for layer in model.layers)
+    idle += sum(v for n, v in sizes.items() if n.startswith(_FURTHER))
     return dict(
         total=total,
         embedding=embedding,
@@ -258,11 +280,27 @@ def forward_flops_per_token(
 ) -> float:
     "FLOPs of the forward pass per token, by formula: two per active matrix weight, and what has no weights."
     c = model.config
-    weights = sum(p.numel() for n, p in model.named_parameters() if _is_product(n, p))
+    named = [(n, p) for n, p in model.named_parameters() if not n.startswith(_FURTHER)]
+    weights = sum(p.numel() for n, p in named if _is_product(n, p))
     weights -= sum(layer.mlp.idle_parameters() for layer in model.layers)
     if c.tie_embeddings:
         weights += model.embed_tokens.weight.numel()
     return 2 * weights + attention_flops_per_token(c, seq_len) + model.residual.flops(c)
+
+
+def mtp_flops_per_token(
+    model: KimiModel,
+    seq_len: int,  # context in tokens
+) -> float:
+    "FLOPs per token of the forward pass through what looks further, the head once a depth; 0 where nothing does."
+    c, found = model.config, 0.0
+    for depth, further in enumerate(model.mtp or (), 1):
+        tokens = max(0, seq_len - depth)
+        weights = sum(p.numel() for n, p in further.named_parameters() if _is_product(n, p))
+        weights += model.lm_head.weight.numel() - further.block.mlp.idle_parameters()
+        pairs = attention_of(c, c.n_layers - 1).flops(c, tokens) if tokens else 0
+        found += (2 * weights + pairs) * tokens / seq_len
+    return found
 
 
 def training_flops_per_token(
@@ -270,7 +308,7 @@ def training_flops_per_token(
     seq_len: int,  # context in tokens
 ) -> float:
     "FLOPs per trained token: forward, and a backward pass of twice that."
-    return 3 * forward_flops_per_token(model, seq_len)
+    return 3 * (forward_flops_per_token(model, seq_len) + mtp_flops_per_token(model, seq_len))
 
 # %% ../../nbs/model/60_network.ipynb #db68abc8
 def _grouped_flops(rows, stack, *rest, out_shape=None, **more):

@@ -30,7 +30,7 @@ from kimi_nb.model import (
 from .checkpoint import load_model_tensors, model_tensors
 from .evaluate import autocast, held_out_scores, ids_on, score_windows
 from .hardware import TrainError, pick_compile, pick_precision
-from .muon import qk_clip_, set_logit_tracking
+from .muon import attention_modules, qk_clip_, set_logit_tracking
 from kimi_nb.train.optim import (
     build_optimizer,
     learning_rate,
@@ -68,7 +68,7 @@ def pick_micro_batch(
         return asked
     if device.type != "cpu":
         return mine  # halved when memory runs out
-    largest = _LOGIT_BUDGET // (run.seq_len * vocab_size * 12)
+    largest = _LOGIT_BUDGET // (run.seq_len * vocab_size * 12 * (1 + run.model.mtp_depth))
     return next(d for d in _divisors(mine) if d <= max(1, largest))
 
 # %% ../../nbs/train/06_trainer.ipynb #6c59f40a
@@ -159,7 +159,7 @@ class _Parts:
         config = with_vocabulary(run, data, log)
         model = KimiModel(config, seed=run.seed)
         self.model = shard_(model, device) if shard else model.to(device)
-        self.moe = self.model.moe_layers()
+        self.moe, self.routed = self.model.moe_layers(), self.model.routed()
         self.batches = Batches(data.train, run.train.batch_size, run.seq_len, run.seed)
         self.optimizer = build_optimizer(self.model, run.train, self.compiled)
         self.clips = run.train.optimizer.name == "muonclip"
@@ -227,11 +227,11 @@ class _Retries(_Gradients):
     def _start_over(self, random):
         "As if the attempt had not been made."
         self.optimizer.zero_grad(set_to_none=True)
-        for moe in self.moe.values():
+        for moe in self.routed:
             moe.gate.forget()
         if self.clips:
-            for layer in self.model.layers:
-                layer.self_attn.reset_logit_max()
+            for _, attention in attention_modules(self.model):
+                attention.reset_logit_max()
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], self.device)
@@ -355,7 +355,7 @@ class _Steps(_Retries):
         "Move the routers' biases by the loads of all micro-batches and ranks."
         if not self.moe:
             return
-        counts = update_biases(list(self.moe.values()), speed=None if learnt else 0.0)  # (L, E)
+        counts = update_biases(self.routed, speed=None if learnt else 0.0)[: len(self.moe)]  # (L, E)
         asked.add("max_violation", max_violation(counts).mean())
         asked.add("experts_used", (counts > 0).float().mean())
         asked.add("aux_loss", aux)
