@@ -50,6 +50,7 @@ from kimi_nb.report import (
     what_ran,
 )
 from kimi_nb.stats import answer_box
+from kimi_nb.study import declared_apart
 
 project = "kimi_nb"
 author = "The kimi_nb authors"
@@ -335,10 +336,17 @@ def restore(notebook: dict, executed: dict) -> int:
     return changed
 
 
+def shown_profile(phase: str) -> str:
+    """Whose results a phase's page shows below its answer: those of `PROFILE`, else of the largest that has them."""
+    held = published_profiles(REPO, phase)
+    return PROFILE if PROFILE in held or not held else held[-1]
+
+
 def with_results(notebook: dict, name: str) -> None:
     """Give the cells of a phase notebook what they showed in the reference run, where they are still the same."""
-    about, files = published()
-    executed = files.get(f"data/records/{PROFILE}/notebooks/{name}.ipynb")
+    profile = shown_profile(name.partition("_")[2])
+    about, files = published(profile)
+    executed = files.get(f"data/records/{profile}/notebooks/{name}.ipynb")
     if executed is None:
         title = "No results here"
         note = f"No reference run of the profile `{PROFILE}` is published for this phase: "
@@ -360,14 +368,12 @@ def evidence(profile: str) -> Evidence:
 
 
 def other_sizes(phase: str) -> list[dict]:
-    """Cells about what the other published profiles say on a phase; none where there is no other, or not `PROFILE`."""
-    if phase not in published()[0].get("phases", ()):
-        return []
-    cells = []
+    """Cells about what the other published profiles say on a phase; none where there is no other."""
+    cells, shown = [], shown_profile(phase)
     for profile in published_profiles(REPO, phase):
-        if profile == PROFILE:
+        if profile == shown:
             continue
-        (about, files), sizes, names = published(profile), [evidence(PROFILE), evidence(profile)], [PROFILE, profile]
+        (about, files), sizes, names = published(profile), [evidence(shown), evidence(profile)], [shown, profile]
         claims = claims_of(phase, [e.outcomes.get(phase) for e in sizes])
         text = [
             f"## The same {at_size(sizes).replace('At', 'at', 1)} (profile {profile})",
@@ -427,23 +433,28 @@ def executed(notebook: dict, path: Path) -> dict:
 
 
 def answer_cell(phase: str) -> dict | None:
-    """The box with which a phase's page opens, from its sealed outcome; None where it is not published."""
-    if phase not in published()[0].get("phases", ()):
+    """The box with which a phase's page opens: the largest size's answer, which confirms, and folded the others'."""
+    profiles = published_profiles(REPO, phase)[::-1]
+    if not profiles:
         return None
-    return pages.html_cell("answer", answer_box(evidence(PROFILE).outcomes[phase]).html)
+    outcomes = declared_apart(evidence(profile).outcomes[phase] for profile in profiles)
+    boxes = {profile: answer_box(outcome).html for profile, outcome in zip(profiles, outcomes, strict=True)}
+    return pages.html_cell("answer", pages.largest_first(boxes, shown_profile(phase)))
 
 
 def main_figure(phase: str) -> list[dict]:
     """The curves of a phase's study, to touch; where it has none, its main picture; nothing where it is unpublished."""
-    if phase not in published()[0].get("phases", ()):
+    profile = shown_profile(phase)
+    about, files = published(profile)
+    if phase not in about.get("phases", ()):
         return []
-    found = evidence(PROFILE)
+    found = evidence(profile)
     data = pages.curves_data(found, phase) if phase in found.studies else None
     if data:
-        below = pages.tag("p", "Line: mean over seeds; band: lowest to highest seed.", cls="knb-fine")
-        return [pages.html_cell("curves", pages.figure(data) + below)]
+        words = f"Profile {profile}. Line: mean over seeds; band: lowest to highest seed."
+        return [pages.html_cell("curves", pages.figure(data) + pages.tag("p", words, cls="knb-fine"))]
     pictures = [f for f in (*main_figures(found, phase), *found.outcomes[phase].figures) if f.endswith(".png")]
-    return [picture_cell(f"figures/{PROFILE}/{Path(pictures[0]).name}", published()[1])] if pictures else []
+    return [picture_cell(f"figures/{profile}/{Path(pictures[0]).name}", files)] if pictures else []
 
 
 def picture_cell(name: str, files: dict[str, bytes]) -> dict:
@@ -594,9 +605,9 @@ def read(app, docname, content):
         notebook["cells"][:1] = [first, cards, *rest]
     elif docname == "workbench":
         on_paper(notebook)
-    elif docname == "howto/get_started" and REPOSITORY:
+    elif docname == "howto/get_started":
         for cell in notebook["cells"]:
-            cell["source"] = "".join(cell["source"]).replace("git clone REPOSITORY", f"git clone {REPOSITORY}")
+            cell["source"] = pages.addressed("".join(cell["source"]), REPOSITORY)
     elif docname == "howto/api":
         extra = pages.api_index(course(NBS), exports, NBS)
     elif docname == "howto/command_line":

@@ -129,6 +129,14 @@ def _advice_card(part: str, found: list[tuple[str, Advice]]) -> Markup:
     return tag("section", head, *changes, differs, why, cls=f"knb-card knb-{WORD_CLASS.get(word, 'open')}")
 
 
+def largest_first(boxes: dict[str, Markup], shown: str) -> Markup:
+    """The answers of a phase: the box of the first profile, those of the others folded; whose run is shown below."""
+    first, *others = boxes
+    folded = [tag("details", tag("summary", f"What profile {name} says"), boxes[name]) for name in others]
+    below = tag("p", f"Below is the run of profile {shown}.", cls="knb-fine") if others else Markup()
+    return boxes[first] + Markup().join(folded) + below
+
+
 def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None) -> list[dict]:
     """The first page: one screen with the question, the figure, four lines of answer and three doors."""
     parts = {}
@@ -139,9 +147,8 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
     for part, found in parts.items():
         word = one_word(advise(seen).answer for _, seen in found)
         badge = tag("span", word, cls=f"knb-word knb-{WORD_CLASS.get(word, 'open')}")
-        numbers = "; ".join(
-            f"{seen.average.diff:+.3f} at {size}" for size, seen in found if seen.average.diff is not None
-        )
+        measured = [(size, seen.average.diff) for size, seen in found if seen.average.diff is not None]
+        numbers = "; ".join(f"{diff:+.3f}".replace("-", "−") + f" at {size}" for size, diff in measured)
         lines.append(tag("li", tag("strong", part), " ", badge, " ", tag("span", numbers, cls="knb-numbers")))
     still = (
         tag("img", src=picture, alt="Main effects of the four parts on test bits per byte, with 95% intervals")
@@ -198,6 +205,18 @@ def repository(root: Path) -> str:
     return f"https://{match[1]}/{match[2]}" if match else ""
 
 
+def addressed(text: str, repository: str) -> str:
+    """What is said of OWNER/NAME, said of the repository: a link where its host is GitHub; as it is where unknown."""
+    if not repository:
+        return text
+    text = text.replace("git clone https://github.com/OWNER/NAME", f"git clone {repository}")
+    on_github = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", repository)
+    if not on_github:
+        return text
+    text = re.sub(r"`(https://[^`]*OWNER/NAME[^`]*)`", r"<\1>", text)
+    return text.replace("OWNER/NAME is this repository, or your fork of it. ", "").replace("OWNER/NAME", on_github[1])
+
+
 def folded_pages(tree: str) -> str:
     """The list of pages with each chapter folded; the chapter of the page that is read stays open."""
     parts = re.split(r'<p[^>]*class="caption"[^>]*><span class="caption-text">(.*?)</span></p>', tree)
@@ -226,10 +245,11 @@ def _option(action: argparse.Action, prog: str) -> str:
     if action.choices:
         told += f" (one of {', '.join(map(str, action.choices))})"
     known = action.default not in (None, False, "", [], (), argparse.SUPPRESS)
-    default = f"`{action.default}`" if known and action.option_strings and "%(default" not in told else ""
+    if known and action.option_strings and "default" not in told:
+        told += " (default: %(default)s)"
     told = told.replace("%(prog)s", prog)
     told = re.sub(r"%\(default\)\w", str(action.default), told)
-    return f"| {names}{_sentence(value)} | {_sentence(told)} | {default} |"
+    return f"| {names.replace('|', chr(92) + '|')}{_sentence(value)} | {_sentence(told)} |"
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
@@ -242,7 +262,7 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
         actions = [a for a in actions if a.help is not argparse.SUPPRESS]
         if not actions:
             continue
-        table = ["| option | what it does | default |", "|---|---|---|", *(_option(a, parser.prog) for a in actions)]
+        table = ["| option | what it does |", "|---|---|", *(_option(a, parser.prog) for a in actions)]
         title = (group.title or "options").capitalize()
         if len(actions) > 12:
             lines += [

@@ -3728,6 +3728,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kimi_nb.stats.plots._cell_text': ('stats/plots.html#_cell_text', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots._curve': ('stats/plots.html#_curve', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots._drawn': ('stats/plots.html#_drawn', 'kimi_nb/stats/plots.py'),
+                                     'kimi_nb.stats.plots._forest_key': ('stats/plots.html#_forest_key', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots._forest_label': ('stats/plots.html#_forest_label', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots._frame_end': ('stats/plots.html#_frame_end', 'kimi_nb/stats/plots.py'),
                                      'kimi_nb.stats.plots._group_text': ('stats/plots.html#_group_text', 'kimi_nb/stats/plots.py'),

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kimi_nb.stats import StatsError, compare, correlations, factorial, fit_power_law, pictures, plots
@@ -155,6 +156,17 @@ def test_a_forest_shows_the_numbers_of_its_table():
     assert "no run is left: 3 diverged" in words and "← better" in words and "difference from base" in words
     left, right = ax.get_xlim()
     assert left < min(0, known["diff"].min()) and right > 0
+
+
+def test_what_is_written_on_a_forest_lies_inside_it_however_narrow():
+    fig = plots.forest(compare(made_up(), "test_bpb", "base", margin=0.01), short=True)
+    assert "p = " not in " ".join(texts(fig))
+    for size in ((9.2, 2.9), (5.6, 4.0)):
+        fig.set_size_inches(*size)
+        FigureCanvasAgg(fig).draw()
+        written = [fig.axes[0].xaxis.label, *fig.axes[0].texts, *fig.axes[0].get_yticklabels(), *fig.texts]
+        edges = [text.get_window_extent() for text in written if text.get_text()]
+        assert min(box.x0 for box in edges) >= 0 and max(box.x1 for box in edges) <= fig.bbox.x1 + 1, size
 
 
 def test_a_grid_says_what_is_missing_and_what_diverged():

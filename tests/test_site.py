@@ -156,8 +156,13 @@ def said_in(output):
 
 def test_phase_pages_show_the_published_results(pages):
     """Tables and figures of a published reference run stand on the phases' pages, with a line on their origin."""
-    folder, shown = REPO / "data" / "records" / "quick" / "notebooks", 0
+    from kimi_nb.plan import published_profiles
+
+    shown = 0
     for phase in PHASES:
+        held = published_profiles(REPO, phase.partition("_")[2])
+        profile = "quick" if "quick" in held or not held else held[-1]
+        folder = REPO / "data" / "records" / profile / "notebooks"
         page, executed = pages[f"{phase}.html"], folder / f"{Path(phase).name}.ipynb"
         text = re.sub(r"\s+", " ", "".join(page.text))
         if not executed.exists():
@@ -186,7 +191,7 @@ def test_phase_pages_show_the_published_results(pages):
         changed = [c for text, c in ran.items() if c["outputs"] and text not in now]
         assert not changed or "edited since" in text, f"{phase}: changed cells are shown without a word"
         shown += pictures + tables
-    assert shown or not folder.is_dir(), "no page shows a result"
+    assert shown or not published_profiles(REPO), "no page shows a result"
 
 
 def test_phase_pages_show_other_published_sizes(pages):
@@ -404,6 +409,13 @@ def test_what_a_stranger_opens_first_is_right(page, address, mode, width):
         assert wide <= 1, f"{name} is {wide} pixels too wide"
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
         assert (max(ground) < 80) == (mode == "dark"), name
+    page.goto(f"{address}/phases/07_combined.html", wait_until="load")
+    door = page.locator('.knb-nav a:text-is("Get started"):visible')
+    if width < 600:
+        assert door.count() == 0, "the menu is open before it is asked for"
+        page.click(".primary-toggle")
+    door.first.click()
+    page.wait_for_url("**/howto/get_started.html")
     assert page.wrong == []
 
 
@@ -465,6 +477,41 @@ def test_the_command_line_page_is_the_parser(conf):
             s for a in sub._actions for s in a.option_strings if a.help != "==SUPPRESS==" and s not in ("-h", "--help")
         ]
         assert [s for s in options if f"`{s}`" not in text] == []
+    tables = re.findall(r"(?:^\|.*\n?)+", text, re.M)
+    cells = lambda row: len(re.findall(r"(?<!\\)\|", row))
+    uneven = [row for table in tables for row in table.splitlines() if cells(row) != cells(table.splitlines()[0])]
+    assert tables and uneven == []
+
+
+def test_the_answer_of_the_largest_size_stands_first(conf):
+    """It alone confirms; what smaller sizes say is folded, and a phase of one size has one box."""
+    from kimi_nb.plan import published_profiles
+
+    held = published_profiles(REPO, "combined")
+    if len(held) < 2:
+        pytest.skip("needs two published sizes")
+    box = conf["answer_cell"]("combined")["source"]
+    first, *others = re.findall(r"\(profile ([\w-]+), (\w+)\)", box)
+    assert first == (held[-1], "confirmatory") and others == [(name, "exploratory") for name in held[-2::-1]]
+    assert [f"What profile {name} says" in box for name in held] == [True] * (len(held) - 1) + [False]
+    alone = next(p.partition("_")[2] for p in PHASES if len(published_profiles(REPO, p.partition("_")[2])) == 1)
+    assert conf["answer_cell"](alone)["source"].count("<details><summary>What profile") == 0
+
+
+@pytest.mark.parametrize(
+    ("repository", "clone", "link"),
+    [
+        ("", "git clone https://github.com/OWNER/NAME", "`https://codespaces.new/OWNER/NAME`"),
+        ("https://github.com/a/b", "git clone https://github.com/a/b", "<https://codespaces.new/a/b>"),
+        ("https://git.example.org/a/b", "git clone https://git.example.org/a/b", "`https://codespaces.new/OWNER/NAME`"),
+    ],
+)
+def test_addresses_lead_nowhere_or_to_the_repository(conf, repository, clone, link):
+    """Where the repository's address is unknown, nothing is a link and it is said what to put in."""
+    cells = json.loads((NBS / "howto" / "get_started.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = conf["pages"].addressed("\n".join("".join(cell["source"]) for cell in cells), repository)
+    assert clone in text and link in text
+    assert ("OWNER/NAME is this repository" in text) == ("OWNER/NAME" in text)
 
 
 def test_search_finds_noaux_tc(page, address):

@@ -71,12 +71,12 @@ def _violation(e):
 def _main(e):
     effects = e.factorial[1]
     main = effects[effects["order"] == 1].sort_values("diff", key=abs, ascending=False)
-    return forest(main.assign(arm=main["term"], baseline=None))
+    return forest(main.assign(arm=main["term"], baseline=None), short=True)
 
 
 def _parts(e):
     contrasts = e.factorial[2]
-    return forest(contrasts.assign(arm=contrasts.get("arm", contrasts["term"]), baseline=None))
+    return forest(contrasts.assign(arm=contrasts.get("arm", contrasts["term"]), baseline=None), short=True)
 
 
 def largest_pair(
@@ -107,12 +107,12 @@ def redrawn(
     if "moe" in e.studies:
         wanted["moe-maxvio"] = (lambda: _violation(e), (5.4, 3.7))
     if e.factorial is not None:
-        wanted["main"] = (lambda: _main(e), (6.6, 2.9))
-        wanted["parts"] = (lambda: _parts(e), (6.6, 4.3))
+        wanted["main"] = (lambda: _main(e), (5.6, 2.7))
+        wanted["parts"] = (lambda: _parts(e), (5.6, 4.0))
     if largest_pair(e):
         wanted["interaction"] = (lambda: _pair(e), (5.4, 3.7))
     if len(rates_runs(e.store)):
-        wanted["rates"] = (lambda: rates_figure(rates_runs(e.store)), (8.4, 3.9))
+        wanted["rates"] = (lambda: rates_figure(rates_runs(e.store)), (7.2, 3.1))
     if sum(one.factorial is not None for one in (e, *also)) > 1:
         wanted["sizes"] = (lambda: sizes_figure([e, *also]), (5.4, 3.7))
     found = {}
@@ -325,6 +325,7 @@ def build_slides(
         together=together,
         interaction=pair,
         cost=costs[0] if costs else None,
+        letters=listed([f"{part[0].upper()} {part}" for part in e.crossed]),
         also=also,
         at_size=at_size(sizes) if also else "",
         sizes=listed(how_large),

@@ -351,12 +351,13 @@ def _beyond_frame(ax, row, y, color):
             ax.annotate("off the axis", (end, y), ha="left" if end == left else "right", **at)
 
 
-def _beside(ax, row, y, digits):
-    "Number, p value, runs and word at the side; where there is no interval, why."
+def _beside(ax, row, y, digits, short=False):
+    "Number, p value, runs and word at the side, in short number and word; where there is no interval, why."
     text = f"{row['diff']:+.{digits}f}  ".replace("-", "−") if np.isfinite(row["diff"]) else ""
     if np.isfinite(row["ci_low"]):
         word = row.get("in_words") or row.get("verdict", "")
-        text += f"{p_words(row.get('p_adj', row.get('p')))}  n = {int(row['n'])}  {word}"
+        sure = "" if short else f"{p_words(row.get('p_adj', row.get('p')))}  n = {int(row['n'])}  "
+        text += sure + word
     else:
         box = dict(facecolor="white", lw=0, pad=1)
         at = dict(xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#555555", zorder=6, bbox=box)
@@ -379,12 +380,17 @@ def better_arrow(
     ax.annotate("← better" if lower else "better →", (0 if lower else 1, 1.0), ha="left" if lower else "right", **at)
 
 
-def _forest_label(rows, metric, margin):
-    "What the axis shows, and what the bars are."
+def _forest_label(rows, metric):
+    "What the axis shows."
     baselines = {row.get("baseline") for row in rows}
     base = f"difference from {rows[0]['baseline']}" if len(baselines) == 1 and rows[0].get("baseline") else "effect"
     unit = f" ({metric.unit})" if metric.unit else ""
-    text = f"{metric.label}: {base}{unit}\nthick: {100 * (1 - rows[0].get('alpha', 0.05)):g}% interval"
+    return f"{metric.label}: {base}{unit}"
+
+
+def _forest_key(rows, margin):
+    "What the bars and the grey are."
+    text = f"thick: {100 * (1 - rows[0].get('alpha', 0.05)):g}% interval"
     family = {int(row.get("family_size", 1) or 1) for row in rows}
     if family != {1}:
         text += f"; thin: all {max(family)} at once" if len(family) == 1 else "; thin: its whole family at once"
@@ -406,6 +412,7 @@ def forest(
     comparison: pd.DataFrame,  # from `compare` or `factorial`
     margin: float | None = None,  # of equivalence; the comparison's own where None
     title: str = "",  # above the figure
+    short: bool = False,  # for a screen: no p values and runs at the side
 ):  # matplotlib Figure
     "Differences with intervals, one row per arm.  Raises: StatsError for an empty table."
     need(comparison, "arm", "diff", "ci_low", "ci_high", "metric")
@@ -424,13 +431,14 @@ def forest(
         y, color = k - 1 - i, WORD_COLORS.get(row.get("verdict"), "#0072B2")
         _row(ax, row, y, color)
         _beyond_frame(ax, row, y, color)
-        _beside(ax, row, y, metric.digits)
+        _beside(ax, row, y, metric.digits, short)
     names = [f"{row['arm']}  [{row['block']}]" if several else str(row["arm"]) for row in rows]
     ax.set_yticks(range(k - 1, -1, -1), names)
     ax.set_ylim(-0.7, k - 0.3)
     ax.grid(axis="y", visible=False)
     better_arrow(ax, metric)
-    ax.set_xlabel(_forest_label(rows, metric, margin))
+    ax.set_xlabel(_forest_label(rows, metric))
+    fig.supxlabel(_forest_key(rows, margin), fontsize=9)  # of the figure's width: the axis may be too narrow for it
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=11)
     return fig
