@@ -5,9 +5,9 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     shared="""
-        ASKED Parser TOLD add_command add_json add_setting add_settings add_yes at_least_one
-        begin_long cell_text chosen_run given_settings print_table results_store starting_run
-        table_text terminal_width with_short_warmup
+        ASKED Parser TOLD add_command add_json add_scores add_setting add_settings add_yes
+        at_least_one begin_long cell_text chosen_run given_settings print_table results_store scorer
+        starting_run table_text terminal_width with_short_warmup
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train

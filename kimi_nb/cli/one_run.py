@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kimi_nb.cli.shared import (
     add_command,
+    add_scores,
     add_setting,
     add_settings,
     add_yes,
@@ -25,6 +26,7 @@ from kimi_nb.cli.shared import (
     chosen_run,
     given_settings,
     results_store,
+    scorer,
     table_text,
 )
 from ..config import KimiError
@@ -32,8 +34,8 @@ from ..lab import setting_help
 
 # %% ../../nbs/cli/02_one_run.ipynb #40acf8a5
 SHOWN_METRICS = (
-    "steps tokens epochs train_loss val_loss val_ppl val_bpb test_loss test_bpb tokens_per_second training_seconds"
-    " peak_memory_mb total_parameters active_parameters"
+    "steps tokens epochs train_loss val_loss val_ppl val_bpb test_loss test_bpb score tokens_per_second"
+    " training_seconds peak_memory_mb total_parameters active_parameters"
 ).split()
 
 
@@ -57,6 +59,7 @@ def add_train(
     p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
     p.add_argument("--no-track", "--no-wandb", action="store_true", help="do not, though the file of --config says so")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_scores(p)
     add_yes(p)
     add_setting_named(p, "--max-steps", "train.steps")
     if with_settings:
@@ -108,10 +111,10 @@ def _tell_cost(run, args):
 
 def cmd_train(args):
     from kimi_nb.model import check_shard, first_rank_first, joined, rank_and_size
-    from kimi_nb.runner import run_one
+    from kimi_nb.runner import ScoredFolder, run_one
     from kimi_nb.train import TrainOptions, fit
 
-    run = chosen_run(args)
+    run, scoring = chosen_run(args), scorer(args)
     if run.train.steps == 0:
         raise KimiError("train.steps 0 trains nothing: give --max-steps 1 or more")
     if args.fresh and not args.out:
@@ -134,18 +137,20 @@ def cmd_train(args):
         )
         if args.out:
             folder = Path(args.out)
-            record = fit(run, folder, options, resume=not args.fresh)
+            place = ScoredFolder(folder, scorer=scoring, device=device)
+            record = fit(run, place, options, resume=not args.fresh)
         else:
             store = results_store(args)
             if ranks == 1:
-                record = run_one(run, store, args.name, options)
+                record = run_one(run, store, args.name, options, scorer=scoring)
             else:
                 with first_rank_first():
                     place = store.begin(run, args.name)
-                record = fit(run, place, options)
+                record = fit(run, ScoredFolder(place, scorer=scoring, device=device), options)
             folder = store.folder(run.run_id)
     if rank > 0:
         return 0
+    record = ScoredFolder(folder).read_result() or record  # with its scores
     if record.status == "failed":
         raise KimiError(f"run {record.run_id} in {folder} failed: {record.provenance['error']}")
     print(f"{record.status}: run {record.run_id} in {folder}")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TOLD', 'ASKED', 'Parser', 'add_command', 'at_least_one', 'add_json', 'add_setting', 'add_settings',
            'given_settings', 'starting_run', 'with_short_warmup', 'chosen_run', 'results_store', 'cell_text',
-           'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes']
+           'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_scores', 'scorer']
 
 # %% ../../nbs/cli/01_shared.ipynb #e92bdfb6
 import argparse
 import re
 import shutil
 import sys
+from pathlib import Path
 
 from ..config import PRESETS, ConfigError, KimiError, RunConfig, load_profile, near
 from ..lab import setting_help, setting_name, settings_of, typed_value
@@ -294,3 +295,36 @@ def begin_long(
 def add_yes(parser):
     "The option that answers the question."
     parser.add_argument("--yes", action="store_true", help="begin long work without a question")
+
+# %% ../../nbs/cli/01_shared.ipynb #5c0e5a04
+def add_scores(
+    parser,
+):
+    "The options that say what a trained model is scored on."
+    from kimi_nb.evals import SCORE_CHOICES, SCORED_ITEMS
+
+    usual = "tiny, all with --data-dir"
+    parser.add_argument(
+        "--scores",
+        metavar="WHICH",
+        help=f"after training: {', '.join(SCORE_CHOICES)}; tiny: our tasks, all: public ones too (default: {usual})",
+    )
+    parser.add_argument(
+        "--score-items",
+        type=at_least_one,
+        default=SCORED_ITEMS,
+        metavar="N",
+        help=f"items of each task that are scored (default: {SCORED_ITEMS})",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="rows of public tasks, NAME.jsonl, for --scores all")
+
+
+def scorer(
+    args,  # parsed
+):  # Scorer, or None where nothing is scored
+    "What the options of `add_scores` ask for.  Raises: BenchmarkError."
+    from kimi_nb.evals import Scorer
+
+    which = args.scores or ("all" if args.data_dir else "tiny")
+    found = Scorer(which, args.score_items, args.data_dir and str(Path(args.data_dir).resolve())).check()
+    return None if which == "none" else found

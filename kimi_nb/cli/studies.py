@@ -15,10 +15,12 @@ import textwrap
 from kimi_nb.cli.shared import (
     add_command,
     add_json,
+    add_scores,
     add_yes,
     at_least_one,
     begin_long,
     results_store,
+    scorer,
     table_text,
     terminal_width,
 )
@@ -82,6 +84,7 @@ def add_study_options(
         help="on a GPU too the same run gives the same bits, or is refused; records that are there stay",
     )
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_scores(p)
 
 
 def runner_options(
@@ -97,6 +100,7 @@ def runner_options(
         address=args.address,
         cpus=args.cpus_per_run,
         gpus=args.gpus_per_run,
+        scorer=scorer(args),
     )
 
 # %% ../../nbs/cli/03_studies.ipynb #6d2ff7a1
@@ -232,7 +236,7 @@ def cmd_run(args):
     study = declared(tuned(profile, store, **how), args.seeds)[args.study]
     run_study(study, store, **how)
     frame = store.frame(study.name)
-    metrics = [name for name in ("test_bpb", "val_loss", "tokens_per_second") if name in frame]
+    metrics = [name for name in ("test_bpb", "val_loss", "score", "tokens_per_second") if name in frame]
     width = terminal_width()
     print(table_text(frame.groupby(["block", "arm"], sort=False)[metrics].mean().reset_index(), width))
     compared = compare(frame, study.metric, study.baseline)

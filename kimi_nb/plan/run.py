@@ -533,7 +533,7 @@ def run_plan(
     workers: int | None = None,
     progress: bool = True,
     say=print,  # where a line about each phase goes
-    **how,  # more of `run_studies`: hours_per_run, address, cpus, gpus
+    **how,  # more of `run_studies`: hours_per_run, address, cpus, gpus, scorer
 ) -> PlanReport:
     """Train and execute the phases of a profile; a phase that fails does not keep the others from running.
 
@@ -658,7 +658,7 @@ def timing(
 ) -> str:
     "Where the time of a plan went, a line a part, largest first; and how much of it the workbook itself took."
     parts, total = dict(report.seconds), sum(report.seconds.values()) or 1.0
-    work = sum(parts.get(part, 0.0) for part in ("training", "evaluation", "data"))
+    work = sum(parts.get(part, 0.0) for part in ("training", "evaluation", "scores", "data"))
     if inside := sum(report.inside.values()):  # several notebooks at a time: shares of the wall time
         whole = parts.pop("notebooks", 0.0)
         parts |= {f"notebooks: {part}": whole * s / inside for part, s in report.inside.items()}
@@ -668,7 +668,7 @@ def timing(
     lines = [f"{part:{width}} {s:8.1f} s {s / total:6.1%}" for part, s in largest_first]
     lines.append(f"{'in all':{width}} {total:8.1f} s")
     rest = total - work
-    what = "what is neither training, evaluation, data nor a notebook's cells"
+    what = "what is neither training, evaluation, scores, data nor a notebook's cells"
     lines.append(f"{'overhead':{width}} {rest:8.1f} s {rest / total:6.1%}  {what}")
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = lazily(
         matrix_peak seconds_of settle
     """,
     attempt="""
-        Crowded PlanInterrupted RunnerError distinct pending run_one start_process usable
+        Crowded PlanInterrupted RunnerError ScoredFolder distinct pending run_one start_process
+        usable
     """,
     cluster="""
         ClusterError connected has_gpus room spread

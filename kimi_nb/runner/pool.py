@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -54,6 +55,7 @@ class RunnerOptions:
     address: str | None = None  # with ray: of the cluster; none: RAY_ADDRESS, else one of this machine's own
     cpus: float = 1  # with ray: cores of a run
     gpus: float | None = None  # with ray: GPUs of a run, a part of one below 1; none: one where there are any
+    scorer: Callable | None = None  # as `run_one`; none scores nothing
 
     def check(self):
         "Raises: RunnerError for what cannot be."
@@ -263,7 +265,7 @@ def _in_process(work: _Work):
             options = TrainOptions(device=work.options.device, progress=False, on_step=show, keep=planned.keep)
             start = time.perf_counter()
             try:
-                record = run_one(planned.run, work.store, planned.name, options)
+                record = run_one(planned.run, work.store, planned.name, options, scorer=work.options.scorer)
             except Interrupted:
                 raise work.stopped() from None
             work.done(planned, "done", record.status, _seconds(record, start))
@@ -296,7 +298,7 @@ def _reporter(pipe):
     return report
 
 
-def _worker(pipe, store, threads, device, hours, gpu, shared, parent):
+def _worker(pipe, store, threads, device, how, gpu, parent):
     "A worker's life: runs come in through the pipe as (config, name, keep), what became of them goes back."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; `fit` listens while it trains
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
@@ -317,7 +319,7 @@ def _worker(pipe, store, threads, device, hours, gpu, shared, parent):
             config, name, keep = pipe.recv()
             options = replace(usual, keep=keep)
             run = RunConfig(**config)
-            pipe.send(_attempt(run, store, name=name, options=options, hours=hours, shared=shared))
+            pipe.send(_attempt(run, store, name=name, options=options, **how))
     except (EOFError, OSError):
         return  # nobody listens any more
 
@@ -334,10 +336,10 @@ class Worker:
     gpu: str | None = None  # that it sees; none is whatever there is
 
     @classmethod
-    def start(cls, store, threads, device, hours=None, gpu=None, shared=False):
-        "A new one."
+    def start(cls, store, threads, device, gpu=None, **how):
+        "A new one; `how` is of `run_one`: hours, shared, scorer."
         born = time.monotonic()
-        process, pipe = start_process(_worker, store, threads, device, hours, gpu, shared, os.getpid())
+        process, pipe = start_process(_worker, store, threads, device, how, gpu, os.getpid())
         return cls(process, pipe, born=born, gpu=gpu)
 
     def give(self, planned):
@@ -378,7 +380,8 @@ class _Team:
 
     def _start(self, gpu):
         threads, options = share_of_cores(self.workers), self.options
-        return Worker.start(self.store, threads, options.device, options.hours_per_run, gpu, self.shared)
+        how = dict(hours=options.hours_per_run, shared=self.shared, scorer=options.scorer)
+        return Worker.start(self.store, threads, options.device, gpu, **how)
 
     @property
     def busy(self):
@@ -534,7 +537,7 @@ class _OnCluster:
 
         options = self.work.options
         how = dict(name=planned.name, device=options.device, threads=max(1, int(self.cpus)), keep=planned.keep)
-        how |= dict(hours=options.hours_per_run)
+        how |= dict(hours=options.hours_per_run, scorer=options.scorer)
         if deterministic_asked():
             how |= dict(deterministic=True)  # nodes do not share the environment
         return planned.run_id, code_hash(planned.run), planned.run.model_dump(mode="json"), self.store, how
@@ -615,8 +618,9 @@ def _prepare(todo, max_epochs):
 
 def _where_time_went(used, workers, wall):
     "Worker seconds as shares of the wall time; what no worker accounts for is waiting and the parent's own work."
-    own = used["total"] - used["training"] - used["evaluation"]
-    parts = dict(training=used["training"] / workers, evaluation=used["evaluation"] / workers, data=used["data"])
+    inside = ("training", "evaluation", "scores")
+    own = used["total"] - sum(used[part] for part in inside)
+    parts = {part: used[part] / workers for part in inside} | dict(data=used["data"])
     parts["set-up of runs"] = max(0.0, own) / workers
     # workers start while the data is prepared
     parts["start-up of workers"] = max(0.0, used["start-up"] / workers - used["data"])

@@ -196,6 +196,7 @@ def search(
     Raises: KimiError when an optimizer finished at none of its values, or its optimum lies outside every grid.
     """
     losses, studies = {name: {} for name in profile.tune}, []
+    how["scorer"] = None  # what is chosen by its loss and compared with nothing is not scored
     while True:
         choices = {}
         for name, grids in profile.tune.items():

@@ -152,6 +152,11 @@ SIZE = (
     Metric("vocab_size", "vocabulary", "", "", 0, "of the tokenizer"),
 )
 SCORES = (
+    Metric("score", "score above chance", "", "higher", 3, "mean over tasks of (score - chance) / (1 - chance)"),
+    Metric("score_probability", "probability of the right choice", "", "higher", 4, "of those offered, over all items"),
+    Metric("score_n", "items scored", "", "", 0, "over all tasks"),
+    Metric("score_tasks", "tasks scored", "", "", 0, "with at least one item"),
+    Metric("score_seconds", "time to score", "s", "lower", 2, "after training, model loading included"),
     Metric("acc", "accuracy", "", "higher", 4, "likeliest choice by summed log-probability"),
     Metric("acc_norm", "accuracy (normalised)", "", "higher", 4, "likeliest choice by log-probability a byte"),
     Metric("f1", "F1", "", "higher", 4, "word overlap with the answer"),
@@ -165,6 +170,16 @@ METRICS = {
 MARGINS = {"test_bpb": 0.02}  # metric -> difference that is too small to matter, in every phase whose study names none
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
 _SCORED_AS = ("acc_norm", "exact_match", "accuracy", "acc", "f1")  # longest first
+_ABOUT_A_SCORE = {"stderr": "standard error over items", "chance": "score of guessing", "n": "items"}
+
+
+def _score_info(name):
+    "A task's score in a record, or what belongs to it."
+    task, _, about = name.removeprefix("score_").rpartition("_")
+    if about in _ABOUT_A_SCORE:
+        return Metric(name, f"{task.replace('_', ' ')}, {_ABOUT_A_SCORE[about]}")
+    task = name.removeprefix("score_").replace("_", " ")
+    return Metric(name, f"{task} score", "", "higher", 3, "of its task's own measure: share right, F1 or correlation")
 
 
 def metric_info(
@@ -176,6 +191,8 @@ def metric_info(
     split, _, rest = name.partition("_")
     if split in SPLIT_WORDS and rest in METRICS:
         return replace(METRICS[rest], name=name, label=f"{SPLIT_WORDS[split]} {METRICS[rest].label}")
+    if name.startswith("score_"):
+        return _score_info(name)
     for tail in _SCORED_AS:
         if name.endswith("_" + tail):
             task = name.removesuffix("_" + tail)
