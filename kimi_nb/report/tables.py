@@ -100,7 +100,7 @@ def reached(
     return f"≤ {text}" if early else text
 
 # %% ../../nbs/report/04_tables.ipynb #c6085b6c
-RUN_METRICS = ("test_bpb", "test_loss", "loss_residual_sd", "steps_to_target")
+RUN_METRICS = ("test_bpb", "test_loss", "score", "loss_residual_sd", "steps_to_target")
 _ALWAYS = ("test_bpb", "test_loss")  # shown also where every run has the same
 
 

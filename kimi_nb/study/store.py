@@ -335,7 +335,7 @@ class _Reports(_Tables):
 
     def _report_of(self, study):
         frame = self.frame(study.name, stale=True, missing=True)
-        metrics = dict.fromkeys((study.metric, "test_bpb", "val_loss", "val_ppl"))
+        metrics = dict.fromkeys((study.metric, "test_bpb", "val_loss", "val_ppl", "score"))
         shown = [m for m in metrics if m in frame and m not in _BASE]
         lines = [f"## {study.name}", ""]
         for title, text in (("Question", study.question), ("Hypothesis", study.hypothesis)):
