@@ -123,6 +123,7 @@ WALK = {
     "train.optimizer.embed_lr_scale": ({}, 4.0),
     "train.optimizer.muon_split": (MUON, "heads"),
     "train.optimizer.variant": (MUON, "normuon"),
+    "train.optimizer.idle_experts": (MUON | MOE | {"model.moe.n_experts": 64}, "rest"),
     "train.optimizer.qk_clip_threshold": (
         {"train.optimizer.name": "muonclip", "train.optimizer.qk_clip_threshold": 50.0},
         1e-4,
@@ -297,8 +298,13 @@ def test_other_names_for_the_same_things():
         8,
         2,
     )
+    assert c.expert_width == 256 and c.override({"moe.d_expert": 384}).expert_width == 384
+    wide = ModelConfig(n_embd=768, n_head=12, moe={"use_moe": True, "num_experts": 8, "top_k": 2, "d_expert": 3072})
+    assert wide.expert_width == 3072
     with pytest.raises(ConfigError, match="give one of the two"):
         ModelConfig(n_embd=64, d_model=64)
+    with pytest.raises(ConfigError, match="n_experts"):
+        ModelConfig(n_embd=64, moe={"num_experts": "many"})
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -45,9 +45,9 @@ def weights(folder):
 
 
 def trained_lines(folder):
-    """What metrics.jsonl says about every training step, times left out."""
+    """What metrics.jsonl says about every training step, times and memory left out."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory_mb")} for line in lines]
 
 
 def finish(process, seconds=400):

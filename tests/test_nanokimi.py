@@ -16,7 +16,7 @@ from tiny import tiny_run
 from kimi_nb.bench import NanoGPTComparison, nanogpt_equal
 from kimi_nb.cli import main
 from kimi_nb.config import ConfigError, KimiError, ModelConfig, RunConfig
-from kimi_nb.data import ByteTokenizer, PairTokenizer, prepare
+from kimi_nb.data import ByteTokenizer, DataError, PairTokenizer, prepare
 from kimi_nb.model import KimiModel, count_parameters
 from kimi_nb.study import Record, Store
 from kimi_nb.use import (
@@ -27,6 +27,7 @@ from kimi_nb.use import (
     TextDataProcessor,
     Tracking,
     dataset_settings,
+    keep_dataset,
     read_config,
     toy_dataset,
     track,
@@ -145,6 +146,88 @@ def test_the_snippet_is_the_descriptions_own(repo):
     assert SNIPPET.replace("from kimi_nb import", "from nanokimi import") in text.read_text(encoding="utf-8")
 
 
+def one_more(n, vocabulary=256):
+    """Ids that count on, of bytes."""
+    return np.arange(n) % 7 + ord("a")
+
+
+class Counting:
+    """A data set by a program: no text stands behind it."""
+
+    tokenizer, vocab_size, fingerprint = ByteTokenizer(), ByteTokenizer().vocab_size, "counting"
+    train, val, test = one_more(900), one_more(200), one_more(0)
+    n_bytes = dict(train=900, val=200, test=0)
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "cache"))
+    return keep_dataset("counting", Counting())
+
+
+def test_a_data_set_of_ones_own_leaves_a_record(counting, tmp_path):
+    from kimi_nb.train import fit
+
+    run = tiny_run(train__steps=3).override({f"data.{k}": v for k, v in counting.data.model_dump().items()})
+    record = fit(run, tmp_path / "fit", progress=False)
+    assert record.ok and record.provenance["data"]["fingerprint"] == counting.tokens.fingerprint
+    assert record.metrics["val_bpb"] == pytest.approx(record.metrics["val_loss"] / math.log(2))
+    assert "test_loss" not in record.metrics
+
+
+@pytest.mark.slow
+def test_a_data_set_of_ones_own_trains_everywhere(counting, tmp_path, capsys):
+    """In a study's worker processes, on the command line and in the workbench's picker it is the same run."""
+    from kimi_nb.lab import Picker
+    from kimi_nb.runner import run_study
+    from kimi_nb.study import Arm, Study
+
+    run = tiny_run(train__steps=3).override({f"data.{k}": v for k, v in counting.data.model_dump().items()})
+    arms = [Arm("a"), Arm("b", {"model.norm.kind": "rmsnorm"})]
+    study = Study(name="own", base=run, baseline="a", seeds=(0,), arms=arms)
+    records = run_study(study, Store(tmp_path / "results"), progress=False, workers=1)
+    assert {r.provenance["data"]["fingerprint"] for r in records} == {counting.tokens.fingerprint} and len(records) == 2
+    run.save(tmp_path / "run.yaml")
+    command = ["train", "--config", tmp_path / "run.yaml", "--dataset", "counting", "--out", tmp_path / "out"]
+    assert main([*map(str, command), "--quiet", "--yes"]) == 0
+    assert f"run {run.run_id}" in capsys.readouterr().out and run.run_id in {r.run_id for r in records}
+    assert Picker(run).run.run_id == run.run_id
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(train=np.ones(90)), "train is not a 1-D array of whole numbers from 0 to 256"),
+        (dict(val=np.array([300] * 90)), "val is not a 1-D array of whole numbers from 0 to 256"),
+        (dict(n_bytes=None), "the data set is a "),
+    ],
+)
+def test_a_data_set_that_is_none_is_refused(change, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path))
+    own = Counting()
+    for name, value in change.items():
+        setattr(own, name, value)
+    if change.get("n_bytes", 1) is None:
+        own = types.SimpleNamespace(train=own.train)
+    with pytest.raises(DataError, match=told):
+        keep_dataset("mine", own)
+    assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_tokens_that_were_kept_follow_their_bytes(counting):
+    """Another data set under the same name is another run; one that was altered is refused."""
+    run = tiny_run().override({f"data.{k}": v for k, v in counting.data.model_dump().items()})
+    before = run.run_id
+    other = Counting()
+    other.train = one_more(901)
+    assert keep_dataset("counting", other).tokens.fingerprint != counting.tokens.fingerprint
+    assert run.run_id != before
+    file = counting.tokens.folder / "train.bin"
+    file.write_bytes(file.read_bytes()[:-2] + b"zz")
+    with pytest.raises(DataError, match=r"train\.bin was altered"):
+        prepare(counting.data)
+
+
 # --- configuration files -----------------------------------------------------------------------------------------
 
 
@@ -172,6 +255,26 @@ def test_the_three_sizes_are_those_of_the_description(name, layers, width, exper
     )  # one vocabulary: the project's own reader takes them too
     with torch.device("meta"):
         assert low < count_parameters(KimiModel(config, seed=None))[kind] < high
+
+
+@pytest.mark.parametrize("name", ["nano", "small", "medium"])
+def test_the_three_sizes_have_the_three_features(name):
+    """Experts, Muon and latent attention; a cache that is a quarter of attention over all tokens."""
+    for run in (read_config(f"{name}.yaml")[0], RunConfig.preset(name)):
+        a = run.model.attention
+        assert (a.kind, run.model.ffn.kind, run.train.optimizer.name) == ("latent", "moe", "muon")
+        assert run.model.max_seq_len % a.chunk_size == 0 and 4 * a.n_latents * 4 == 2 * a.chunk_size
+        shared = 8 * run.model.d_model // 3
+        assert 0.9 * shared <= run.model.moe.n_experts * run.model.expert_width <= shared
+
+
+def test_the_snippets_model_has_the_size_of_its_description():
+    config = ModelConfig(
+        n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024,
+        moe={"use_moe": True, "num_experts": 8, "top_k": 2},
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert 122e6 < count_parameters(KimiModel(config, seed=None))["total"] < 126e6
 
 
 NANOKIMI = """

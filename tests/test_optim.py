@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kimi_nb.config import KimiError, ModelConfig, OptimizerConfig, TrainConfig
+from kimi_nb.config import KimiError, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from kimi_nb.model import KimiModel
 from kimi_nb.train import (
     Muon,
@@ -166,6 +166,44 @@ def test_variants_of_muon_are_what_their_papers_say(variant, shape):
         p.grad = g
         optimizer.step()
     torch.testing.assert_close(p.detach(), reference_variant(variant, start, grads, 0.05, 0.3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["none", "normuon", "polar_express", "cautious"])
+@given(st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=5))
+@settings(max_examples=12, deadline=None)
+def test_experts_without_a_token_rest_or_drift(variant, steps):
+    """At rest an expert has the weights and momentum of an optimizer that saw only the steps in which it was used."""
+
+    def trained(choice, used, only=None):
+        torch.manual_seed(2)
+        p = torch.nn.Parameter(torch.randn(3, 4, 6, dtype=torch.float64))
+        muon = Muon([dict(params=[p], variant=variant, idle_experts=choice)], lr=0.05, weight_decay=0.3)
+        for at, experts in enumerate(used):
+            grads = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(at))
+            p.grad = torch.zeros_like(p)
+            p.grad[list(experts)] = grads[list(experts)]
+            if only is None or only in experts:
+                muon.step()
+        return p.detach(), muon.state[p].get("momentum_buffer", torch.zeros_like(p))
+
+    weights, momentum = trained("rest", steps)
+    for expert in range(3):
+        alone, past = trained("drift", steps, only=expert)
+        assert torch.equal(weights[expert], alone[expert]) and torch.equal(momentum[expert], past[expert])
+    if all(experts == {0, 1, 2} for experts in steps):
+        assert torch.equal(weights, trained("drift", steps)[0])
+
+
+def test_what_becomes_of_idle_experts_reaches_the_optimizer_from_the_settings():
+    """A run's bits and name are as before the choice existed, unless it is made."""
+    model = KimiModel(ModelConfig(vocab_size=20, ffn=dict(kind="moe"), moe=dict(n_experts=4, d_expert=16)), seed=0)
+    choices = {g["idle_experts"] for g in build_optimizer(model, make_config(name="muon")).optimizers[0].param_groups}
+    assert choices == {"drift"}
+    optimizer = build_optimizer(model, make_config(name="muon", idle_experts="rest"))
+    assert {g["idle_experts"] for g in optimizer.optimizers[0].param_groups} == {"rest"}
+    run = RunConfig.preset("nano")
+    assert run.run_id == run.override({"train.optimizer.idle_experts": "drift"}).run_id
+    assert run.run_id != run.override({"train.optimizer.idle_experts": "rest"}).run_id
 
 
 def test_a_variants_state_is_saved_and_read():

@@ -52,6 +52,7 @@ ARMS = {  # name -> what differs from the base
     "flash": {"model.attention.implementation": "flash"},
 }
 _TEXT = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "train.optimizer.name": "adamw"}
+_PLAIN = {"model.attention.kind": "mha"}  # what a utilisation is counted for
 _SMALL = {
     "model.d_model": 64,
     "model.n_layers": 2,
@@ -266,7 +267,9 @@ def _utilisation(place: Place) -> Iterator[dict]:
 
     def measure(kind, compiled):
         base = RunConfig.preset("small").override({"model.vocab_size": 1024}) if place.gpu else place.small
-        run = base.override(_TEXT | {"model.ffn.kind": kind, "train.precision": precision, "train.compile": compiled})
+        run = base.override(
+            _TEXT | _PLAIN | {"model.ffn.kind": kind, "train.precision": precision, "train.compile": compiled}
+        )
         return utilisation(run, peak, place.times, place.warmup, place.device)._asdict()
 
     cases = [dict(kind=kind, compiled=compiled) for kind in ("dense", "moe") for compiled in (False, True)]

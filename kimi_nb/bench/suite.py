@@ -541,10 +541,13 @@ def bench_linear(short: int = 512, long: int = 4096, rounds: int = 5):
         yield ratio_row(what, r, "at most", 1.25 if name == "kda" else None)
 
 # %% ../../nbs/bench/04_suite.ipynb #3c8c1356
+_PLAIN = {"model.attention.kind": "mha", "train.optimizer.name": "adamw"}  # what a utilisation is counted for
+
+
 def _filling_run(gpu: bool, precision: str, compiled: bool, **changes) -> RunConfig:
     "A preset that fills a GPU, or a smaller one elsewhere."
     sizes = {"data.corpus": "tinyworld", "data.tokenizer": "byte", "model.vocab_size": 1024}
-    how = {"train.precision": precision, "train.compile": compiled}
+    how = {"train.precision": precision, "train.compile": compiled} | _PLAIN
     small = {} if gpu else {"train.batch_size": 4}
     return RunConfig.preset("small" if gpu else "nano").override(sizes | how | small | changes)
 

@@ -273,6 +273,20 @@ def _with_our_names(data):
     return data
 
 
+def _shared_width(d_model, n_experts):
+    "The width of experts that together are as large as GPT-2's feed-forward layer, in steps of 16 where it has some."
+    width = _whole(d_model, ModelConfig.model_fields["d_model"].default) * 8 // (3 * _whole(n_experts, 1))
+    return max(1, width // 16 * 16 or width)
+
+
+def _whole(value, other):
+    "A number that may be wrong: what is wrong is said by its own setting."
+    try:
+        return max(1, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return other
+
+
 def _with_our_experts(data):
     "The fields of a network whose `moe` says `use_moe` and `num_experts`."
     moe, ffn = dict(data["moe"]), data.get("ffn", {})
@@ -281,6 +295,8 @@ def _with_our_experts(data):
         raise ConfigError("moe.use_moe", f"{use!r} is not true or false")
     if "num_experts" in moe:
         moe["n_experts"] = moe.pop("num_experts")
+        if "d_expert" not in moe and data.get("d_ff") is None:
+            moe["d_expert"] = _shared_width(data.get("d_model"), moe["n_experts"])
     ffn = ffn.model_dump() if isinstance(ffn, Config) else ffn
     return data | dict(moe=moe, ffn={**ffn, "kind": "moe" if use else "dense"})
 
@@ -485,6 +501,7 @@ class OptimizerConfig(Config):
     muon_split: Annotated[Literal["fused", "parts", "heads"], _MUON, NEUTRAL] = "fused"  # matrices of attention
     qk_clip_threshold: Annotated[Float, Field(gt=0), _CLIP] = 100.0  # tau of QK-clip, in units of a scaled logit
     variant: Annotated[Literal["none", "normuon", "polar_express", "cautious"], _MUON, NEUTRAL] = "none"
+    idle_experts: Annotated[Literal["drift", "rest"], _MUON, NEUTRAL] = "drift"  # those that got no token in a step
 
 # %% ../../nbs/config/04_schema.ipynb #ea660893
 _Rate, _DECAY = Annotated[Float, Field(ge=0)], needs("schedule", "cosine", "linear", "wsd")
@@ -700,6 +717,7 @@ class RunConfig(Config):
         asleep = self.model.dormant("model.") | self.train.dormant("train.")
         if self.model.ffn.kind != "moe":
             asleep["train.optimizer.expert_lr_scale"] = "model.ffn.kind moe"
+            asleep["train.optimizer.idle_experts"] = "model.ffn.kind moe"
         if not self.model.mtp_depth:
             asleep["train.mtp_weight"] = "model.mtp_depth over 0"
         if self.train.optimizer.muon_split == "parts" and "mla" not in self.model.layer_kinds:
@@ -728,10 +746,11 @@ def _moe_preset(layers, width, heads, experts, d_expert, context):
             vocab_size=_GPT2_VOCAB,
             max_seq_len=context,
             norm=dict(kind="rmsnorm"),
-            attention=mla_sizes(width, heads),
+            attention=mla_sizes(width, heads, kind="latent", chunk_size=64),
             ffn=dict(kind="moe"),
             moe=dict(n_experts=experts, top_k=2, d_expert=d_expert),
-        )
+        ),
+        train=dict(optimizer=dict(name="muon")),
     )
 
 

@@ -16,7 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer bytes_to_unicode
     """,
     tokens="""
-        BytesAt FORMAT_VERSION TokenData TokenDataset describe overlap prepare split_documents
+        BytesAt FORMAT_VERSION TokenData TokenDataset describe keep_tokens overlap prepare
+        split_documents
     """,
     batches="""
         Batches EvalWindows IGNORE bytes_of eval_windows

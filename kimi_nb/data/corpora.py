@@ -464,6 +464,8 @@ def _read(source, seed=0, chars=None, documents=None):
         return _hub(source.name)
     if source.kind == "splits":
         return _given_splits(source)
+    if source.kind == "tokens":
+        raise DataError(f"corpus {source.name!r} is tokens already: it cannot be mixed, or read as text")
     if source.name == "pydocs":
         return _pydocs()
     if source.name == "pysource":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'split_documents', 'overlap', 'BytesAt', 'TokenDataset', 'TokenData', 'prepare',
-           'describe']
+           'keep_tokens', 'describe']
 
 # %% ../../nbs/data/04_tokens.ipynb #69a3c3a1
 import functools
@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..config import SPLITS, parse_sources, tokenizer_folder, write_file
+from ..config import SPLITS, TOKENS, parse_sources, tokenizer_folder, write_file
 from kimi_nb.data.corpora import (
     ELSEWHERE,
     EXTRACTOR_VERSION,
@@ -366,6 +366,24 @@ def _caching(root):
         raise DataError(f"cannot write the cache folder {root}: {e.strerror or e}; {ELSEWHERE}") from e
 
 
+def _kept(settings, folder):
+    "The tokens that `keep_tokens` left in a folder.  Raises: DataError for settings that cannot change them."
+    where = f"corpus {settings['corpus']!r}"
+    if not (Path(folder) / "meta.json").is_file():
+        raise DataError(f"{where} is not there: keep_tokens makes it")
+    data = TokenData(folder)
+    for name in ("max_tokens", "num_documents"):
+        if settings[name] is not None:
+            raise DataError(f"{where} is used whole: leave data.{name} none")
+    own = tokenizer_folder(settings["tokenizer"])
+    if own is None or own.resolve() != Path(folder).resolve():
+        raise DataError(f"{where} has its own tokenizer: set data.tokenizer {folder}")
+    for split in ("val", "test"):
+        if settings[f"{split}_fraction"] and not data.n_tokens[split]:
+            raise DataError(f"{where} has no {split} split: set data.{split}_fraction 0")
+    return data
+
+
 def prepare(
     data,  # DataConfig, or anything with its attributes or keys
     seq_len: int | None = None,  # check that every split can fill a context of so many tokens
@@ -376,6 +394,10 @@ def prepare(
     Raises: DataError.
     """
     settings, root = _settings(data), Path(cache or cache_dir())
+    source = parse_sources(settings["corpus"])[0]
+    if source.kind == "tokens":
+        ready = _kept(settings, source.files[0].path)
+        return ready.require(seq_len) if seq_len else ready
     index = _index_path(settings, root)
     ready = _indexed(index, settings, root)
     if ready is None:
@@ -560,6 +582,84 @@ def _blocks(docs, chars=1 << 22):
             block, size = [], 0
     if block:
         yield block
+
+# %% ../../nbs/data/04_tokens.ipynb #1d1e0d02
+def _loses(tokenizer: Tokenizer, ids) -> str:
+    "Why the bytes of some tokens are not known; '' where they are."
+    if tokenizer.token_bytes() is None:
+        return "its ids do not stand for fixed bytes"
+    unknown = getattr(tokenizer, "unk_id", None)
+    return "it has unknown tokens" if unknown is not None and (ids == unknown).any() else ""
+
+
+def _whole_ids(dataset: TokenDataset, split: str) -> np.ndarray:
+    "The ids of a split.  Raises: DataError for what is no row of ids."
+    ids = np.asarray(getattr(dataset, split))
+    if not len(ids):
+        return np.zeros(0, dtype=np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= dataset.vocab_size:
+        raise DataError(f"{split} is not a 1-D array of whole numbers from 0 to {dataset.vocab_size - 1}")
+    return ids
+
+
+def _facts(dataset: TokenDataset, ids: dict[str, np.ndarray], settings: dict) -> dict:
+    "What is known about tokens before their files are there."
+    tokenizer, ends = dataset.tokenizer, dataset.tokenizer.eot_id
+    text = {split: tokenizer.decode(ids[split]) for split in SPLITS}
+    return dict(
+        settings=settings,
+        vocab_size=dataset.vocab_size,
+        eot_id=ends,
+        n_tokens={split: len(ids[split]) for split in SPLITS},
+        n_bytes={split: int(dataset.n_bytes[split]) for split in SPLITS},
+        n_documents={
+            s: max(min(1, len(ids[s])), int((ids[s] == (-1 if ends is None else ends)).sum())) for s in SPLITS
+        },
+        sources={type(dataset).__name__: sum(dataset.n_bytes.values())},
+        lost={split: _loses(tokenizer, ids[split]) for split in ("val", "test")},
+        overlap={split: overlap([text["train"]], [text[split]]) for split in ("val", "test")},
+    )
+
+
+def keep_tokens(
+    dataset: TokenDataset,
+    folder: str | Path,  # to be made, or replaced
+) -> dict:  # of a run's data section
+    "Write a data set down, for runs.  Raises: DataError for what are no ids, or a tokenizer that cannot be read back."
+    folder = Path(folder).expanduser().resolve()
+    if not isinstance(dataset, TokenDataset):
+        raise DataError(f"the data set is a {type(dataset).__name__}: give a TokenDataset")
+    ids = {split: _whole_ids(dataset, split) for split in SPLITS}
+    held_out = {f"{split}_fraction": _DEFAULTS[f"{split}_fraction"] * bool(len(ids[split])) for split in SPLITS[1:]}
+    settings = _DEFAULTS | dict(corpus=f"{TOKENS}{folder}", tokenizer=str(folder)) | held_out
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with _caching(folder):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            _write_kept(work, dataset, ids, settings)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return settings
+
+
+def _write_kept(work: Path, dataset: TokenDataset, ids: dict[str, np.ndarray], settings: dict):
+    "The files of a kept data set."
+    dtype = np.dtype("<u2" if dataset.vocab_size <= 1 << 16 else "<u4")
+    dataset.tokenizer.save(work)
+    if Tokenizer.load(work).fingerprint != dataset.tokenizer.fingerprint:
+        raise DataError(
+            f"the tokenizer {type(dataset.tokenizer).__name__} cannot be read back: use one of the package's"
+        )
+    for split in SPLITS:
+        (work / f"{split}.bin").write_bytes(ids[split].astype(dtype).tobytes())
+    files = {p.name: (p.stat().st_size, _hash_new(p)) for p in sorted(work.iterdir())}
+    known = [FORMAT_VERSION, dataset.tokenizer.fingerprint, dtype.str, [files[f"{s}.bin"][1] for s in SPLITS]]
+    meta = _facts(dataset, ids, settings) | dict(dtype=dtype.str, files=files)
+    meta["fingerprint"] = _sha(json.dumps(known).encode())[:16]
+    write_file(work / "meta.json", _sealed(json.loads(json.dumps(meta))))
 
 # %% ../../nbs/data/04_tokens.ipynb #2d1fbbc3
 def describe(

@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     hardware="""
         DiskError PeakMemory TrainError deterministic_asked deterministically environment free_cores
-        pick_compile pick_device pick_precision pick_threads
+        memory_now pick_compile pick_device pick_precision pick_threads
     """,
     evaluate="""
         DTYPES autocast eval_batch held_out_scores ids_on score_windows
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazily(
         LOAD_POINTS Trainer counted_load pick_micro_batch with_vocabulary
     """,
     journal="""
-        Journal Lines Writer disk_of known_part parse_journal
+        Journal Lines NO_CURVES Writer disk_of known_part parse_journal
     """,
     loop="""
         Interrupted Session TrainOptions advance curve_metrics evaluate_now finish_run fit

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainError', 'DiskError', 'pick_device', 'pick_precision', 'pick_compile', 'free_cores', 'pick_threads',
-           'environment', 'PeakMemory', 'deterministic_asked', 'deterministically']
+           'environment', 'PeakMemory', 'memory_now', 'deterministic_asked', 'deterministically']
 
 # %% ../../nbs/train/03_hardware.ipynb #40393730
 import contextlib
@@ -162,6 +162,13 @@ def environment(
     )
 
 # %% ../../nbs/train/03_hardware.ipynb #78c8a82b
+def _most_ever() -> float:
+    "MB that this process has held at once since it began."
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
 class PeakMemory:
     "Peak memory since it was made, in MB: the allocator's on CUDA, the process's own elsewhere."
 
@@ -180,9 +187,18 @@ class PeakMemory:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM"):
                     return int(line.split()[1]) / 1024
-        import resource
+        return _most_ever()
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+# %% ../../nbs/train/03_hardware.ipynb #1d1e0b02
+def memory_now(
+    device: torch.device,
+) -> float:  # MB
+    "Memory in use at this moment: the allocator's on CUDA, the process's own elsewhere."
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return _most_ever()
 
 # %% ../../nbs/train/03_hardware.ipynb #7c86bf5c
 _WORKSPACE, _ASKED = "CUBLAS_WORKSPACE_CONFIG", "KIMI_NB_DETERMINISTIC"

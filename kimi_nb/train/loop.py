@@ -55,12 +55,13 @@ from kimi_nb.train.hardware import (
     deterministic_asked,
     deterministically,
     environment,
+    memory_now,
     pick_device,
     pick_threads,
 )
 from .journal import Journal, Writer, disk_of
 from .optim import describe_groups
-from .trainer import Trainer
+from .trainer import LOAD_POINTS, Trainer
 
 # %% ../../nbs/train/08_loop.ipynb #5641ce45
 @dataclass(frozen=True)
@@ -160,8 +161,14 @@ def advance(session: Session) -> dict:
     numbers = session.trainer.step(session.step)
     session.step += 1
     line = dict(step=session.step, tokens=session.tokens, **numbers, seconds=round(time.perf_counter() - tick, 6))
+    if session.step == 1 or _due(session, max(1, session.run.train.steps // LOAD_POINTS)):
+        line["memory_mb"] = round(memory_now(session.trainer.device), 3)
     session.journal.write(line)
     return line
+
+
+def _due(session: Session, every: int) -> bool:
+    return every > 0 and session.step % every == 0
 
 # %% ../../nbs/train/08_loop.ipynb #5f5c953a
 def _scored(session: Session, scores: dict) -> dict:
@@ -369,10 +376,6 @@ def take_steps(
                 save_now(session)
             if anywhere(stop(), session.trainer.device):
                 stop_here(session)
-
-
-def _due(session: Session, every: int) -> bool:
-    return every > 0 and session.step % every == 0
 
 # %% ../../nbs/train/08_loop.ipynb #4d35662a
 def size_metrics(session: Session) -> dict:

@@ -270,6 +270,24 @@ def _move_looked_over(items, state, orthogonalise):
     for move, (p, _, _, group) in zip(moves, items):
         p.add_(_looked_over(p, move, group, state[p]))
 
+# %% ../../nbs/train/01_muon.ipynb #1d1e0a02
+def _at_rest(group: dict, state) -> list[tuple]:
+    "What a step must not change: (tensor, as it is now, (E, 1, 1) which matrices of the stack have no gradient)."
+    kept = []
+    for p in group["params"] if group.get("idle_experts") == "rest" else ():
+        if p.grad is None or p.ndim != 3:
+            continue
+        idle = part(p.grad).abs().amax((1, 2), keepdim=True) == 0
+        for tensor in (p, *state[p].values()):
+            kept.append((part(tensor), part(tensor).clone(), idle))
+    return kept
+
+
+def _put_back(kept):
+    "Undo what a step did to matrices that were to rest."
+    for tensor, before, idle in kept:
+        tensor.copy_(torch.where(idle, before, tensor))
+
 # %% ../../nbs/train/01_muon.ipynb #bea0bb32
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised: for the hidden matrices of a network; everything else belongs to AdamW."
@@ -286,14 +304,15 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,  # Newton-Schulz iterations
         scaling: str = "original",  # `original` or `match_rms_adamw`
     ):
-        """A group may also have `splits`, `blocks` and `apart`, how its parameters' rows are cut, and a `variant`.
+        """A group may also have `splits`, `blocks` and `apart`, how its parameters' rows are cut, a `variant`, and
+        `idle_experts`, what becomes of matrices of a stack that have no gradient.
 
         Raises: OptimError for a parameter that is no matrix, splits that do not fit it, or a setting out of range.
         Source: Jordan et al. 2024; agrees with torch.optim.Muon, which computes in bf16 one matrix at a time.
         """
         _check_muon(lr, weight_decay, momentum)
         how = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
-        cut = dict(splits=1, blocks=1, apart=False, variant="none")
+        cut = dict(splits=1, blocks=1, apart=False, variant="none", idle_experts="drift")
         super().__init__(params, how | dict(ns_steps=ns_steps, scaling=scaling) | cut)
 
     def add_param_group(self, group):
@@ -311,6 +330,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        resting = [item for group in self.param_groups for item in _at_rest(group, self.state)]
         items = [item for group in self.param_groups for item in _averaged(group, self.state)]
         alone = compiled_newton_schulz if self.compiled else newton_schulz
         shared = functools.partial(_shared_out, alone)
@@ -322,6 +342,7 @@ class Muon(torch.optim.Optimizer):
         cut_between_experts = [i for i in items if is_sharded(i[0]) and i[0].ndim == 3 and len(i[1])]
         _move([(mine, u, g) for _, mine, u, g in cut_between_experts], alone)
         _move_cut([(p, u, g) for p, _, u, g in items if is_sharded(p) and p.ndim == 2], shared)
+        _put_back(resting)
         return loss
 
     @torch.no_grad()

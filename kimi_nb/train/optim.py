@@ -115,7 +115,7 @@ def _group(name: str, p: Tensor, rows: Rows | None, settings: OptimizerConfig, b
     if not rows:
         return group | dict(betas=settings.betas)
     how = dict(momentum=settings.momentum, ns_steps=settings.ns_steps, scaling=settings.scaling, nesterov=True)
-    return group | how | dict(variant=settings.variant) | rows._asdict()
+    return group | how | dict(variant=settings.variant, idle_experts=settings.idle_experts) | rows._asdict()
 
 # %% ../../nbs/train/02_optim.ipynb #beb28e86
 def param_groups(

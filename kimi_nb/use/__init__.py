@@ -22,6 +22,6 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     nanokimi="""
         ArrayDataset ModelEvaluator ProcessedDataset TextConfig TextDataProcessor Tracking
-        dataset_settings from_nanokimi read_config toy_dataset track train_on
+        dataset_settings from_nanokimi keep_dataset read_config toy_dataset track train_on
     """,
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tracking', 'from_nanokimi', 'read_config', 'track', 'TextConfig', 'ProcessedDataset', 'TextDataProcessor',
-           'toy_dataset', 'dataset_settings', 'ArrayDataset', 'train_on', 'ModelEvaluator']
+           'toy_dataset', 'dataset_settings', 'ArrayDataset', 'keep_dataset', 'train_on', 'ModelEvaluator']
 
 # %% ../../nbs/use/05_nanokimi.ipynb #5a2733da
 import contextlib
@@ -32,7 +32,7 @@ from kimi_nb.config import (
     write_file,
 )
 from ..config import DataConfig as RunData
-from ..data import DataError, TokenData, TokenDataset, bytes_of, cache_dir, prepare
+from ..data import DataError, TokenData, TokenDataset, bytes_of, cache_dir, keep_tokens, prepare
 
 # %% ../../nbs/use/05_nanokimi.ipynb #dc8c25c2
 class Tracking(Config):
@@ -213,6 +213,20 @@ def _registry():
     return cache_dir() / "datasets"
 
 
+def _check_name(name: str):
+    "Raises: DataError for a name that means something else, or cannot be a file's."
+    taken = (*BUILTIN, "toy")
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
+        raise DataError(
+            f"data set name {name!r} is not possible: letters, digits, _ . - and none of {', '.join(taken)}"
+        )
+
+
+def _remember(name: str, data: RunData):
+    "From now on the name stands for these settings."
+    write_file(_registry() / f"{name}.json", json.dumps(data.model_dump(mode="json"), indent=1), parents=True)
+
+
 class TextConfig(Config):
     "How text files become tokens: what nanoKimi calls its DataConfig."
 
@@ -256,11 +270,7 @@ class TextDataProcessor:
         Raises: DataError for a name or file that cannot be used, a document in two splits, or a split shorter than
         a context.
         """
-        taken = (*BUILTIN, "toy")
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
-            raise DataError(
-                f"data set name {name!r} is not possible: letters, digits, _ . - and none of {', '.join(taken)}"
-            )
+        _check_name(name)
         return self._process(name, train_files, val_files, test_files)
 
     def _process(self, name, train_files, val_files, test_files=()):
@@ -276,7 +286,7 @@ class TextDataProcessor:
             **({} if test_files else {"test_fraction": 0.0}),
         )
         tokens = prepare(data, c.block_size)
-        write_file(_registry() / f"{name}.json", json.dumps(data.model_dump(mode="json"), indent=1), parents=True)
+        _remember(name, data)
         return ProcessedDataset(data, tokens)
 
 
@@ -344,6 +354,17 @@ class ArrayDataset:
         self.fingerprint = hashlib.sha256(
             b"".join(a.tobytes() for a in (self.train, self.val, self.test)) + tokenizer.fingerprint.encode()
         ).hexdigest()[:16]
+
+# %% ../../nbs/use/05_nanokimi.ipynb #1d1e0e01
+def keep_dataset(
+    name: str,  # what it is called from now on
+    dataset: TokenDataset,
+) -> ProcessedDataset:
+    "Write a data set down under a name, for runs.  Raises: DataError for a name or ids that cannot be used."
+    _check_name(name)
+    data = RunData(**keep_tokens(dataset, _registry() / "tokens" / name))
+    _remember(name, data)
+    return ProcessedDataset(data, prepare(data))
 
 # %% ../../nbs/use/05_nanokimi.ipynb #0e647b43
 def _opened(dataset):
