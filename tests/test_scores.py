@@ -8,8 +8,9 @@ import pytest
 from tiny import tiny_run
 
 from kimi_nb.evals import SCORED_ITEMS, TASK_NAMES, Scorer, choice_scores, chosen_rows, score_metrics_of, share_interval
+from kimi_nb.report import Evidence, draw_scores, scores_markdown, scores_section
 from kimi_nb.runner import RunnerOptions, run_one, run_study
-from kimi_nb.study import Arm, Store, Study, metric_info
+from kimi_nb.study import Arm, Record, Store, Study, metric_info
 
 CLOCK = ("seconds", "tokens_per_second", "memory")
 
@@ -133,3 +134,41 @@ def test_the_scores_are_those_of_the_harness():
     for task in TASK_NAMES:
         assert ours[f"score_{task}"] == pytest.approx(theirs[task]["score"]), task
         assert ours[f"score_{task}_stderr"] == pytest.approx(theirs[task]["stderr"]), task
+
+
+# what scores go with
+
+
+def scored_store(folder, arms, slope=0.2):
+    """A store of records with scores, made by hand: the score falls with the loss."""
+    rng, store = np.random.default_rng(0), Store(folder)
+    chosen = [Arm(f"a{k}", {"train.lr": 1e-3 * (1 + k)}) for k in range(arms)]
+    study = Study(name="made", base=tiny_run(), baseline="a0", seeds=(0, 1), arms=chosen)
+    for planned in study.expand():
+        loss = 2 + 0.05 * int(planned.arm[1:])
+        one = {f"score_{task}": 1 - slope * loss + rng.normal(0, 0.01) for task in TASK_NAMES}
+        metrics = dict(test_bpb=loss, score=1 - slope * loss, score_stderr=0.03, score_n=160, score_tasks=4)
+        store.put(Record.of(planned.run, "done", metrics | one), planned.name)
+    store.record_study(study)
+    return store
+
+
+def test_the_report_says_what_scores_go_with(tmp_path):
+    e = Evidence(scored_store(tmp_path / "many", 16))
+    drawn = draw_scores(e, tmp_path)
+    assert drawn.is_file()
+    text = str(scores_section(e, drawn))
+    assert "32 runs have scores" in text and "scores-tasks" in text and "train.lr" in text
+    lines = scores_markdown(e)
+    assert lines[0] == "32 scored runs of 16 arms, four tasks." and "rank correlation -1.00" in " ".join(lines)
+
+
+def test_few_scored_arms_say_nothing(tmp_path):
+    e = Evidence(scored_store(tmp_path, 5))
+    assert scores_section(e) == [] == scores_markdown(e) and draw_scores(e, tmp_path) is None
+
+
+def test_records_without_scores_have_no_section(tmp_path):
+    store = Store(tmp_path)
+    store.put(Record.of(tiny_run(), "done", dict(test_bpb=2.0)))
+    assert scores_section(Evidence(store)) == [] == scores_markdown(Evidence(store))

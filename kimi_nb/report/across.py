@@ -6,7 +6,8 @@
 __all__ = ['ANSWERING', 'TESTED', 'effect_text', 'agreement', 'Claim', 'shared_phases', 'claims_of', 'claims_at',
            'compared', 'how_large', 'at_size', 'names_of', 'what_ran', 'settings_apart', 'effect_changes',
            'changes_words', 'counts_words', 'claim_name', 'claims_words', 'claims_table', 'claims_markdown',
-           'sizes_figure', 'draw_sizes', 'main_figures', 'others', 'sizes_words', 'sizes_section', 'sizes_appendix']
+           'sizes_figure', 'draw_sizes', 'main_figures', 'others', 'sizes_words', 'sizes_section', 'sizes_appendix',
+           'scores_words', 'scores_section', 'scores_markdown', 'draw_scores']
 
 # %% ../../nbs/report/06_across.ipynb #1121f90d
 import math
@@ -26,15 +27,21 @@ from kimi_nb.stats import (
     MARKERS,
     adjust,
     amount,
+    beyond_loss,
     counted,
+    enough,
     listed,
     number,
     p_words,
     panels,
     save,
+    score_relations,
+    scored_arms,
     styled,
     t_interval,
     t_pvalue,
+    task_columns,
+    telling_tasks,
 )
 from ..study import Finding, Outcome, metric_info
 
@@ -586,3 +593,150 @@ def sizes_appendix(
                 table.id = re.sub(r"[^a-z0-9-]+", "-", f"runs-{study}-{name}".lower())
                 tables.append(table)
     return tables
+
+# %% ../../nbs/report/06_across.ipynb #5c0e5b02
+def _related_words(row):
+    "One relation of `score_relations`."
+    name = metric_info(row["with"]).label
+    if row["kind"] == "word":
+        return f"{name}: {row['between']:.0%} of the ranks' spread lies between its {row['values']} values"
+    return f"{name}: rank correlation {row['r']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
+
+
+def scores_words(
+    arms: pd.DataFrame,  # of `scored_arms`
+) -> list[str]:  # sentences
+    "Which task tells which, and what goes with a score."
+    told, found = telling_tasks(arms), score_relations(arms)
+    lines, sure = [], told[told["p_adj"] < 0.05]
+    if len(sure):
+        first = sure.iloc[0]
+        lines.append(
+            f"The task that says most about the others is {first['task'].replace('_', ' ')}: rank correlation "
+            f"{first['r']:.2f} ({first['ci_low']:.2f} to {first['ci_high']:.2f}) with their mean rank, "
+            f"{int(first['n'])} arms."
+        )
+    else:
+        noise = "each score is mostly noise"
+        lines.append(f"No task goes with the others by more than chance ({len(arms)} arms): {noise}.")
+    apart = found[found["p_adj"] < 0.05]
+    if apart.empty:
+        lines.append("Neither the loss, nor size, nor a setting goes with the score by more than chance.")
+    else:
+        shown = apart.head(4).to_dict("records")
+        lines.append("With the score over all tasks go " + listed(map(_related_words, shown)) + ".")
+        for row in [r for r in shown if r["kind"] == "number" and r["with"] != "test_bpb"][:2]:
+            left, p, n = beyond_loss(arms, row["with"])
+            if math.isfinite(left):
+                name = metric_info(row["with"]).label
+                lines.append(
+                    f"With the loss held, {name} keeps a rank correlation of {left:.2f} ({p_words(p)}, {n} arms)."
+                )
+    return lines
+
+
+def _scores_tables(arms):
+    "Which task tells which; what goes with the score."
+    told, found = telling_tasks(arms), score_relations(arms)
+    tasks = []
+    for r in told.dropna(subset="r").to_dict("records"):
+        low_high = f"{r['ci_low']:.2f} to {r['ci_high']:.2f}"
+        tasks.append([r["task"], f"{r['r']:.2f}", low_high, p_words(r["p_adj"]), f"{r['r_loss']:.2f}"])
+    about = [
+        [
+            code(r["with"]),
+            "—" if r["kind"] == "word" else f"{r['r']:.2f} ({r['ci_low']:.2f} to {r['ci_high']:.2f})",
+            "—" if r["kind"] == "number" else f"{r['between']:.0%}",
+            int(r["values"]),
+            int(r["n"]),
+            p_words(r["p_adj"]),
+        ]
+        for r in found.dropna(subset="p").head(16).to_dict("records")
+    ]
+    heads = ["Task", "r with the others", "95% interval", "p", "r with bits per byte"]
+    words = ["With", "Rank correlation (95%)", "Between its values", "Values", "Arms", "p"]
+    return [
+        TableBlock(
+            f"Rank correlation of each task's score with the mean rank of the other tasks, {len(arms)} arms; "
+            "p after Benjamini and Hochberg.",
+            heads,
+            tasks,
+            id="scores-tasks",
+        ),
+        TableBlock(
+            "What goes with the score over all tasks: numbers by rank correlation, words by the share of the ranks' "
+            "spread between them; p after Benjamini and Hochberg over all of them.",
+            words,
+            about,
+            id="scores-with",
+        ),
+    ]
+
+
+def _texts(arms):
+    return listed(code(str(value)) for name in ("data.corpus", "data.tokenizer") for value in arms.get(name, [])[:1])
+
+
+def scores_section(
+    e: Evidence,
+    drawn=None,  # of `draw_scores`
+) -> list:  # blocks; none where too few arms are scored
+    "What the scores of all runs go with."
+    arms = scored_arms(e.runs)
+    if not enough(arms):
+        return []
+    items = int(arms["score_n"].max()) if "score_n" in arms else 0
+    figure = None
+    if drawn:
+        caption = (
+            "Score over all tasks against test bits per byte, a point an arm; bars: standard error over items, by which "
+            "a score may be off whatever the seeds say. 0 is guessing, 1 all right."
+        )
+        figure = Figure([drawn], caption, id="scores-loss", alt="Score against loss by arm")
+    return written(
+        "scores.md.j2",
+        runs=counted(int(e.runs["score"].notna().sum()), "run"),
+        arms=f"{counted(int(arms['runs'].sum()), 'run')} of {counted(len(arms), 'arm')} of them",
+        text=_texts(arms),
+        items=counted(items, "item"),
+        lines=scores_words(arms),
+        figure=figure,
+        tables=_scores_tables(arms),
+    )
+
+
+def scores_markdown(
+    e: Evidence,
+) -> list[str]:  # sentences; none where too few arms are scored
+    "The section in sentences, for the short report."
+    arms = scored_arms(e.runs)
+    if not enough(arms):
+        return []
+    runs, tasks = counted(int(arms["runs"].sum()), "scored run"), counted(len(task_columns(arms)), "task")
+    return [f"{runs} of {counted(len(arms), 'arm')}, {tasks}.", *scores_words(arms)]
+
+
+def draw_scores(
+    e: Evidence,
+    folder,  # for the file
+):  # Path of the SVG, None where too few arms are scored
+    "Score against loss, an arm a point."
+    arms = scored_arms(e.runs)
+    if not enough(arms) or "test_bpb" not in arms:
+        return None
+
+    @styled
+    def draw():
+        fig, (ax,) = panels(1, (5.6, 3.6))
+        error = arms["score_stderr"] if "score_stderr" in arms else None
+        loss, look = arms["test_bpb"], dict(ms=4, lw=0.8, color=COLORS[0], ecolor="#bbbbbb")
+        ax.errorbar(loss, arms["score"], yerr=error, fmt="o", **look)
+        ax.axhline(0, color="#444444", ls="--", lw=1)
+        where = dict(xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8)
+        ax.annotate("guessing", (loss.max(), 0), **where)
+        ax.set_xlabel("test bits per byte (lower is better)")
+        ax.set_ylabel("score above chance")
+        ax.set_title(f"{len(arms)} arms, bars: standard error over items", fontsize=9.5)
+        return fig
+
+    return save(draw(), Path(folder) / "scores-loss.svg")[1]

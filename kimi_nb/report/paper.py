@@ -20,7 +20,9 @@ from kimi_nb.report.across import (
     at_size,
     compared,
     counts_words,
+    draw_scores,
     names_of,
+    scores_section,
     sizes_appendix,
     sizes_section,
     sizes_words,
@@ -536,6 +538,8 @@ def draw_own(
     found, runs = {}, rates_runs(e.store)
     if e.parts:
         found["parts"] = save(headline(e.store), Path(folder) / "parts-inside.svg")[1]
+    if scores := draw_scores(e, folder):
+        found["scores"] = scores
     if len(runs):
         found["rates"] = save(rates_figure(runs), Path(folder) / "contest-rates.svg")[1]
     return found
@@ -585,6 +589,7 @@ def build_paper(
         phases=sections,
         behind=behind,
         missing=missing,
+        scores=scores_section(e, drawings.get("scores")),
         sizes=sizes_section(sizes, drawn),
         answers=answers(sizes),
         negative=negative_results(e),
