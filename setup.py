@@ -8,6 +8,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 SHIPPED = (
     "settings.ini",
+    "constraints.txt",
     "examples/*",
     "nbs/workbench.ipynb",
     "nbs/*/*.ipynb",

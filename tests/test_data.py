@@ -942,3 +942,29 @@ def test_names_that_cannot_be_are_refused_in_a_line(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.chdir("/")
     assert "KIMI_NB_CACHE" in refused(prepare, dict(corpus="tinyworld", tokenizer="byte"))
+
+
+def test_the_packages_text_stands_for_their_versions(monkeypatch):
+    """Another version of a package is another text: another run, another entry of the cache, and a line about it."""
+    from kimi_nb.config import RunConfig, data_identity, site_manifest, sources
+    from kimi_nb.data import corpora, signature
+
+    run = RunConfig().override({"data.corpus": "sitedocs"})
+    before, mark, run_id = data_identity(run.data), signature("sitedocs"), run.run_id
+    assert "numpy " + site_manifest()["numpy"] in before["corpus"]
+    monkeypatch.setattr(sources, "version", lambda name: "0.1+cpu" if name == "numpy" else "9")
+    assert data_identity(run.data) != before and signature("sitedocs") != mark and run.run_id != run_id
+    assert "numpy 0.1 for 2.0" in corpora.site_differences(dict.fromkeys(site_manifest(), "9") | {"numpy": "2.0"})
+
+
+def test_the_packages_text_is_read_once_and_warned_about(cache, monkeypatch):
+    """Reading it writes it into the cache; the second time nothing is parsed, and a wrong version is said each time."""
+    from kimi_nb.data import corpora
+
+    monkeypatch.setattr(corpora, "site_manifest", lambda: {"seaborn": "0.0"})
+    with pytest.warns(DataWarning, match="seaborn 0.0 for"):
+        first = load_corpus("sitedocs")
+    monkeypatch.setattr(corpora, "extract_sitedocs", None)
+    with pytest.warns(DataWarning, match="not as locked"):
+        assert load_corpus("sitedocs") == first
+    assert len(first) > 20 and {doc.source for doc in first} == {"sitedocs"}

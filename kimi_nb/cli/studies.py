@@ -48,7 +48,11 @@ def add_study_options(
         metavar="N",
         help="runs per arm instead of the profile's; 100+ is as many as the profile has, from seed 100 on",
     )
-    p.add_argument("--executor", default="process", help="process (default), inprocess, or ray (extra `scale`)")
+    p.add_argument(
+        "--executor",
+        default="process",
+        help="process (default), inprocess, ray (extra `scale`); with plan also none: train nothing, show the rest",
+    )
     p.add_argument(
         "--address",
         metavar="HOST:PORT",
@@ -196,7 +200,8 @@ def cmd_plan(args):
         raise KimiError("--json belongs to --dry-run: a plan that runs prints its verdicts")
     if args.sequential:
         return sequential_plan(args, profile, store)
-    _tell_cost(args, profile, store)
+    if args.executor != "none":
+        _tell_cost(args, profile, store)
     report = run_plan(profile, store, args.only, args.seeds, **runner_options(args, profile))
     print("\n" + summary(report, store))
     if args.timing:

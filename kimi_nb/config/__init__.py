@@ -12,8 +12,8 @@ __getattr__, __dir__, __all__ = lazily(
         ANOTHER FileError fsync write_file write_json writing
     """,
     sources="""
-        BUILTIN HUB NamedFile SPLITS Source SourceError TOKENS exists home_path named_file
-        parse_sources tokenizer_folder
+        BUILTIN HUB NamedFile SITE_PACKAGES SPLITS Source SourceError TOKENS exists home_path
+        named_file parse_sources site_manifest tokenizer_folder
     """,
     schema="""
         AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig LINEAR_ATTENTIONS

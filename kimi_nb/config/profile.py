@@ -30,6 +30,7 @@ class Profile(Config):
     seeds: Positive = 3  # runs per arm
     budget_minutes: Annotated[Float, Field(gt=0)]  # wall time of the whole plan, set-up apart
     max_epochs: Annotated[Float, Field(gt=0)] = 4.0  # passes over the training text that no run of a plan exceeds
+    only: tuple[str, ...] = ()  # phases that its plan runs; none is all that need no asking
     workers: Positive | None = None  # training processes; none is one per core (one on a GPU)
     grids: dict[str, dict[str, tuple]] = {}  # phase -> dotted name -> values
     tune: dict[str, dict[str, tuple]] = {}  # what is tuned -> setting -> values that tuning begins with
@@ -122,7 +123,7 @@ def _optimizers():
     return get_args(OptimizerConfig.model_fields["name"].annotation)
 
 # %% ../../nbs/config/06_profile.ipynb #c0f1a013
-_OWN = ("seeds", "budget_minutes", "max_epochs", "workers")  # a profile's own numbers
+_OWN = ("seeds", "budget_minutes", "max_epochs", "workers", "only")  # a profile's own numbers
 
 
 class _Section:
@@ -142,7 +143,7 @@ class _Section:
         elif key in self.known:
             self.base[key] = text
         elif key in _OWN:
-            self.own[key] = parse_value(text)
+            self.own[key] = tuple(text.replace(",", " ").split()) if key == "only" else parse_value(text)
         elif first.isidentifier() and (rest in self.known or rest == "seeds"):
             self.grids.setdefault(first, {})[rest] = _values(text)
         else:

@@ -33,7 +33,7 @@ from kimi_nb.config.base import (
     Positive,
     truth,
 )
-from .sources import SourceError, parse_sources, tokenizer_folder
+from .sources import SourceError, parse_sources, site_manifest, tokenizer_folder
 
 # %% ../../nbs/config/04_schema.ipynb #4fec9c89
 @dataclass(frozen=True)
@@ -639,6 +639,8 @@ def data_identity(data: DataConfig) -> dict[str, str | None]:
         sources = ()  # reading it will say why
     interpreter = any(source.name in ("pydocs", "pysource") for source in sources)
     contents = [_contents(file.path) for source in sources for file in source.files]
+    if any(source.name == "sitedocs" for source in sources):
+        contents += [f"{name} {version}" for name, version in site_manifest().items()]
     tokenizer = tokenizer_folder(data.tokenizer)
     return dict(
         python=platform.python_version() if interpreter else None,

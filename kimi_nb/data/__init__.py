@@ -9,8 +9,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     corpora="""
         DataError DataWarning Document ELSEWHERE END_OF_TEXT EXTRACTOR_VERSION HUB_DOCUMENTS
-        ROW_SUFFIXES TEXT_SUFFIXES cache_dir extract_pydocs files_below first_line hub_reachable
-        is_elastic load_corpus parse_corpus read_text signature stamp
+        ROW_SUFFIXES TEXT_SUFFIXES cache_dir extract_pydocs extract_sitedocs files_below first_line
+        hub_reachable is_elastic load_corpus locked_versions parse_corpus read_text signature
+        site_differences site_licences stamp
     """,
     tokenizer="""
         ByteTokenizer CharTokenizer PairTokenizer Tokenizer build_tokenizer bytes_to_unicode

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'END_OF_TEXT', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'EXTRACTOR_VERSION', 'HUB_DOCUMENTS',
            'DataError', 'DataWarning', 'cache_dir', 'Document', 'first_line', 'read_text', 'files_below',
-           'extract_pydocs', 'hub_reachable', 'parse_corpus', 'is_elastic', 'load_corpus', 'signature', 'stamp']
+           'extract_pydocs', 'extract_sitedocs', 'locked_versions', 'site_differences', 'site_licences',
+           'hub_reachable', 'parse_corpus', 'is_elastic', 'load_corpus', 'signature', 'stamp']
 
 # %% ../../nbs/data/02_corpora.ipynb #35c65c51
 import ast
@@ -17,9 +18,22 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from ..config import BUILTIN, HUB, KimiError, NamedFile, SourceError, exists, near, parse_sources, write_file
+from kimi_nb.config import (
+    BUILTIN,
+    HUB,
+    KimiError,
+    NamedFile,
+    SourceError,
+    exists,
+    near,
+    parse_sources,
+    place,
+    site_manifest,
+    write_file,
+)
 from .tinyworld import generate
 
 # %% ../../nbs/data/02_corpora.ipynb #2fe16ba6
@@ -331,26 +345,34 @@ def extract_pydocs() -> Iterator[Document]:
             yield doc
 
 
-def _pydocs():
+def _kept(
+    name,  # of the file in the cache; it says all that the text depends on
+    source,
+    extract,  # function that gives the documents
+    remedy,  # for where there are none
+):
     # parsing nine megabytes takes two seconds, reading the result a hundredth of that
-    version = ".".join(map(str, sys.version_info[:3]))
-    path = cache_dir() / "corpora" / f"pydocs-{sys.implementation.name}-{version}-v{EXTRACTOR_VERSION}.json"
+    path = cache_dir() / "corpora" / name
     try:
         digest, _, body = path.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() == digest:
-            return [Document.of(text, "pydocs", group) for group, text in json.loads(body)]
-        warnings.warn(f"{path} was damaged and has been made again", DataWarning, stacklevel=2)
+            return [Document.of(text, source, group) for group, text in json.loads(body)]
+        warnings.warn(f"{path} was damaged and has been made again", DataWarning, stacklevel=3)
     except OSError:
         pass
-    docs = list(extract_pydocs())
+    docs = list(extract())
     if not docs:
-        library = Path(os.__file__).parent
-        raise DataError(
-            f"pydocs: the standard library at {library} holds no docstrings; use tinyworld or a text file as the corpus"
-        )
+        raise DataError(f"{source}: {remedy}; use tinyworld or a text file as the corpus")
     body = json.dumps([(d.group, d) for d in docs], ensure_ascii=False).encode("utf-8", "replace")
     write_file(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body, parents=True, remedy=ELSEWHERE)
     return docs
+
+
+def _pydocs():
+    version = ".".join(map(str, sys.version_info[:3]))
+    name = f"pydocs-{sys.implementation.name}-{version}-v{EXTRACTOR_VERSION}.json"
+    library = Path(os.__file__).parent
+    return _kept(name, "pydocs", extract_pydocs, f"the standard library at {library} holds no docstrings")
 
 
 def _pysource():
@@ -361,6 +383,109 @@ def _pysource():
             continue  # the few files in other encodings are tests of just that
         if text.strip() and "\0" not in text:
             yield Document.of(text, "pysource", f"stdlib:{name}")
+
+# %% ../../nbs/data/02_corpora.ipynb #855dac74
+_NOT_SITE = {"test", "tests", "testing", "vendor", "_vendor", "externals", "__pycache__"}
+_SHORT = 60  # letters of a paragraph that may stand more than once: headings, types
+
+
+def _site_files(package):
+    "(name, path) of the Python files of an installed package, without its tests and what it copied from others."
+    try:
+        files = distribution(package).files or ()
+    except PackageNotFoundError:
+        return
+    for file in sorted(files, key=str):
+        if file.suffix == ".py" and ".." not in file.parts and not _NOT_SITE & set(file.parts):
+            yield file.as_posix(), Path(file.locate())
+
+
+def _fresh_paragraphs(doc, seen):
+    "The docstring without the long paragraphs that stood somewhere before."
+    kept = [part for part in re.split(r"\n\s*\n", doc) if len(part) <= _SHORT or part not in seen]
+    seen.update(part for part in kept if len(part) > _SHORT)
+    return "\n\n".join(kept) if any(len(part) > _SHORT for part in kept) else ""
+
+
+def _site_module(name, path, seen):
+    "What is new in the docstrings of a module; None where nothing is."
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return None
+    module = name[:-3].removesuffix("/__init__").replace("/", ".")
+    parts = [(f"module {module}", ast.get_docstring(tree))]
+    parts += [(f"{module}.{part}", doc) for part, doc in _docstrings(tree)]
+    fresh = [(part, _fresh_paragraphs(doc, seen)) for part, doc in parts if doc]
+    text = "\n\n".join(f"{part}\n\n{doc}" for part, doc in fresh if doc)
+    return Document.of(text + "\n", "sitedocs", f"site:{name}") if text else None
+
+
+def extract_sitedocs(
+    packages=None,  # names as pip has them; none is all of `SITE_PACKAGES`
+) -> Iterator[Document]:
+    "The docstrings of installed packages, module by module, each long paragraph once."
+    seen = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old escapes in other people's files
+        for package in site_manifest() if packages is None else packages:
+            for name, path in _site_files(package):
+                if doc := _site_module(name, path, seen):
+                    yield doc
+
+# %% ../../nbs/data/02_corpora.ipynb #2bba50ae
+def locked_versions(
+    path=None,  # none is constraints.txt
+) -> dict[str, str]:  # package -> version; empty where there is no lock
+    "What the lock pins."
+    try:
+        text = Path(path or place("constraints.txt")).read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    return dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", text, re.M))
+
+
+def site_differences(
+    lock=None,  # package -> version; none is `locked_versions()`
+) -> str:
+    "One line about the packages of `sitedocs` that are not as locked; '' where all are."
+    lock = locked_versions() if lock is None else lock
+    if not lock:
+        return "sitedocs: there is no constraints.txt to compare the installed packages with"
+    told = [
+        f"{name} {found or 'missing'} for {lock.get(name, 'none')}"
+        for name, found in site_manifest().items()
+        if found != lock.get(name)
+    ]
+    if not told:
+        return ""
+    return (
+        f"sitedocs: {len(told)} of {len(site_manifest())} packages are not as locked ({', '.join(told)}): this is "
+        "another text, and its runs are not those of other machines; pip install -c constraints.txt puts it right"
+    )
+
+
+def _sitedocs():
+    if differs := site_differences():
+        warnings.warn(differs, DataWarning, stacklevel=3)
+    facts = json.dumps(site_manifest()).encode()
+    name = f"sitedocs-{hashlib.sha256(facts).hexdigest()[:16]}-v{EXTRACTOR_VERSION}.json"
+    return _kept(name, "sitedocs", extract_sitedocs, "none of its packages is installed with docstrings")
+
+# %% ../../nbs/data/02_corpora.ipynb #e38334de
+def site_licences() -> dict[str, str]:  # package -> its licence, as its own metadata says; '' where not installed
+    "Under which licence each part of `sitedocs` stands."
+
+    def licence(name):
+        try:
+            about = distribution(name).metadata
+        except PackageNotFoundError:
+            return ""
+        named = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License ::")]
+        short = next((text for text in (about["License-Expression"], about["License"]) if text and len(text) < 200), "")
+        return short or ", ".join(named) or "see its own files"
+
+    return {name: licence(name) for name in site_manifest()}
 
 # %% ../../nbs/data/02_corpora.ipynb #45038dad
 HUB_DOCUMENTS = 50_000  # what is read from the hub when nothing else caps it
@@ -470,6 +595,8 @@ def _read(source, seed=0, chars=None, documents=None):
         return _pydocs()
     if source.name == "pysource":
         return _pysource()
+    if source.name == "sitedocs":
+        return _sitedocs()
     if source.kind == "builtin":
         texts = generate(seed, documents or (None if chars else 2000), chars)
         return (Document.of(text, "tinyworld") for text in texts)
@@ -584,6 +711,8 @@ def signature(
     for source in _sources(spec):
         if source.name in ("pydocs", "pysource"):
             mark = [sys.implementation.name, list(sys.version_info[:3]), str(Path(os.__file__).parent)]
+        elif source.name == "sitedocs":
+            mark = [list(fact) for fact in site_manifest().items()]
         elif is_elastic(source):
             mark = [list(HUB.get(source.name, ()))]
         else:

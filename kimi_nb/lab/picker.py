@@ -94,7 +94,7 @@ def cost_html(
 
 # %% ../../nbs/lab/05_picker.ipynb #d8fec4a1
 SUGGESTED = {
-    "data.corpus": ("pydocs", "pysource", "tinyworld", "pydocs:0.7,tinyworld:0.3"),
+    "data.corpus": ("pydocs", "pysource", "sitedocs", "tinyworld", "pydocs:0.7,tinyworld:0.3"),
     "data.tokenizer": ("byte", "char", "bpe:1024", "bpe:4096", "gpt2"),
 }
 

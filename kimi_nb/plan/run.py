@@ -140,7 +140,7 @@ def phase_studies(
     check_grids(profile)
     first = None if only else first_tuning(profile)
     found = {"tuning": [first]} if first else {}
-    for name, module in phases(only).items():
+    for name, module in phases(only or profile.only).items():
         studies = module.studies(profile)
         found[name] = [study.reseeded(seeds) for study in studies]
     return found
@@ -529,7 +529,7 @@ def run_plan(
     store: Store,
     only=(),  # phases; none is all
     seeds: int | str | None = None,  # as `Study.reseeded`, instead of the profile's
-    executor: str = "process",  # as `run_studies`
+    executor: str = "process",  # as `run_studies`; none trains nothing: the notebooks show what is there
     workers: int | None = None,
     progress: bool = True,
     say=print,  # where a line about each phase goes
@@ -541,9 +541,11 @@ def run_plan(
     """
     report, begin = PlanReport(profile.name), time.perf_counter()
     notebooks = _checked_notebooks(profile, only, seeds)  # before hours of training
+    train = executor != "none"
     profile = tuned(
         profile,
         store,
+        train,
         executor=executor,
         workers=workers,
         progress=progress,
@@ -554,17 +556,18 @@ def run_plan(
     studies = phase_studies(profile, only, seeds)
     every = [s for group in studies.values() for s in group]
     planned = distinct(every)
-    report.trained = len(pending(planned, store))
+    report.trained = len(pending(planned, store)) if train else 0
     say(
         f"plan {profile.name}: {len(planned)} runs in {len(every)} studies of {len(studies)} phases, "
         f"{report.trained} to train; results in {store.path}"
     )
     report.seconds["looking what is there"] = max(0.0, time.perf_counter() - begin - sum(report.seconds.values()))
-    records = run_studies(
-        every, store, executor, workers, progress=progress, spent=report.seconds, max_epochs=profile.max_epochs, **how
-    )
-    report.runs = len(records)
-    for p, r in zip(planned, records, strict=True):
+    if train:
+        how |= dict(progress=progress, spent=report.seconds, max_epochs=profile.max_epochs)
+        run_studies(every, store, executor, workers, **how)
+    there = [(p, r) for p in planned if (r := store.get(p.run_id))]
+    report.runs = len(there)
+    for p, r in there:
         report.statuses[r.status] = report.statuses.get(r.status, 0) + 1
         if r.status == "failed":
             name = f"run {r.run_id} ({p.study}, {p.arm}, seed {p.seed})"
@@ -580,7 +583,7 @@ def run_plan(
 # %% ../../nbs/plan/01_run.ipynb #3259cd70
 def _checked_notebooks(profile, only, seeds):
     "The notebooks to execute, each of which takes its parameters."
-    notebooks = pick_phases(only)
+    notebooks = pick_phases(only or profile.only)
     check_grids(profile)
     check_kernel()
     parameters = ["profile", "results", *(["seeds"] if seeds else [])]

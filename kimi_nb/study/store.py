@@ -612,7 +612,7 @@ def vouched(
     return text if hashlib.sha256(text.encode()).hexdigest() == digest else None
 
 # %% ../../nbs/study/06_store.ipynb #97b854b0
-MEASURED = ("speed", "benchmarks", "benchmarks-along")  # folders of sealed measurements
+MEASURED = ("speed", "benchmarks", "benchmarks-along", "forecasts")  # folders of sealed measurements
 
 
 def _builtin(run):
