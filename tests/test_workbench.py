@@ -236,6 +236,11 @@ WIDER = """() => {
 }"""
 
 
+CUT = """() => [...document.querySelectorAll('.knb-workbench .lm-TabBar-tabLabel, .knb-grid > *, .knb-plan td')]
+    .filter(e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 4))
+    .map(e => e.innerText)"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
@@ -278,6 +283,7 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
             if title == "Plan":
                 page.wait_for_selector("[data-plan]")
             assert page.evaluate(WIDER) == [], title
+            assert page.evaluate(CUT) == [], f"{title}: words that end before their end"
         page.set_viewport_size(dict(width=1280, height=1000))
 
         # what is refused is not trained

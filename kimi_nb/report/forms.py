@@ -295,7 +295,8 @@ def _table_typst(table, number):
     heads = ", ".join(f"strong({inline(_text(h))})" for h in table.columns)
     rows = ",\n".join([f"table.header({heads})", *(_cells(row, whole) for row in table.rows)])
     sides = ", ".join("right" if right else "left" for right in aligned(table))
-    keep = "" if len(table.rows) > 12 else "#show figure: set block(breakable: false)\n"  # short: on one page
+    most = 24 if all(whole) else 12  # rows of a table that stays on one page; what is broken leaves a row behind
+    keep = "" if len(table.rows) > most else "#show figure: set block(breakable: false)\n"
     note = (
         f"#block(width: 100%, above: 5pt)[#set text(7.5pt)\n#align(left)[#({inline(table.note)})]]"
         if table.note
@@ -322,7 +323,7 @@ def _picture_width(file, columns):
     if not size or columns > 1:
         return "100%"
     width, height = size
-    tallest = 270 if height < 700 else 430
+    tallest = 270 if height < 500 else 430  # points; a tall figure has many rows of small letters
     return f"{width * min(0.68, 465 / width, tallest / height):.0f}pt"
 
 
