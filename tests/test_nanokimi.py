@@ -25,12 +25,10 @@ from kimi_nb.use import (
     ModelEvaluator,
     TextConfig,
     TextDataProcessor,
-    Tracking,
     dataset_settings,
     keep_dataset,
     read_config,
     toy_dataset,
-    track,
     train_on,
 )
 
@@ -367,42 +365,6 @@ def test_training_and_generation_on_the_command_line(tmp_path, monkeypatch, caps
     ran("generate", "--checkpoint", out, "--interactive", "--max-new-tokens", 5)
     g = Generator.from_checkpoint(out)
     assert g.generate_text("Once", use_cache=True, seed=3) == g.generate_text("Once", use_cache=False, seed=3)
-
-
-def test_tracking_logs_every_step_where_it_was_asked_for(tmp_path, monkeypatch, capsys):
-    calls = []
-    fake = types.SimpleNamespace(
-        init=lambda **k: calls.append(("init", k["project"], k["name"])),
-        log=lambda line, step: calls.append((step, "train_loss" in line)),
-        finish=lambda: calls.append("finish"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "c.yaml").write_text(NANOKIMI.replace("dataset: tinyworld", "corpus: tinyworld, num_documents: 60"))
-    ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--out", tmp_path / "a", "--quiet")
-    assert calls == [("init", "my-nanokimi-experiments", "experiment-1"), (1, True), (2, True), (3, True), "finish"]
-    calls.clear()
-    ran("train", "--config", tmp_path / "c.yaml", "--max-steps", 3, "--out", tmp_path / "b", "--quiet", "--no-wandb")
-    assert calls == []
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--max-steps", "3", "--out", str(tmp_path / "d")]) == 2
-    assert (
-        capsys.readouterr().err.strip().splitlines()[-1]
-        == "kimi-nb: error: tracker 'wandb' is not installed: pip install 'kimi_nb[track]'"
-    )
-
-
-def test_a_tracker_that_cannot_start_is_refused_in_one_line(monkeypatch):
-    def init(**_):
-        raise RuntimeError("api_key not configured\n(no-tty). call wandb.login(key=...)")
-
-    for tool, remedy in (("wandb", "run wandb login, or use --no-track"), ("trackio", "use --no-track")):
-        monkeypatch.setitem(sys.modules, tool, types.SimpleNamespace(init=init))
-        with pytest.raises(KimiError) as e:
-            track(tiny_run(), Tracking(tool=tool))
-        assert (
-            str(e.value)
-            == f"{tool} cannot start (api_key not configured (no-tty). call wandb.login(key=...)): {remedy}"
-        )
 
 
 def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp_path, capsys):
@@ -749,12 +711,3 @@ def test_speed_and_memory_are_measured():
     for metric in ("tokens_per_second", "inference_tokens_per_second", "peak_memory_mb"):
         assert min(result[metric].values()) > 0
     assert any("alone and in turns" in n for n in result.notes)
-
-
-def test_tracking_names_itself_after_the_run_by_default(monkeypatch):
-    seen = {}
-    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **k: seen.update(k)))
-    run = tiny_run()
-    assert track(run, Tracking()) is None and seen == {}
-    track(run, Tracking(tool="trackio"))
-    assert (seen["project"], seen["name"]) == ("kimi_nb", run.run_id)

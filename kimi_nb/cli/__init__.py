@@ -5,9 +5,9 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     shared="""
-        ASKED Parser TOLD add_command add_json add_scores add_setting add_settings add_yes
-        at_least_one begin_long cell_text chosen_run given_settings print_table results_store scorer
-        starting_run table_text terminal_width with_short_warmup
+        ASKED Parser TOLD add_command add_json add_scores add_setting add_settings add_tracking
+        add_yes at_least_one begin_long cell_text chosen_run given_settings print_table
+        results_store scorer starting_run table_text terminal_width tracking_asked with_short_warmup
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
@@ -21,7 +21,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file
-        import_file open_profile publish_profile refuse_a_name show_list show_one verify_folder
+        import_file open_profile publish_profile refuse_a_name send_records show_list show_one
+        verify_folder
     """,
     machine="""
         OTHERS add_bench add_env add_lab cmd_bench cmd_env cmd_lab done_so_far installed lab_command

@@ -9,6 +9,7 @@ __all__ = ['SHOWN_METRICS', 'SAMPLING', 'add_train', 'add_setting_named', 'track
 
 # %% ../../nbs/cli/02_one_run.ipynb #8bd754fd
 import argparse
+import contextlib
 import json
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from kimi_nb.cli.shared import (
     add_scores,
     add_setting,
     add_settings,
+    add_tracking,
     add_yes,
     at_least_one,
     begin_long,
@@ -28,9 +30,11 @@ from kimi_nb.cli.shared import (
     results_store,
     scorer,
     table_text,
+    tracking_asked,
 )
 from ..config import KimiError
 from ..lab import setting_help
+from ..study import RunFolder
 
 # %% ../../nbs/cli/02_one_run.ipynb #40acf8a5
 SHOWN_METRICS = (
@@ -56,8 +60,8 @@ def add_train(
         "--shard", action="store_true", help="under torchrun: each rank keeps its part of the model (FSDP2), not a copy"
     )
     p.add_argument("--fresh", action="store_true", help="with --out: set aside what is there and start again")
-    p.add_argument("--track", choices=("trackio", "wandb"), help="also log to this tracker (extra `track`)")
-    p.add_argument("--no-track", "--no-wandb", action="store_true", help="do not, though the file of --config says so")
+    add_tracking(p)
+    p.add_argument("--track-name", metavar="NAME", help="name of the run's page (default: its run_id)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     add_scores(p)
     add_yes(p)
@@ -79,14 +83,15 @@ def tracker(
     args,  # parsed
     run,  # RunConfig
     first: bool,  # is this the first of several processes?
-):  # what `fit` calls after each step, or None
+):  # TrackedRun, or None
     "Where the run is also logged, as asked on the command line or in the file of --config."
-    from kimi_nb.use import Tracking, read_config, track
+    from kimi_nb.use import track
 
-    if args.no_track or not first:
+    tracking = tracking_asked(args)
+    if not first or tracking.tool == "none":
         return None
-    asked = read_config(args.config)[1] if args.config else Tracking()
-    return track(run, asked.override(tool=args.track) if args.track else asked)
+    place = RunFolder(args.out) if args.out else results_store(args).run_folder(run.run_id, args.name)
+    return track(run, tracking, place)
 
 
 def metrics_text(
@@ -109,10 +114,29 @@ def _tell_cost(run, args):
     begin_long(what, seconds, args)
 
 
-def cmd_train(args):
-    from kimi_nb.model import check_shard, first_rank_first, joined, rank_and_size
+def _trained(args, run, options, scoring):
+    "The record of a run and the folder it is in, trained by this process, by itself or with other ranks."
+    from kimi_nb.model import first_rank_first, rank_and_size
     from kimi_nb.runner import ScoredFolder, run_one
-    from kimi_nb.train import TrainOptions, fit
+    from kimi_nb.train import fit
+
+    if args.out:
+        place = ScoredFolder(Path(args.out), scorer=scoring, device=options.device)
+        return fit(run, place, options, resume=not args.fresh), Path(args.out)
+    store = results_store(args)
+    if rank_and_size()[1] == 1:
+        record = run_one(run, store, args.name, options, scorer=scoring)
+    else:
+        with first_rank_first():
+            place = store.begin(run, args.name)
+        record = fit(run, ScoredFolder(place, scorer=scoring, device=options.device), options)
+    return record, store.folder(run.run_id)
+
+
+def cmd_train(args):
+    from kimi_nb.model import check_shard, joined, rank_and_size
+    from kimi_nb.runner import ScoredFolder
+    from kimi_nb.train import TrainOptions
 
     run, scoring = chosen_run(args), scorer(args)
     if run.train.steps == 0:
@@ -128,29 +152,21 @@ def cmd_train(args):
             _tell_cost(run, args)
         if args.shard:
             check_shard(run.train.compile is True, run.train.precision)
+        page = tracker(args, run, rank == 0)
         options = TrainOptions(
             device=device,
             threads=args.threads,
             progress=not args.quiet,
-            on_step=tracker(args, run, rank == 0),
+            on_step=page,
             shard=args.shard,
         )
-        if args.out:
-            folder = Path(args.out)
-            place = ScoredFolder(folder, scorer=scoring, device=device)
-            record = fit(run, place, options, resume=not args.fresh)
-        else:
-            store = results_store(args)
-            if ranks == 1:
-                record = run_one(run, store, args.name, options, scorer=scoring)
-            else:
-                with first_rank_first():
-                    place = store.begin(run, args.name)
-                record = fit(run, ScoredFolder(place, scorer=scoring, device=device), options)
-            folder = store.folder(run.run_id)
+        with page or contextlib.nullcontext():
+            record, folder = _trained(args, run, options, scoring)
+            record = ScoredFolder(folder).read_result() or record  # with its scores
+            if page:
+                page.finish(record)
     if rank > 0:
         return 0
-    record = ScoredFolder(folder).read_result() or record  # with its scores
     if record.status == "failed":
         raise KimiError(f"run {record.run_id} in {folder} failed: {record.provenance['error']}")
     print(f"{record.status}: run {record.run_id} in {folder}")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'ACTIONS', 'show_list', 'show_one', 'export_file', 'import_file', 'verify_folder', 'refuse_a_name',
-           'publish_profile', 'open_profile', 'compare_two', 'add_records', 'cmd_records', 'add_report', 'cmd_report']
+           'publish_profile', 'open_profile', 'compare_two', 'send_records', 'add_records', 'cmd_records', 'add_report',
+           'cmd_report']
 
 # %% ../../nbs/cli/04_records.ipynb #faebf68c
 import json
 from collections import Counter
 from pathlib import Path
 
-from .shared import add_command, add_json, print_table, results_store
+from .shared import add_command, add_json, add_tracking, print_table, results_store, tracking_asked
 from ..config import KimiError
 
 # %% ../../nbs/cli/04_records.ipynb #5441e95f
@@ -131,6 +132,19 @@ def compare_two(store, args):
         save(agreement_figure(found), args.figure)
 
 
+def send_records(store, args):
+    "Every finished run and every finding, to a tracker."
+    from kimi_nb.use import send_findings, send_store
+
+    refuse_a_name(args)
+    tracking = tracking_asked(args)
+    if tracking.tool == "none":
+        raise KimiError("kimi-nb records track needs --track trackio or wandb")
+    runs = send_store(store, tracking, (args.study,) if args.study else ())
+    phases = 0 if args.study else send_findings(store, tracking)
+    print(f"{runs} runs and the findings of {phases} phases sent to {tracking.tool} project {tracking.project}")
+
+
 ACTIONS = {
     "agree": compare_two,
     "list": show_list,
@@ -140,6 +154,7 @@ ACTIONS = {
     "verify": verify_folder,
     "publish": publish_profile,
     "open": open_profile,
+    "track": send_records,
 }
 
 
@@ -150,7 +165,7 @@ def add_records(commands, with_settings: bool = True):
         "records",
         cmd_records,
         "list, show, export, import or verify records; say how far two machines' records agree; publish a finished "
-        "plan in the repository, or open a published one",
+        "plan in the repository, or open a published one; track: send them to a tracker",
     )
     p.add_argument("action", choices=tuple(ACTIONS))
     p.add_argument(
@@ -169,6 +184,7 @@ def add_records(commands, with_settings: bool = True):
     )
     p.add_argument("--stale", action="store_true", help="publish: also records of other training code than today's")
     p.add_argument("--study", help="only the records of this study")
+    add_tracking(p)
     add_json(p, "list, agree: print JSON instead of a table")
     p.add_argument("--figure", metavar="FILE", help="agree: draw the differences, as PNG and SVG")
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOLD', 'ASKED', 'Parser', 'add_command', 'at_least_one', 'add_json', 'add_setting', 'add_settings',
            'given_settings', 'starting_run', 'with_short_warmup', 'chosen_run', 'results_store', 'cell_text',
-           'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_scores', 'scorer']
+           'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_tracking', 'tracking_asked',
+           'add_scores', 'scorer']
 
 # %% ../../nbs/cli/01_shared.ipynb #e92bdfb6
 import argparse
@@ -295,6 +296,38 @@ def begin_long(
 def add_yes(parser):
     "The option that answers the question."
     parser.add_argument("--yes", action="store_true", help="begin long work without a question")
+
+# %% ../../nbs/cli/01_shared.ipynb #1d1e0f02
+def add_tracking(
+    parser,
+):
+    "Which tracker, and where in it."
+    p = parser
+    p.add_argument("--track", choices=("trackio", "wandb"), help="also send everything to this tracker (extra `track`)")
+    p.add_argument("--track-project", metavar="NAME", help="its project (default: kimi_nb)")
+    p.add_argument("--track-group", metavar="NAME", help="group of the runs' pages (default: study and arm)")
+    p.add_argument("--track-tags", metavar="A,B", help="tags beside study, arm and seed")
+    p.add_argument("--no-track", "--no-wandb", action="store_true", help="do not, though the file of --config says so")
+
+
+def tracking_asked(
+    args,  # parsed
+):  # Tracking
+    "Where runs are sent, as the command line or the file of --config says.  Raises: KimiError without a tracker."
+    from kimi_nb.use import Tracking, read_config
+
+    tracking = read_config(args.config)[1] if getattr(args, "config", None) else Tracking()
+    if args.no_track:
+        return Tracking()
+    given = dict(tool=args.track, project=args.track_project, group=args.track_group)
+    given |= dict(name=getattr(args, "track_name", None))
+    if args.track_tags:
+        given["tags"] = tuple(tag.strip() for tag in args.track_tags.split(",") if tag.strip())
+    given = {name: value for name, value in given.items() if value}
+    tracking = tracking.override(given)
+    if given and tracking.tool == "none":
+        raise KimiError(f"--track-{next(iter(given))} needs --track trackio or wandb")
+    return tracking
 
 # %% ../../nbs/cli/01_shared.ipynb #5c0e5a04
 def add_scores(

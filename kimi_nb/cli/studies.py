@@ -16,6 +16,7 @@ from kimi_nb.cli.shared import (
     add_command,
     add_json,
     add_scores,
+    add_tracking,
     add_yes,
     at_least_one,
     begin_long,
@@ -23,6 +24,7 @@ from kimi_nb.cli.shared import (
     scorer,
     table_text,
     terminal_width,
+    tracking_asked,
 )
 from ..config import KimiError, load_profile, near, profile_names
 
@@ -87,6 +89,7 @@ def add_study_options(
         action="store_true",
         help="on a GPU too the same run gives the same bits, or is refused; records that are there stay",
     )
+    add_tracking(p)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     add_scores(p)
 
@@ -190,8 +193,9 @@ def _tell_cost(args, profile, store):
 
 def cmd_plan(args):
     from kimi_nb.plan import run_plan, summary, timing
+    from kimi_nb.use import mirrored
 
-    profile, store = load_profile(args.profile), results_store(args)
+    profile, store, tracking = load_profile(args.profile), results_store(args), tracking_asked(args)
     if args.runs and not args.sequential:
         raise KimiError("--runs limits a plan of --sequential: a plan of a fixed sample trains all of its runs")
     if args.dry_run:
@@ -199,10 +203,12 @@ def cmd_plan(args):
     if args.json:
         raise KimiError("--json belongs to --dry-run: a plan that runs prints its verdicts")
     if args.sequential:
-        return sequential_plan(args, profile, store)
+        with mirrored(store, tracking, profile.name):
+            return sequential_plan(args, profile, store)
     if args.executor != "none":
         _tell_cost(args, profile, store)
-    report = run_plan(profile, store, args.only, args.seeds, **runner_options(args, profile))
+    with mirrored(store, tracking, profile.name):
+        report = run_plan(profile, store, args.only, args.seeds, **runner_options(args, profile))
     print("\n" + summary(report, store))
     if args.timing:
         print("\n" + timing(report))
@@ -232,14 +238,16 @@ def declared(
 def cmd_run(args):
     from kimi_nb.runner import run_study, tuned
     from kimi_nb.stats import compare
+    from kimi_nb.use import mirrored
 
-    store, profile = results_store(args), load_profile(args.profile)
+    store, profile, tracking = results_store(args), load_profile(args.profile), tracking_asked(args)
     known = declared(profile)
     if args.study not in known:
         raise KimiError(f"study {args.study!r} is unknown: {near(args.study, known)}")
     how = runner_options(args, profile) | dict(max_epochs=profile.max_epochs)
-    study = declared(tuned(profile, store, **how), args.seeds)[args.study]
-    run_study(study, store, **how)
+    with mirrored(store, tracking, profile.name):
+        study = declared(tuned(profile, store, **how), args.seeds)[args.study]
+        run_study(study, store, **how)
     frame = store.frame(study.name)
     metrics = [name for name in ("test_bpb", "val_loss", "score", "tokens_per_second") if name in frame]
     width = terminal_width()

@@ -26,6 +26,7 @@ from ..plan import phase_studies
 from ..runner import ACTIVE, TUNING_SEEDS, Apart, LiveError, default_workers, distinct, live_runs, tuned
 from ..stats import duration
 from ..study import Store, read_outcome, results_folder
+from ..use import Tracking, send_apart
 
 # %% ../../nbs/lab/10_workbench.ipynb #b32cef9b
 def _time_of(text):
@@ -311,10 +312,30 @@ class _Tabs:
         wrap = W.Layout(flex_flow="row wrap", align_items="center")
         head = W.HBox([self._go, self._more, self._ask, self._name], layout=wrap).add_class("knb-head")
         self._later = {_EXPLORE: W.VBox(), _PLAN: W.VBox()}
-        choose = W.VBox([head, self._said, self.picker.widget])
+        choose = W.VBox([head, self._said, self._tracker(), self.picker.widget])
         parts = [choose, self.live.widget, self.board.widget, *self._later.values()]
         self.widget = W.Tab(parts, titles=TABS).add_class("knb-workbench")
         self.widget.observe(lambda c: self._looked_at(c["new"]), "selected_index")
+
+    def _tracker(self):
+        "Where finished runs are sent as well."
+        import ipywidgets as W
+
+        tools = [("not tracked", "none"), ("trackio", "trackio"), ("Weights & Biases", "wandb")]
+        self._tool = W.Dropdown(options=tools, value=self.asked.tool, layout=W.Layout(width="auto"))
+        self._project = W.Text(value=self.asked.project, description="project", layout=W.Layout(width="220px"))
+        self._tool.observe(lambda _: self._attempt(self.send), "value")
+        return W.HBox([self._tool, self._project]).add_class("knb-tracking")
+
+    @property
+    def tracking(self) -> Tracking:
+        "Which tracker is chosen, and its project."
+        return self.asked.override(dict(tool=self._tool.value, project=self._project.value or "kimi_nb"))
+
+    def send(self):
+        "Send the store's finished runs to the tracker, where one is chosen.  Raises: KimiError without its library."
+        if self.tracking.tool != "none":
+            self.sender = send_apart(self.store, self.tracking)
 
     def _button(self, words, icon, name, act):
         import ipywidgets as W
@@ -374,6 +395,9 @@ class Memory:
         write_file(self.file, json.dumps(told), sync=False, parents=True)
 
 # %% ../../nbs/lab/10_workbench.ipynb #18671eff
+_UNTRACKED = Tracking()
+
+
 def _seeds_of(rows):
     "Seeds that finished, those of tuning apart."
     return set(rows.loc[rows["status"].eq("done"), "seed"]) - set(TUNING_SEEDS) if len(rows) else set()
@@ -423,6 +447,7 @@ class _Seeds(_Tabs):
         self.board.refresh()
         self._keep()
         self._show_chosen()
+        self._attempt(self.send)
 
 
 class Workbench(_Seeds):
@@ -434,8 +459,10 @@ class Workbench(_Seeds):
         run: RunConfig | None = None,  # chosen to begin with; none is what was chosen last, else the profile's base
         profile: str = "quick",  # of the plan view, and of the base run
         threads: int = 0,  # CPU threads of a run; 0: those that are free but one
+        tracking: Tracking = _UNTRACKED,  # where finished runs are sent as well, to begin with
     ):
         self.store, self.profile, self.plan, self.memory = store, profile, None, Memory(store)
+        self.asked, self.sender = tracking, None
         measured = measured_profile(profile, store)
         self.names, self.seeds, kept = Names(measured), measured.n_seeds("combined"), self.memory.read()
         self.waiting = kept.get("waiting", [])
@@ -552,11 +579,12 @@ def open_workbench(
     run: RunConfig | None = None,  # chosen to begin with; none is the profile's base
     profile: str = "quick",  # of the plan view, and of the base run
     threads: int = 0,  # CPU threads of a run started here; 0: those that are free but one
+    tracking: Tracking = _UNTRACKED,  # where finished runs are sent as well, to begin with
 ) -> View:
     "The workbench: controls where there is a front end, else a page."
     store = Store(results_folder(results))
     return View(
         lambda: workbench_page(store, run, profile),
-        lambda: Workbench(store, run, profile, threads).widget,
+        lambda: Workbench(store, run, profile, threads, tracking).widget,
         f"workbench over {store.path}",
     )

@@ -193,6 +193,7 @@ class RunPlace(os.PathLike):
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "training_log.txt"
         self.code_file = self.path / ".code_hash"
+        self.tracked_file = self.path / "tracked.json"  # what trackers have of it
         self.checkpoints = self.path / "checkpoints"
         parts = RUN_FOLDER.fullmatch(self.path.name)
         self.in_store = bool(parts) and self.path.parent.name == EXPERIMENTS
@@ -378,7 +379,8 @@ class RunFolder(RunFiles):
         "Move what is here away, under a name that says why; nothing is deleted.  Raises: StoreError."
         if self.in_store:
             return self._rename(reason)
-        own = (self.config_file, self.metrics_file, self.result_file, self.log_file, self.code_file, self.checkpoints)
+        files = (self.config_file, self.metrics_file, self.result_file, self.log_file, self.code_file)
+        own = (*files, self.tracked_file, self.checkpoints)
         old = [file for file in own if file.is_file() or file.is_dir() and any(file.iterdir())]
         if not old:
             return None

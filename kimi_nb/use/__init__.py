@@ -22,6 +22,10 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     nanokimi="""
         ArrayDataset ModelEvaluator ProcessedDataset TextConfig TextDataProcessor Tracking
-        dataset_settings from_nanokimi keep_dataset read_config toy_dataset track train_on
+        dataset_settings from_nanokimi keep_dataset read_config toy_dataset train_on
+    """,
+    tracking="""
+        Label Page TrackedRun finding_facts keep_sending label_of lines_sent mirrored send_apart
+        send_findings send_store track tracked_line
     """,
 )
