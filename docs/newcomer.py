@@ -92,6 +92,8 @@ def walk(home: Path) -> dict:
     from test_workbench import SHOWN, chromium, run_all
 
     way, load = Way(), os.getloadavg()[0]
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=REPO, capture_output=True, text=True, check=True).stdout
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("KIMI_NB_", "PYTHON"))}
     with way.step("git clone"):
         subprocess.run(["git", "clone", "-q", "--no-hardlinks", REPO, home], check=True)
@@ -110,14 +112,13 @@ def walk(home: Path) -> dict:
                 page.locator(".knb-diagram svg").first.wait_for()
             with way.step("three more: MLA, Muon, judge it: the verdict"):
                 said = ask(page)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
-    about = dict(date=f"{datetime.now(UTC):%Y-%m-%d}", commit=commit.stdout[:10], cores=os.cpu_count())
+    about = dict(date=f"{datetime.now(UTC):%Y-%m-%d}", commit=commit[:10], cores=os.cpu_count())
     return about | dict(load=[round(load, 1), round(os.getloadavg()[0], 1)], steps=way.steps, verdict=said)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         found = walk(Path(folder) / "kimi_nb")
-    KEPT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        KEPT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     whole = sum(step["seconds"] for step in found["steps"])
     print(f"{whole:7.1f} s  in all; load {found['load']} on {found['cores']} cores")

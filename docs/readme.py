@@ -1,7 +1,7 @@
 """README.md is nbs/index.ipynb, executed and turned to Markdown: `python docs/readme.py [OUTPUT]`."""
 
+import argparse
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -61,4 +61,6 @@ def readme(path: Path = REPO / "nbs" / "index.ipynb") -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else REPO / "README.md").write_text(readme(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", nargs="?", type=Path, default=REPO / "README.md")
+    parser.parse_args().output.write_text(readme(), encoding="utf-8")

@@ -237,7 +237,7 @@ WIDER = """() => {
 
 
 CUT = """() => [...document.querySelectorAll('.knb-workbench .lm-TabBar-tabLabel, .knb-grid > *, .knb-plan td')]
-    .filter(e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 4))
+    .filter(e => e.offsetParent && (e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight + 4))
     .map(e => e.innerText)"""
 
 
