@@ -27,4 +27,7 @@ __getattr__, __dir__, __all__ = lazily(
     __main__="""
         add_bench_options bench_command
     """,
+    batch="""
+        LargestBatch Tried bisected largest_batch memory_limit try_batch
+    """,
 )

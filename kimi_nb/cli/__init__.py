@@ -46,4 +46,7 @@ __getattr__, __dir__, __all__ = lazily(
         STATUS add_gate answer_text asked cmd_gate command_words gate_rule number_printed
         read_values search_lines
     """,
+    sizes="""
+        COLUMNS add_batch add_memory cmd_batch cmd_memory study_runs
+    """,
 )

@@ -23,6 +23,7 @@ FAMILIES = (  # modules of this wing and their commands, in the order of the hel
     ("studies", "profiles"),
     ("gate", "gate"),
     ("machine", "lab env bench"),
+    ("sizes", "batch memory"),
     ("records", "report"),
     ("verdicts", "judge noise"),
     ("completion", "completion"),
