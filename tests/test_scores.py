@@ -2,15 +2,21 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from tiny import tiny_run
 
+from kimi_nb.cli import main
+from kimi_nb.config import ConfigError, load_profile, settings_path
+from kimi_nb.data import load_corpus
 from kimi_nb.evals import SCORED_ITEMS, TASK_NAMES, Scorer, choice_scores, chosen_rows, score_metrics_of, share_interval
+from kimi_nb.phases.scaling import studies as studies_of_scaling
+from kimi_nb.plan import changed_profile
 from kimi_nb.report import Evidence, draw_scores, scores_markdown, scores_section
-from kimi_nb.runner import RunnerOptions, run_one, run_study
-from kimi_nb.study import Arm, Record, Store, Study, metric_info
+from kimi_nb.runner import RunnerError, RunnerOptions, run_one, run_study
+from kimi_nb.study import Arm, Record, Store, Study, metric_info, read_sealed
 
 CLOCK = ("seconds", "tokens_per_second", "memory")
 
@@ -172,3 +178,66 @@ def test_records_without_scores_have_no_section(tmp_path):
     store = Store(tmp_path)
     store.put(Record.of(tiny_run(), "done", dict(test_bpb=2.0)))
     assert scores_section(Evidence(store)) == [] == scores_markdown(Evidence(store))
+
+
+# data of a study
+
+
+def test_a_profile_takes_other_lines_without_an_edit_and_leaves_nothing_behind(tmp_path):
+    before = sorted(settings_path().parent.glob(".*.ini"))
+    changes = {"data.corpus": "tinyworld", "data.num_documents": "2000", "data.max_tokens": "500000", "seeds": "1"}
+    with changed_profile("smoke", changes, tmp_path) as name:
+        data = load_profile(name).base.data
+        assert (data.corpus, data.num_documents, data.max_tokens) == ("tinyworld", 2000, 500000)
+        assert load_profile(name).seeds == 1 and name.startswith("smoke-")
+        assert load_profile("smoke").base.data.corpus == "pydocs"
+    assert (tmp_path / "settings" / f"{name}.ini").is_file() and sorted(settings_path().parent.glob(".*.ini")) == before
+    with pytest.raises(ConfigError, match=r"--set .* data.corpsu is not a setting: did you mean data\.corpus"):
+        with changed_profile("smoke", {"data.corpsu": "x"}, tmp_path):
+            pass
+    assert sorted(settings_path().parent.glob(".*.ini")) == before and "KIMI_NB_SETTINGS" not in os.environ
+
+
+def amounts(*numbers, corpus="tinyworld"):
+    """A study of amounts of a text."""
+    blocks = {f"{n} documents": {"data.num_documents": n, "data.corpus": corpus} for n in numbers}
+    arms = [Arm("reference").within(block) for block in blocks]
+    base = tiny_run(train__steps=2, train__eval_every=0, train__save_every=0)
+    return Study(name="amounts", base=base, baseline="reference", seeds=(0,), arms=arms, blocks=blocks)
+
+
+def test_amounts_of_a_text_are_different_texts_or_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    for k in range(30):
+        (tmp_path / "a" / f"{k}.txt").write_text(f"document {k} of the folder, which says {k * k} and no more. " * 4)
+    here = RunnerOptions(executor="inprocess", progress=False)
+    with pytest.raises(RunnerError, match=r"40 documents and 50 documents are the same text, .* 24 documents"):
+        run_study(amounts(40, 50, corpus=str(tmp_path / "a")), Store(tmp_path / "r"), options=here)
+    records = run_study(amounts(40, 80), Store(tmp_path / "s"), options=here)
+    assert len({record.provenance["data"]["fingerprint"] for record in records}) == 2
+
+
+def test_a_study_of_amounts_may_repeat_its_text_and_another_may_not(tmp_path):
+    here = RunnerOptions(executor="inprocess", progress=False, max_epochs=0.01)
+    assert all(r.ok for r in run_study(amounts(40, 80), Store(tmp_path / "s"), options=here))
+    one = Study(name="one", base=tiny_run(), baseline="a", seeds=(0,), arms=[Arm("a")])
+    with pytest.raises(RunnerError, match="more than max_epochs"):
+        run_study(one, Store(tmp_path / "r"), options=here)
+
+
+def test_the_paper_profile_compares_amounts_that_its_text_has():
+    found = next(s for s in studies_of_scaling(load_profile("paper")) if s.name == "scaling-data")
+    asked = [(found.arm_run(arm).data.corpus, found.arm_run(arm).data.num_documents) for arm in found.arms]
+    assert asked == [("pysource", None), ("tinyworld", None)] + [("tinyworld", n) for n in (1000, 3000, 10000)]
+    documents = [len(load_corpus("tinyworld", n)) for n in (1000, 3000)]
+    assert documents[0] > 950 and documents[1] > 2.5 * documents[0]
+
+
+def test_what_eval_scored_is_kept_beside_the_run(pair, capsys):
+    _, scored, folder = pair
+    run = Store(folder / "scored").folder(scored.run_id)
+    pytest.importorskip("lm_eval")
+    assert main(["eval", "--checkpoint", str(run), "--tasks", "arithmetic", "--limit", "5"]) == 0
+    assert "kept in" in capsys.readouterr().out
+    kept = read_sealed(run / "scores" / "final-arithmetic-5.json")
+    assert kept["run_id"] == scored.run_id and kept["tasks"]["arithmetic"]["n"] == 5

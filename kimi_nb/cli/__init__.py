@@ -11,13 +11,13 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
-        cmd_data cmd_eval cmd_generate cmd_trace cmd_train converse metrics_text print_pieces
-        print_task_scores score_number score_text tracker
+        cmd_data cmd_eval cmd_generate cmd_trace cmd_train converse keep_scores metrics_text
+        print_pieces print_task_scores score_number score_text tracker
     """,
     studies="""
         add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
-        cmd_profiles cmd_run declared dry_run profile_facts profile_text runner_options
-        seeds_asked_for sequential_plan
+        cmd_profiles cmd_run declared dry_run plan_of profile_facts profile_text run_of
+        runner_options seeds_asked_for sequential_plan setting_line
     """,
     records="""
         ACTIONS LISTED add_records add_report cmd_records cmd_report compare_two export_file

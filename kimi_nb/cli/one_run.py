@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHOWN_METRICS', 'SAMPLING', 'add_train', 'add_setting_named', 'tracker', 'metrics_text', 'cmd_train',
-           'add_trace', 'cmd_trace', 'add_eval', 'cmd_eval', 'score_number', 'score_text', 'print_task_scores',
-           'add_generate', 'print_pieces', 'converse', 'cmd_generate', 'add_data', 'cmd_data']
+           'add_trace', 'cmd_trace', 'add_eval', 'cmd_eval', 'score_number', 'score_text', 'keep_scores',
+           'print_task_scores', 'add_generate', 'print_pieces', 'converse', 'cmd_generate', 'add_data', 'cmd_data']
 
 # %% ../../nbs/cli/02_one_run.ipynb #8bd754fd
 import argparse
 import contextlib
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -268,6 +269,32 @@ def score_text(
     return scores
 
 
+def keep_scores(
+    args,  # parsed
+    results: dict,  # task -> what came out
+    overall: float | None,
+) -> Path | None:  # of the file; none where the checkpoint belongs to no run
+    "What was scored, sealed and beside the run, in a file of its own for each checkpoint and choice of tasks."
+    from kimi_nb.config import FileError
+    from kimi_nb.study import RunFolder, write_sealed
+
+    place = Path(args.checkpoint).resolve()
+    run = next((RunFolder(p) for p in (place, *place.parents[:2]) if RunFolder(p).config_file.exists()), None)
+    if run is None:
+        return None
+    whose = "final" if place == run.path else place.name
+    limit = f"-{args.limit}" if args.limit else ""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", args.tasks)[:60]
+    file = run.path / "scores" / f"{whose}-{words}{limit}.json"
+    asked = dict(tasks=args.tasks, limit=args.limit, data_dir=args.data_dir)
+    try:
+        write_sealed(file, dict(run_id=run.run_id, checkpoint=whose, asked=asked, tasks=results, overall=overall))
+    except FileError as e:
+        print(f"kimi-nb: the scores were not kept: {e}", file=sys.stderr)
+        return None
+    return file
+
+
 def print_task_scores(args):
     "Benchmarks: a table, or JSON; a task that cannot be scored says why."
     from kimi_nb.evals import load_any, overall_score, pick_tasks, run_benchmarks
@@ -279,6 +306,7 @@ def print_task_scores(args):
     model, tokenizer = load_any(args.checkpoint, pick_device(args.device))
     results = run_benchmarks(model, tokenizer, args.tasks, args.data_dir, args.limit, args.batch_size)
     overall = overall_score(results)
+    kept = keep_scores(args, dict(results), overall)
     if args.json:
         print(json.dumps(dict(checkpoint=str(args.checkpoint), tasks=results, overall=overall), indent=1))
     else:
@@ -291,6 +319,8 @@ def print_task_scores(args):
                 print(f"{name}: {result['status']}")
         if overall is not None:
             print(f"\noverall (mean of (score - chance) / (1 - chance)): {overall:.4f}")
+        if kept:
+            print(f"kept in {kept}")
     if not any(result["status"] == "done" for result in results.values()):
         raise KimiError("no task could be scored, the reasons are above: give local rows with --data-dir")
 

@@ -6,11 +6,12 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     run="""
         ANALYSIS PlanError PlanReport check_grids check_kernel check_parameters execute_phase
-        executed_copy kernel_command phase_key phase_notebooks phase_studies phases pick_phases
-        plan_table reads_outcomes run_plan summary takes_long time_by_part timing used_files
+        executed_copy kernel_command parameter_names phase_key phase_notebooks phase_studies phases
+        pick_phases plan_table reads_outcomes run_plan summary takes_long time_by_part timing
+        used_files
     """,
     phase="""
-        Phase TemplateError export_notebooks new_phase open_phase
+        Phase TemplateError changed_profile export_notebooks new_phase open_phase
     """,
     publish="""
         COLOURS FORMAT LIMIT MODELS MOST_WEIGHTS NAMES POINTS PublishError SHOWN bundle

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANALYSIS', 'PlanError', 'phase_notebooks', 'pick_phases', 'phases', 'reads_outcomes', 'takes_long',
-           'check_grids', 'phase_studies', 'plan_table', 'check_parameters', 'executed_copy', 'execute_phase',
-           'kernel_command', 'check_kernel', 'time_by_part', 'used_files', 'phase_key', 'PlanReport', 'run_plan',
-           'timing', 'summary']
+           'check_grids', 'phase_studies', 'plan_table', 'parameter_names', 'check_parameters', 'executed_copy',
+           'execute_phase', 'kernel_command', 'check_kernel', 'time_by_part', 'used_files', 'phase_key', 'PlanReport',
+           'run_plan', 'timing', 'summary']
 
 # %% ../../nbs/plan/01_run.ipynb #d99e69b0
 import ast
@@ -181,6 +181,15 @@ def plan_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/plan/01_run.ipynb #3f8b30f9
+def parameter_names(
+    notebook: Path,
+) -> set[str]:
+    "What the notebook's `parameters` cell sets; none where it has no such cell."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in (c["metadata"].get("tags") or [])]
+    return set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", "\n".join(tagged), re.M))
+
+
 def check_parameters(
     notebook: Path,
     parameters: dict,  # that it will be given
@@ -221,6 +230,7 @@ def execute_phase(
     profile: Profile,
     seeds: int | str | None = None,  # as `Study.reseeded`, instead of the profile's
     cwd=None,  # the kernel's working folder; none is the checkout
+    data_dir: str | None = None,  # folder of local rows, for a notebook that takes one
 ) -> Outcome:
     """The outcome of a phase notebook executed with this profile; the executed copy is in `notebooks/` of the results.
 
@@ -233,6 +243,8 @@ def execute_phase(
     if seeds:
         parameters["seeds"] = seeds
     check_parameters(notebook, parameters)
+    if data_dir and "data_dir" in parameter_names(notebook):
+        parameters["data_dir"] = data_dir
     target = executed_copy(store, notebook, profile.name, profile.base.train.steps * profile.base.tokens_per_step)
     lock = Path(store.path) / ".locks" / f"phase-{phase}.lock"
     with writing(target):
@@ -493,6 +505,7 @@ def phase_key(
     studies: list[Study],
     store: Store,
     profile: Profile,
+    data_dir: str | None = None,  # folder of local rows
 ) -> str:
     "Hash over everything that an executed phase notebook shows."
     records = [(p.run.run_id, r.digest if (r := store.get(p.run.run_id)) else None) for p in distinct(studies)]
@@ -502,6 +515,8 @@ def phase_key(
         left = {name: read_outcome(store, name, profile.name) for name in names}
         records += [(name, o.finished.isoformat(), o.mark) for name, o in left.items() if o]
     facts = [*_key_of_code(notebook), profile.to_json(), [s.to_dict() for s in studies], records]
+    if data_dir and "data_dir" in parameter_names(notebook):
+        facts.append(data_dir)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../../nbs/plan/01_run.ipynb #a70508d3
@@ -573,7 +588,8 @@ def run_plan(
             name = f"run {r.run_id} ({p.study}, {p.arm}, seed {p.seed})"
             report.failed[name] = " ".join(str(r.provenance.get("error")).split())
     clock = time.perf_counter()
-    _execute_phases(report, studies, notebooks, store, profile, seeds, say)
+    rows = getattr(how.get("scorer"), "data_dir", None)
+    _execute_phases(report, studies, notebooks, store, profile, say, seeds=seeds, data_dir=rows)
     report.seconds["notebooks"], clock = time.perf_counter() - clock, time.perf_counter()
     store.rebuild()
     report.seconds["summaries"] = time.perf_counter() - clock
@@ -618,7 +634,7 @@ def _report_phase(report, phase, outcome, seconds, executed, say):
         report.inside[part] = report.inside.get(part, 0.0) + spent
 
 
-def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
+def _execute_phases(report, studies, notebooks, store, profile, say, **given):
     "Two notebooks at a time, since most of one is the start of its kernel; those that read outcomes at the end."
 
     def one(phase, key):
@@ -627,7 +643,7 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
         if known and known.key == key and _still_there(store, notebooks[phase], known):
             return phase, known, None
         try:
-            outcome = execute_phase(phase, notebooks[phase], store, profile, seeds)
+            outcome = execute_phase(phase, notebooks[phase], store, profile, **given)
         except PlanError as e:
             return phase, str(e), None
         outcome = outcome.changed(key=key)
@@ -640,7 +656,8 @@ def _execute_phases(report, studies, notebooks, store, profile, seeds, say):
     for group in (early, last):
         at_once = max(1, min(2, os.cpu_count() or 1))
         # before there are threads: Python 3.11 fails where two of them make a syntax tree at once
-        keys = {phase: phase_key(notebooks[phase], studies[phase], store, profile) for phase in group}
+        rows = given.get("data_dir")
+        keys = {phase: phase_key(notebooks[phase], studies[phase], store, profile, rows) for phase in group}
         with _threads(at_once), ThreadPoolExecutor(at_once) as pool, _no_kernel_left():
             jobs = [pool.submit(one, phase, key) for phase, key in keys.items()]
             try:

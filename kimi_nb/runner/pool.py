@@ -595,7 +595,20 @@ def _cluster(options: RunnerOptions):
         yield ray, cpus, gpus, slots
 
 # %% ../../nbs/runner/04_pool.ipynb #384bd8b5
-def _prepare(todo, max_epochs):
+def _about_repetition(studies):
+    "Names of the studies that compare amounts of one text: in these a text is read as often as the steps ask."
+    found = set()
+    for study in studies:
+        read = {}
+        for arm in study.arms:
+            data = study.arm_run(arm).data
+            read.setdefault(data.corpus, set()).add((data.num_documents, data.max_tokens))
+        if any(len(amounts) > 1 for amounts in read.values()):
+            found.add(study.name)
+    return found
+
+
+def _prepare(todo, max_epochs, repeating=()):
     "Every corpus once; the longest context and the passes over the text are checked.  Raises: DataError, RunnerError."
     from kimi_nb.data import Batches, prepare
 
@@ -604,16 +617,34 @@ def _prepare(todo, max_epochs):
         data = planned.run.data.to_json()
         longest[data] = max(longest.get(data, 0), planned.run.seq_len)
     ready = {data: prepare(DataConfig(**json.loads(data)), seq_len) for data, seq_len in longest.items()}
+    _refuse_same_text(todo, ready)
     for planned in todo if max_epochs else ():
         run, train = planned.run, ready[planned.run.data.to_json()].train
         batches = Batches(train, run.train.batch_size, run.seq_len, planned.seed)
         epochs = batches.epochs_after(run.train.steps)
-        if epochs > max_epochs:
+        if epochs > max_epochs and planned.study not in repeating:
             raise RunnerError(
                 f"study {planned.study}, arm {planned.arm}: {epochs:.3g} passes over {run.data.corpus} "
                 f"are more than max_epochs {max_epochs:g}: take a larger corpus or fewer steps, "
                 "or raise max_epochs in settings.ini"
             )
+
+
+def _refuse_same_text(todo, ready):
+    "Raises: RunnerError where a study compares amounts of text that come to the same text."
+    seen = {}
+    for planned in todo if len(ready) > 1 else ():
+        name = planned.run.data.to_json()
+        same_else = planned.run.override({"data.num_documents": None, "data.max_tokens": None}).to_json()
+        key = (planned.study, same_else, ready[name].fingerprint)
+        other = seen.setdefault(key, planned)
+        if other.run.data.to_json() == name:
+            continue
+        asked = " and ".join(f"{p.block or p.arm}" for p in (other, planned))
+        raise RunnerError(
+            f"study {planned.study}: {asked} are the same text, {ready[name].summary()}: ask for less than there is, "
+            f"or take a corpus that has more than {planned.run.data.corpus}"
+        )
 
 
 def _where_time_went(used, workers, wall):
@@ -638,7 +669,7 @@ def _pick(todo, options):
     return min(pick_workers([planned.run for planned in todo], options.device, say=say), len(todo))
 
 
-def _train_all(todo, store, options) -> dict[str, float]:
+def _train_all(todo, store, options, repeating=()) -> dict[str, float]:
     "Train what is missing; where the time went.  Raises: as `run_studies`."
     begin, used, team = time.perf_counter(), Counter(), None
     workers = _pick(todo, options)
@@ -649,7 +680,7 @@ def _train_all(todo, store, options) -> dict[str, float]:
             else:
                 workers = min(slots, options.workers or slots, len(todo)) if ray else 1
             start = time.perf_counter()
-            _prepare(todo, options.max_epochs)
+            _prepare(todo, options.max_epochs, repeating)
             used["data"] = time.perf_counter() - start
             weights = {planned.run_id: weight(planned.run) for planned in todo}
             steps = {planned.run_id: planned.run.train.steps for planned in todo}
@@ -693,7 +724,7 @@ def run_studies(
             store.record_study(study, mine)
     todo = pending(plan, store)
     if todo:
-        parts = _train_all(todo, store, options)
+        parts = _train_all(todo, store, options, _about_repetition(studies))
         if spent is not None:
             for part, seconds in parts.items():
                 spent[part] = spent.get(part, 0.0) + seconds
