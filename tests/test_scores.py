@@ -192,9 +192,9 @@ def test_a_profile_takes_other_lines_without_an_edit_and_leaves_nothing_behind(t
         assert load_profile(name).seeds == 1 and name.startswith("smoke-")
         assert load_profile("smoke").base.data.corpus == "pydocs"
     assert (tmp_path / "settings" / f"{name}.ini").is_file() and sorted(settings_path().parent.glob(".*.ini")) == before
-    with pytest.raises(ConfigError, match=r"--set .* data.corpsu is not a setting: did you mean data\.corpus"):
-        with changed_profile("smoke", {"data.corpsu": "x"}, tmp_path):
-            pass
+    refused = pytest.raises(ConfigError, match=r"--set .* data.corpsu is not a setting: did you mean data\.corpus")
+    with refused, changed_profile("smoke", {"data.corpsu": "x"}, tmp_path):
+        pass
     assert sorted(settings_path().parent.glob(".*.ini")) == before and "KIMI_NB_SETTINGS" not in os.environ
 
 
