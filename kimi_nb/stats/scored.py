@@ -41,13 +41,13 @@ def setting_columns_of(
 def scored_arms(
     frame: pd.DataFrame,  # of `Store.frame`, one row a run
 ) -> pd.DataFrame:  # one row an arm: its settings, the means of its numbers, `runs`
-    "Arms of the text that most scored runs were trained on, means over their finished runs."
+    "Arms of the text and the set of tasks that most scored runs have, means over their finished runs."
     if "score" not in frame:
         return pd.DataFrame()
     done = frame[(frame["status"] == "done") & frame["score"].notna()].drop_duplicates("run_id")
     if done.empty:
         return pd.DataFrame()
-    text = [name for name in _TEXT if name in done]
+    text = [name for name in (*_TEXT, "score_tasks") if name in done]
     if text:
         words = done[text].map(str).agg(" ".join, axis=1)
         done = done[words == words.value_counts().idxmax()]
