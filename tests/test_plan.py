@@ -270,7 +270,7 @@ def test_workers_start_once(place, monkeypatch, capfd):
 
     started, real = [], runner.Worker.start.__func__
     monkeypatch.setattr(
-        runner.Worker, "start", classmethod(lambda cls, *a: started.append(real(cls, *a)) or started[-1])
+        runner.Worker, "start", classmethod(lambda cls, *a, **how: started.append(real(cls, *a, **how)) or started[-1])
     )
     every = [s for g in phase_studies(load_profile("tiny")).values() for s in g]
     records = runner.run_studies(every, Store(place.results), workers=2, progress=False)
