@@ -227,10 +227,7 @@ def plan_of(
     from kimi_nb.plan import run_plan, summary, timing
     from kimi_nb.use import mirrored
 
-<<<<<<< HEAD
-    profile, store, tracking = load_profile(args.profile), results_store(args), tracking_asked(args)
-=======
->>>>>>> 3107ca1 (plan and run take any line of a profile with --set; amounts of text that are the same text are refused; the paper's data study has documents that differ; eval keeps what it scored; plan hands --data-dir to the notebooks)
+    tracking = tracking_asked(args)
     if args.runs and not args.sequential:
         raise KimiError("--runs limits a plan of --sequential: a plan of a fixed sample trains all of its runs")
     if args.dry_run:
@@ -288,10 +285,7 @@ def run_of(
     from kimi_nb.stats import compare
     from kimi_nb.use import mirrored
 
-<<<<<<< HEAD
-    store, profile, tracking = results_store(args), load_profile(args.profile), tracking_asked(args)
-=======
->>>>>>> 3107ca1 (plan and run take any line of a profile with --set; amounts of text that are the same text are refused; the paper's data study has documents that differ; eval keeps what it scored; plan hands --data-dir to the notebooks)
+    tracking = tracking_asked(args)
     known = declared(profile)
     if args.study not in known:
         raise KimiError(f"study {args.study!r} is unknown: {near(args.study, known)}")
