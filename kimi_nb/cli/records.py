@@ -97,7 +97,7 @@ def publish_profile(store, args):
     from kimi_nb.plan import publish_records, where_from
 
     refuse_a_name(args)
-    about = publish_records(store, args.profile, stale=args.stale, only=args.only)
+    about = publish_records(store, args.profile, stale=args.stale, only=args.only, partial=args.partial)
     where = f"data/records/{args.profile} and figures/{args.profile}"
     print(f"published {len(about['files'])} files in {where}\n{where_from(about)}")
 
@@ -183,6 +183,9 @@ def add_records(commands, with_settings: bool = True):
         "--only", nargs="+", default=(), metavar="PHASE", help="publish: these phases alone, such as combined moe"
     )
     p.add_argument("--stale", action="store_true", help="publish: also records of other training code than today's")
+    p.add_argument(
+        "--partial", action="store_true", help="publish: what is there of a plan that goes on, so that others continue"
+    )
     p.add_argument("--study", help="only the records of this study")
     add_tracking(p)
     add_json(p, "list, agree: print JSON instead of a table")

@@ -1,0 +1,177 @@
+"""The ladder: forecasts whose intervals hold what they promise and that cannot be made afterwards; a whole climb."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_nb.config import KimiError, load_profile
+from kimi_nb.phases import ladder
+from kimi_nb.stats import forecast_effect, forecast_rung, score_forecast
+from kimi_nb.study import Store
+
+RUNGS = np.array([2e12, 2e13, 2e14, 4e15])
+LADDER = """[tiny]
+preset = plan
+budget_minutes = 1
+max_epochs = 1000
+only = ladder
+data.corpus = tinyworld
+data.tokenizer = byte
+data.num_documents = 200
+model.d_model = 16
+model.n_layers = 1
+model.n_heads = 2
+model.d_ff = 64
+model.max_seq_len = 32
+model.norm.kind = rmsnorm
+model.moe.n_experts = 4
+model.moe.d_expert = 32
+train.steps = 12
+train.batch_size = 4
+train.warmup_steps = 2
+train.eval_every = 6
+train.eval_tokens = 512
+train.test_tokens = 512
+train.lr = 4e-3
+ladder.seeds = 2, 2, 2
+ladder.model.d_model = 16, 24, 32
+ladder.model.n_layers = 1, 1, 2
+ladder.model.n_heads = 2, 2, 2
+ladder.model.max_seq_len = 32, 32, 32
+ladder.train.batch_size = 4, 4, 8
+"""
+
+
+def drawn_ladder(rng, rungs, effect, drift, scatter, error=0.006):
+    """Effects of one part as rungs would show them, and what the next one shows."""
+    x = np.log10(RUNGS[: rungs + 1])
+    truth = effect + drift * (x - x[0]) + rng.normal(0, scatter, rungs + 1)
+    return truth + rng.normal(0, error, rungs + 1)
+
+
+def inside(rng, rungs, times, **truth):
+    """How often the intervals of 80% and of 95% hold the next rung's value."""
+    held = []
+    for _ in range(times):
+        seen = drawn_ladder(rng, rungs, **{name: draw(rng) for name, draw in truth.items()})
+        found = forecast_effect(RUNGS[:rungs], seen[:-1], [0.006] * rungs, RUNGS[rungs], 0.006)
+        held.append([low <= seen[-1] <= high for low, high in map(found.interval, (0.8, 0.95))])
+    return np.mean(held, axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rungs", [1, 2, 3])
+def test_intervals_hold_what_they_promise(rungs):
+    """Over made-up ladders whose drift and scatter are drawn as the prior says, 80% and 95% come out as that."""
+    rng = np.random.default_rng(rungs)
+    truth = dict(
+        effect=lambda g: 0.2, drift=lambda g: g.normal(0, 0.1), scatter=lambda g: abs(g.normal(0, 0.05))
+    )  # fmt: skip
+    eighty, most = inside(rng, rungs, 250, **truth)
+    assert 0.72 < eighty < 0.9 and 0.9 < most < 0.995
+
+
+@pytest.mark.parametrize("rungs", [1, 2])
+def test_an_effect_that_stays_is_held_more_often(rungs):
+    """A part without drift or scatter never surprises, and one that jumps by ten times its scatter always does."""
+    rng = np.random.default_rng(0)
+    still = inside(rng, rungs, 25, effect=lambda g: 0.2, drift=lambda g: 0.0, scatter=lambda g: 0.0)
+    assert still.min() > 0.9
+    far = forecast_effect(RUNGS[:rungs], [0.2] * rungs, [0.006] * rungs, RUNGS[rungs], 0.006).interval(0.95)
+    assert not far[0] < 1.5 < far[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.floats(-0.5, 0.5), min_size=1, max_size=4), st.floats(0.5, 20))
+def test_a_forecast_knows_no_unit_and_no_side(seen, unit):
+    """In other units, or with arm and baseline exchanged, it is the same forecast; more certainty is a wider interval."""
+    made = lambda sign, u: forecast_effect(
+        RUNGS[: len(seen)], sign * u * np.array(seen), [0.01 * u] * len(seen), 4e16, 0.01 * u, 0.02 * u
+    )
+    low, high = made(1, 1).interval(0.8)
+    assert np.allclose(made(1, unit).interval(0.8), [unit * low, unit * high], atol=1e-6 * unit)
+    assert np.allclose(made(-1, 1).interval(0.8), [-high, -low], atol=1e-6)
+    wide = made(1, 1).interval(0.95)
+    assert wide[0] <= low <= made(1, 1).mean <= high <= wide[1]
+
+
+def test_fewer_seeds_are_a_wider_forecast():
+    """The interval is one for what will be measured, so the next rung's seeds count."""
+    rows = [dict(part="x", compute=2e12, effect=0.03, se=0.01, df=7, seeds=8)]
+    one, other = (forecast_rung(pd.DataFrame(rows), 2e13, seeds=n).iloc[0] for n in (8, 2))
+    assert other["high95"] - other["low95"] > one["high95"] - one["low95"]
+    missed = score_forecast(pd.DataFrame([one]), pd.DataFrame([dict(part="x", effect=1.0), dict(part="y", effect=0.0)]))
+    assert len(missed) == 1 and not missed["inside95"].iloc[0] and missed["sign"].iloc[0]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A profile of three rungs that train in a second each, and its store."""
+    file = tmp_path / "settings.ini"
+    file.write_text(LADDER)
+    monkeypatch.setenv("KIMI_NB_SETTINGS", str(file))
+    return load_profile("tiny"), Store(tmp_path / "results")
+
+
+def test_rungs_keep_their_proportions(tiny):
+    """Tokens a parameter, equal size of both attentions, experts in proportion, rates by width."""
+    profile, _ = tiny
+    profile = profile.model_copy(update=dict(tuned={"muon": {"train.lr": 0.04}, "adamw": {"train.lr": 0.004}}))
+    climbed = ladder.rungs(profile)
+    assert [rung.profile.base.model.d_model for rung in climbed] == [16, 24, 32] and climbed[
+        0
+    ].profile.base.train.steps == 12
+    for rung in climbed:
+        base = rung.profile.base
+        per_size = base.train.steps * base.tokens_per_step / rung.size
+        assert per_size == pytest.approx(12 * 128 / climbed[0].size, rel=0.05)
+        assert base.model.moe.d_expert == 2 * base.model.d_model
+        assert rung.profile.tuned["adamw"]["train.lr"] == pytest.approx(0.004 * 16 / base.model.d_model, rel=0.01)
+        assert rung.profile.tuned["muon"]["train.lr"] == pytest.approx(
+            0.04 * (16 / base.model.d_model) ** 0.5, rel=0.01
+        )
+        arm = next(arm for arm in ladder.rung_study(rung).arms if arm.name == "attention")
+        assert ladder.active_size(ladder.rung_study(rung).arm_run(arm).model) == pytest.approx(rung.size, rel=0.02)
+
+
+def test_a_ladder_of_unequal_lists_is_refused(tiny, tmp_path):
+    """One line says how many values each list has."""
+    (tmp_path / "settings.ini").write_text(LADDER.replace("ladder.seeds = 2, 2, 2", "ladder.seeds = 2, 2"))
+    with pytest.raises(KimiError, match=r"3 of model.d_model.*2 of seeds: a rung needs one of each"):
+        ladder.rungs(load_profile("tiny"))
+
+
+@pytest.mark.slow
+def test_a_climb(tiny):
+    """A rung, a sealed forecast, the next rung, a score; no forecast of what has begun, none altered."""
+    from kimi_nb.runner import run_study
+
+    profile, store = tiny
+    first, second, third = climbed = ladder.rungs(profile)
+    assert ladder.next_rung(store, climbed) is None
+    run_study(ladder.rung_study(first), store, "inprocess", progress=False)
+    effects = ladder.ladder_effects(store, climbed)
+    assert set(ladder.PARTS) < set(effects["part"]) and set(effects["rung"]) == {first.label}
+    assert ladder.next_rung(store, climbed).name == second.name
+    said = ladder.seal_forecast(store, climbed, second)
+    assert said["rests_on"] == {first.name: 2} and len(said["parts"]) == len(effects)
+    run_study(ladder.rung_study(second), store, "inprocess", progress=False)
+    assert ladder.seal_forecast(store, climbed, second) == said
+    scores = ladder.scored(store, climbed)
+    assert len(scores.parts) == len(said["parts"]) and scores.rungs["before"].tolist() == [True]
+    assert {finding.id for finding in ladder.judge(ladder.ladder_effects(store, climbed), scores, climbed)} >= {
+        "ladder attention", f"ladder attention {first.name}", "ladder forecast"
+    }  # fmt: skip
+    assert (
+        len(ladder.worth(store, climbed, ladder.ladder_effects(store, climbed)))
+        and len(ladder.gates(store, climbed)) == 2
+    )
+    store.begin(ladder.rung_study(third).expand()[0].run, "begun")
+    with pytest.raises(KimiError, match=f"rung {third.name} has begun"):
+        ladder.seal_forecast(store, climbed, third)
+    file = ladder.forecast_file(store, second)
+    file.write_text(file.read_text().replace('"seeds"', '"seed"').replace("made", "mode", 1))
+    with pytest.raises(KimiError):
+        ladder.seal_forecast(store, climbed, second)
