@@ -543,11 +543,15 @@ def links() -> pages.Markup | None:
 
 def first_page() -> list[dict]:
     """The landing page."""
-    sizes, source = sizes_of_parts(), f"figures/{PROFILE}/headline.png"
-    picture = ""
-    if (REPO / source).is_file():
-        picture = f"data:image/png;base64,{base64.b64encode((REPO / source).read_bytes()).decode()}"
-    return pages.landing(read_lesson(NBS / "index.ipynb").blurb, sizes, picture, links())
+    pictures = [embedded(f"figures/{name}.png") for name in (f"{PROFILE}/headline", "ladder/ladder-effects")]
+    return pages.landing(read_lesson(NBS / "index.ipynb").blurb, sizes_of_parts(), pictures[0], links(), pictures[1])
+
+
+def embedded(source: str) -> str:
+    """A picture of the repository as an address that holds it; nothing where it is not there."""
+    if not (REPO / source).is_file():
+        return ""
+    return f"data:image/png;base64,{base64.b64encode((REPO / source).read_bytes()).decode()}"
 
 
 START = ("get_started", "decision_guide", "found")

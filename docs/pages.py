@@ -137,8 +137,11 @@ def largest_first(boxes: dict[str, Markup], shown: str) -> Markup:
     return boxes[first] + Markup().join(folded) + below
 
 
-def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None) -> list[dict]:
-    """The first page: one screen with the question, the figure, four lines of answer and three doors."""
+def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None, ladder="") -> list[dict]:
+    """The first page: one screen with the question, the figure, four lines of answer and three doors.
+
+    `ladder` is the figure of effects against compute, where a ladder is published.
+    """
     parts = {}
     for size, evidence in sizes.items():
         for seen in parts_seen(evidence.store):
@@ -177,6 +180,12 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
     )
     right = tag("div", figure(effects_data(sizes), still) if sizes else "")
     hero = tag("div", left, right, cls="knb-hero")
+    climb = ""
+    if ladder:
+        words = "Effect of each part against compute, and the sealed forecast of the next size"
+        climb = tag(
+            "a", tag("img", src=ladder, alt=words), tag("p", f"{words}.", cls="knb-fine"), href="phases/15_ladder.html"
+        )
     fine = "Models this small, trained this briefly, say nothing about large ones. "
     more = tag(
         "p",
@@ -185,7 +194,7 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
         " has every claim with its verdict.",
         cls="knb-fine",
     )
-    body = tag("div", hero, tag("div", *cards, cls="knb-doors"), more, links, cls="knb-landing")
+    body = tag("div", hero, climb, tag("div", *cards, cls="knb-doors"), more, links, cls="knb-landing")
     return [markdown_cell("title", "# kimi_nb"), html_cell("landing", body)]
 
 

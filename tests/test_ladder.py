@@ -86,7 +86,7 @@ def test_an_effect_that_stays_is_held_more_often(rungs):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(-0.5, 0.5), min_size=1, max_size=4), st.floats(0.5, 20))
 def test_a_forecast_knows_no_unit_and_no_side(seen, unit):
-    """In other units, or with arm and baseline exchanged, it is the same forecast; more certainty is a wider interval."""
+    """In other units, or with arm and baseline exchanged, it is the same; more certainty is a wider interval."""
     made = lambda sign, u: forecast_effect(
         RUNGS[: len(seen)], sign * u * np.array(seen), [0.01 * u] * len(seen), 4e16, 0.01 * u, 0.02 * u
     )

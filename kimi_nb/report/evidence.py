@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import KimiError
+from ..plan import phase_notebooks
 from ..plan import phases as phase_modules
 from .parts import parts_seen
 from ..stats import amount, capital, comparisons, listed, say, with_targets
@@ -39,6 +40,8 @@ def abouts(
 ) -> dict[str, PhaseAbout]:
     "What each phase says of itself, in the plan's order; those that read the others' outcomes come last."
     known = {name: module.ABOUT for name, module in phase_modules().items()}
+    if asked := [name for name in phase_notebooks() if name in own and name not in known]:  # by request
+        known |= {name: module.ABOUT for name, module in phase_modules(asked).items()}
     for name in sorted(set(own) - set(known)):
         title = capital(name.replace("_", " ").replace("-", " "))
         known[name] = PhaseAbout(name=name, title=title, why="", order=99)

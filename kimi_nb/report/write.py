@@ -78,9 +78,10 @@ def write_report(
     if not e.outcomes:
         again = "run kimi-nb plan, or kimi-nb report --published quick"
         raise ReportError(f"no phase has been concluded in {e.path}: {again}")
+    ladder = next((one for one in map(Evidence, perhaps) if "ladder" in one.outcomes), None)
     also = [*others(e, also), *others(e, perhaps, strict=False)]
     with TemporaryDirectory() as folder:
-        doc = build_paper(e, also, draw_sizes([e, *also], folder), draw_own(e, folder))
+        doc = build_paper(e, also, draw_sizes([e, *also], folder), draw_own(e, folder), ladder)
         files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), out / "research_report.md"]
     write_file(files[-1], short_report(e, also))
     for file in files:
