@@ -22,17 +22,23 @@ from kimi_nb.report import (
     Evidence,
     ReportError,
     build_paper,
+    build_short,
     build_slides,
+    card_of,
+    card_text,
     claims_markdown,
     claims_of,
     compile_typst,
+    draw_own,
     others,
     runs_table,
+    short_answers,
     short_report,
     talk_typst,
     to_markdown,
     to_typst,
     what_ran,
+    write_document,
     write_report,
 )
 from kimi_nb.study import WORDS, Arm, Finding, Record, Store, Study, record_outcome
@@ -519,3 +525,64 @@ def pages(source, folder):
         old.unlink()
     compile_typst(source, folder / "pages-{0p}.png", folder, 20)
     return len(list(folder.glob("pages-*.png")))
+
+
+def test_the_report_has_verdicts_whoever_wrote_it_last(tmp_path):
+    """After a phase alone, a rebuild and `kimi-nb report`, the file has each claim with its word and interval."""
+    store = factorial_results(tmp_path / "results", EFFECTS)
+    found = Evidence(store).outcomes["combined"].findings
+    file = store.path / "research_report.md"
+
+    def holds():
+        text = file.read_text()
+        missing = [f.id for f in found if f"**{f.word}**" not in text]
+        return not missing and all(
+            f"{f.ci_low:+.4g} to {f.ci_high:+.4g}" in text for f in found if f.ci_low is not None
+        )
+
+    assert holds() and "## Answers" not in file.read_text()
+    store.rebuild()
+    assert holds() and "## combined" in file.read_text()
+    write_report(store, store.path, say=lambda line: None, short=True)
+    assert holds() and "## Answers" in file.read_text()
+    assert not (store.path / "paper.pdf").exists() and (store.path / "paper-short.pdf").is_file()
+
+
+def test_the_short_form_has_four_pages_and_the_answers(tmp_path, invented):
+    """Each question that was asked stands in it with its word and, where one was drawn, a figure."""
+    e = Evidence(invented)
+    doc = build_short(e, drawings=draw_own(e, tmp_path))
+    told = [finding for answer in short_answers([e]) for finding in answer.findings]
+    whole = " ".join(block.markdown for block in doc.blocks if hasattr(block, "markdown"))
+    assert {"RQ1", "RQ4", "RQ5", "H5"} <= {finding.id for finding in told}
+    assert all(f"**{finding.id}** (*{finding.word}*)" in whole for finding in told)
+    assert any(getattr(block, "id", "") == "parts-inside" for block in doc.blocks)
+    write_document(doc, tmp_path, "paper-short")
+    assert 2 <= pages(to_typst(doc, tmp_path), tmp_path) <= 4
+
+
+@pytest.mark.slow
+def test_the_published_short_form_fits_four_pages(tmp_path):
+    """With every figure of the largest published profile."""
+    from kimi_nb.plan import published, published_profiles
+
+    *smaller, strongest = published_profiles()
+    e = Evidence(published(strongest))
+    doc = build_short(e, others(e, [published(p) for p in smaller], strict=False), draw_own(e, tmp_path))
+    write_document(doc, tmp_path, "paper-short")
+    assert pages(to_typst(doc, tmp_path), tmp_path) <= 4
+
+
+def test_the_card_is_one_page_and_says_what_is_open(tmp_path, invented):
+    """Parts with their intervals, what was not decided, and no row that repeats another."""
+    e = Evidence(invented)
+    card = card_of(e, dict(training=90.0))
+    text = card_text(card)
+    assert text.count("\n") <= 60 and len({row[0] for row in card.rows}) == len(card.rows)
+    parts = [row[0] for row in card.rows[:4]]
+    assert parts[-1] == "Muon on the hidden matrices instead of AdamW" and "beyond the margin" in card.rows[3][2]
+    left = [
+        f.id.removeprefix("criterion ") for f in e.answers if f.word in ("undecided", "not testable here", "not run")
+    ]
+    assert left and all(id in card.open for id in left)
+    assert "1 min 30 s (training 1 min 30 s)" in card.time

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'ACTIONS', 'show_list', 'show_one', 'export_file', 'import_file', 'verify_folder', 'refuse_a_name',
-           'publish_profile', 'open_profile', 'compare_two', 'send_records', 'add_records', 'cmd_records', 'add_report',
-           'cmd_report']
+           'publish_profile', 'open_profile', 'compare_two', 'add_records', 'cmd_records', 'add_report', 'cmd_report']
 
 # %% ../../nbs/cli/04_records.ipynb #faebf68c
 import json
 from collections import Counter
 from pathlib import Path
 
-from .shared import add_command, add_json, add_tracking, print_table, results_store, tracking_asked
+from .shared import add_command, add_json, print_table, results_store
+from .studies import print_card
 from ..config import KimiError
 
 # %% ../../nbs/cli/04_records.ipynb #5441e95f
@@ -132,19 +132,6 @@ def compare_two(store, args):
         save(agreement_figure(found), args.figure)
 
 
-def send_records(store, args):
-    "Every finished run and every finding, to a tracker."
-    from kimi_nb.use import send_findings, send_store
-
-    refuse_a_name(args)
-    tracking = tracking_asked(args)
-    if tracking.tool == "none":
-        raise KimiError("kimi-nb records track needs --track trackio or wandb")
-    runs = send_store(store, tracking, (args.study,) if args.study else ())
-    phases = 0 if args.study else send_findings(store, tracking)
-    print(f"{runs} runs and the findings of {phases} phases sent to {tracking.tool} project {tracking.project}")
-
-
 ACTIONS = {
     "agree": compare_two,
     "list": show_list,
@@ -154,7 +141,6 @@ ACTIONS = {
     "verify": verify_folder,
     "publish": publish_profile,
     "open": open_profile,
-    "track": send_records,
 }
 
 
@@ -165,7 +151,7 @@ def add_records(commands, with_settings: bool = True):
         "records",
         cmd_records,
         "list, show, export, import or verify records; say how far two machines' records agree; publish a finished "
-        "plan in the repository, or open a published one; track: send them to a tracker",
+        "plan in the repository, or open a published one",
     )
     p.add_argument("action", choices=tuple(ACTIONS))
     p.add_argument(
@@ -187,7 +173,6 @@ def add_records(commands, with_settings: bool = True):
         "--partial", action="store_true", help="publish: what is there of a plan that goes on, so that others continue"
     )
     p.add_argument("--study", help="only the records of this study")
-    add_tracking(p)
     add_json(p, "list, agree: print JSON instead of a table")
     p.add_argument("--figure", metavar="FILE", help="agree: draw the differences, as PNG and SVG")
 
@@ -202,7 +187,10 @@ def cmd_records(args):
 def add_report(commands, with_settings: bool = True):
     "The parser of `kimi-nb report`."
     p = add_command(
-        commands, "report", cmd_report, "write paper, slides and a short report from the records and verdicts"
+        commands,
+        "report",
+        cmd_report,
+        "write the paper, long and short, slides and a report in Markdown from the records and verdicts",
     )
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: the results folder)")
     p.add_argument(
@@ -218,6 +206,8 @@ def add_report(commands, with_settings: bool = True):
         metavar="DIR",
         help="results folders of the same phases at other sizes: the report says what held there",
     )
+    p.add_argument("--short", action="store_true", help="only the paper's short form of four pages and the Markdown")
+    p.add_argument("--card", action="store_true", help="only the report card of one page: print it")
 
 
 def cmd_report(args):
@@ -231,4 +221,6 @@ def cmd_report(args):
         store = published(chosen)
         beside = [published(profile) for profile in published_profiles() if profile != chosen]
         print(f"from the published records of profile {chosen}")
-    write_report(store, out, also=args.also, perhaps=beside)
+    if args.card:
+        return print_card(store)
+    write_report(store, out, also=args.also, perhaps=beside, short=args.short)

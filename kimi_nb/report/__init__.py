@@ -29,8 +29,8 @@ __getattr__, __dir__, __all__ = lazily(
         kept_tables mean_sd measured reached runs_table size_table study_table tuning_table
     """,
     sentences="""
-        LEVELS PARTS compute_words effect_words pairs_words parts_short parts_words seeds_words
-        tally together_words turned
+        LEVELS PARTS compute_words effect_words floor_words pairs_words parts_short parts_words
+        seeds_words tally together_words turned
     """,
     across="""
         ANSWERING Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown
@@ -54,13 +54,20 @@ __getattr__, __dir__, __all__ = lazily(
         ANSWERS Advice CHAPTERS HOWTO Lesson VIRTUES advice_table advise answers_agree course
         howto_pages lessons_table read_lesson wing_lines
     """,
-    write="""
-        short_report write_report
-    """,
     machines="""
         Agreement MACHINE_SETTINGS PARTED RESULTS TUNED_SETTINGS agree agreement_data
         agreement_figure agreement_words chosen_rates common_runs grid_steps open_results
         parting_step rates_apart short_names spread_apart without_machine words_apart
+    """,
+    short="""
+        ASKED ShortAnswer build_short question_figure short_answers staying
+    """,
+    card="""
+        ReportCard card_of card_rows card_text effect_with_unit next_lines open_words plain
+        silent_phases time_words write_card
+    """,
+    write="""
+        pictures_beside short_report write_report
     """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html

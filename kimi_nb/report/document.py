@@ -85,6 +85,7 @@ class Figure:
     id: str = ""
     columns: int = 1  # beside each other
     alt: str = ""  # '' is the caption
+    floats: bool = True  # on a page, to where there is room for it
 
 # %% ../../nbs/report/01_document.ipynb #8e72deb3
 TEMPLATES = Path(kimi_nb.__file__).parent / "report" / "templates"

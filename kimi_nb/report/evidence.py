@@ -238,11 +238,12 @@ class Evidence(Compared):
     def __init__(
         self,
         store,  # or its path
+        profile: str = "",  # whose outcomes; '' is the profile of most phases
     ):
         super().__init__(store)
-        found = outcomes_of(self.store)
+        found = outcomes_of(self.store, profile)
         profiles = Counter(outcome.profile for outcome in found.values())
-        self.profile = profiles.most_common(1)[0][0] if profiles else ""
+        self.profile = profile or (profiles.most_common(1)[0][0] if profiles else "")
         outcomes = outcomes_of(self.store, self.profile) if profiles else {}
         self.others = [phase for phase in found if phase not in outcomes]  # phases of other profiles
         self.about = abouts([*outcomes, *(s.phase for s in self.studies.values() if s.phase)])

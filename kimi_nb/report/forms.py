@@ -336,7 +336,8 @@ def _figure_typst(figure, number, folder):
     grid = f"grid(columns: {figure.columns}, gutter: 6pt, {', '.join(images)})"
     label = f"<fig-{figure.id}>" if figure.id else ""
     shown = images[0] if len(images) == 1 else grid
-    return _raw(f"#figure({shown}, caption: {_caption(figure, number)}, placement: auto) {label}")
+    place = "auto" if figure.floats else "none"
+    return _raw(f"#figure({shown}, caption: {_caption(figure, number)}, placement: {place}) {label}")
 
 # %% ../../nbs/report/02_forms.ipynb #ae221a95
 def typst_head(

@@ -32,6 +32,7 @@ from .evidence import Evidence, said
 from .parts import best_line, budget_line, parts_line, rates_figure, rates_line, rates_runs
 from kimi_nb.report.sentences import (
     compute_words,
+    floor_words,
     pairs_words,
     parts_short,
     parts_words,
@@ -177,7 +178,7 @@ def combined_words(
     e: Evidence,
 ) -> list[str]:  # sentences
     "All that the factorial says in words."
-    return [*parts_words(e), *together_words(e), *best_words(e), *pairs_words(e), *seeds_words(e)]
+    return [*floor_words(e), *parts_words(e), *together_words(e), *best_words(e), *pairs_words(e), *seeds_words(e)]
 
 
 def phase_section(

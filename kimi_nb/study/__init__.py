@@ -28,9 +28,6 @@ __getattr__, __dir__, __all__ = lazily(
         Ledger Runs RunsBase gives_way in_order read_manifest same_comparison why_aside
         with_more_seeds
     """,
-    store="""
-        LARGEST MEASURED Store vouched
-    """,
     metrics="""
         COST EXPERTS MARGINS METRICS Metric QUALITY SCORES SIZE SPLIT_WORDS TRAINING metric_info
     """,
@@ -38,9 +35,12 @@ __getattr__, __dir__, __all__ = lazily(
         CONFIRMS FLOOR FigureAbout Finding KeptTable NOT_RUN Outcome PhaseAbout WORDS declared_apart
         figures_folder finding_of guarded load_outcome not_testable outcome_file outcome_problems
         outcomes_by_profile outcomes_of questions_of read_outcome record_outcome results_folder
-        sealed_outcome write_outcome
+        sealed_outcome vouched write_outcome
     """,
     curves="""
         gradient_statistics loss_statistics running_median steps_to
+    """,
+    store="""
+        LARGEST MEASURED Store
     """,
 )

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WORDS', 'NOT_RUN', 'FLOOR', 'CONFIRMS', 'Finding', 'not_testable', 'KeptTable', 'Outcome', 'declared_apart',
            'results_folder', 'outcome_file', 'figures_folder', 'sealed_outcome', 'write_outcome', 'guarded',
-           'record_outcome', 'finding_of', 'load_outcome', 'outcomes_by_profile', 'read_outcome', 'outcomes_of',
-           'outcome_problems', 'FigureAbout', 'PhaseAbout', 'questions_of']
+           'record_outcome', 'vouched', 'finding_of', 'load_outcome', 'outcomes_by_profile', 'read_outcome',
+           'outcomes_of', 'outcome_problems', 'FigureAbout', 'PhaseAbout', 'questions_of']
 
 # %% ../../nbs/study/08_outcome.ipynb #c74ea64f
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..config import Profile, working_folder, write_file
 from .record import RecordError, seal, unseal
-from .store import vouched
 
 # %% ../../nbs/study/08_outcome.ipynb #3ee08eec
 WORDS = ("supported", "contradicted", "undecided", "not testable here", "no difference")
@@ -291,7 +291,23 @@ def record_outcome(
     confirms = steps >= FLOOR and profile.n_seeds(phase) >= CONFIRMS
     outcome = outcome.declared("confirmatory" if confirms else "exploratory")
     write_outcome(store, outcome)
+    store.write_report()
     return outcome
+
+# %% ../../nbs/study/08_outcome.ipynb #b04c71e9
+def vouched(
+    folder,  # of results, laid out from a published bundle
+    path,  # of a file in it
+) -> str | None:  # its text; None where no bundle vouches for it, or it was altered
+    "The text of a file that has no seal of its own and stands in that of its bundle."
+    folder, path = Path(folder), Path(path)
+    try:
+        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        digest = about["files"][f"data/records/{about['profile']}/{path.relative_to(folder).as_posix()}"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return text if hashlib.sha256(text.encode()).hexdigest() == digest else None
 
 # %% ../../nbs/study/08_outcome.ipynb #1354627c
 _SPOKEN = {"sentence", "from"}  # keys of findings as they were kept before
