@@ -555,7 +555,18 @@ def embedded(source: str) -> str:
 
 
 START = ("get_started", "decision_guide", "found")
-QUESTIONS = ("own_data", "own_study", "someone_elses_claim", "own_component", "gpu", "cluster", "command_line")
+QUESTIONS = (
+    "training",
+    "own_data",
+    "openwebtext",
+    "own_study",
+    "someone_elses_claim",
+    "own_component",
+    "benchmarking",
+    "gpu",
+    "cluster",
+    "command_line",
+)
 
 
 def trees() -> str:

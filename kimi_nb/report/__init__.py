@@ -69,6 +69,10 @@ __getattr__, __dir__, __all__ = lazily(
     write="""
         pictures_beside short_report write_report
     """,
+    literature="""
+        PUBLISHED_CLAIMS PublishedClaim answer_here claims_page found_here library_entry
+        reference_link
+    """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html
         judged_json judged_markdown judged_text round_ticks

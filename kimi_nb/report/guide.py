@@ -73,20 +73,26 @@ def course(
 HOWTO = (
     "get_started",
     "found",
+    "training",
     "own_data",
+    "openwebtext",
     "own_study",
     "own_component",
+    "benchmarking",
+    "architecture",
     "reading_a_verdict",
     "someone_elses_claim",
     "gate",
     "the_trap",
     "decision_guide",
+    "published_claims",
     "gpu",
     "cluster",
     "measured",
     "command_line",
     "course",
     "api",
+    "thanks",
 )
 
 

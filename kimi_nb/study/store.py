@@ -380,7 +380,8 @@ class _Reports(_Tables):
 
     def write_report(self):
         "Write research_report.md from the records and the verdicts."
-        write_file(self.path / "research_report.md", self.report())
+        with self._guard():
+            write_file(self.path / "research_report.md", self.report())
 
     def _report_of(self, study):
         frame = self.frame(study.name, stale=True, missing=True)
