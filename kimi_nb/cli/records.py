@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'ACTIONS', 'show_list', 'show_one', 'export_file', 'import_file', 'verify_folder', 'refuse_a_name',
-           'publish_profile', 'open_profile', 'compare_two', 'add_records', 'cmd_records', 'add_report', 'cmd_report']
+           'publish_profile', 'open_profile', 'compare_two', 'send_records', 'add_records', 'cmd_records', 'add_report',
+           'cmd_report']
 
 # %% ../../nbs/cli/04_records.ipynb #faebf68c
 import json
 from collections import Counter
 from pathlib import Path
 
-from .shared import add_command, add_json, print_table, results_store
+from .shared import add_command, add_json, add_tracking, print_table, results_store, tracking_asked
 from .studies import print_card
-from ..config import KimiError
+from ..config import KimiError, settings_path
 
 # %% ../../nbs/cli/04_records.ipynb #5441e95f
 LISTED = "run_id study arm block seed status stale val_loss test_bpb training_seconds device".split()
@@ -94,10 +95,12 @@ def refuse_a_name(args):
 
 def publish_profile(store, args):
     "A finished plan's records, figures and pages into data/records and figures."
+    from kimi_nb.evals import PUBLISHED_COUNTS, publish_counts
     from kimi_nb.plan import publish_records, where_from
 
     refuse_a_name(args)
     about = publish_records(store, args.profile, stale=args.stale, only=args.only, partial=args.partial)
+    publish_counts(store, settings_path().parent / PUBLISHED_COUNTS)
     where = f"data/records/{args.profile} and figures/{args.profile}"
     print(f"published {len(about['files'])} files in {where}\n{where_from(about)}")
 
@@ -132,6 +135,19 @@ def compare_two(store, args):
         save(agreement_figure(found), args.figure)
 
 
+def send_records(store, args):
+    "Every finished run and every finding, to a tracker."
+    from kimi_nb.use import send_findings, send_store
+
+    refuse_a_name(args)
+    tracking = tracking_asked(args)
+    if tracking.tool == "none":
+        raise KimiError("kimi-nb records track needs --track trackio or wandb")
+    runs = send_store(store, tracking, (args.study,) if args.study else ())
+    phases = 0 if args.study else send_findings(store, tracking)
+    print(f"{runs} runs and the findings of {phases} phases sent to {tracking.tool} project {tracking.project}")
+
+
 ACTIONS = {
     "agree": compare_two,
     "list": show_list,
@@ -141,6 +157,7 @@ ACTIONS = {
     "verify": verify_folder,
     "publish": publish_profile,
     "open": open_profile,
+    "track": send_records,
 }
 
 
@@ -151,7 +168,7 @@ def add_records(commands, with_settings: bool = True):
         "records",
         cmd_records,
         "list, show, export, import or verify records; say how far two machines' records agree; publish a finished "
-        "plan in the repository, or open a published one",
+        "plan in the repository, or open a published one; track: send them to a tracker",
     )
     p.add_argument("action", choices=tuple(ACTIONS))
     p.add_argument(
@@ -173,6 +190,7 @@ def add_records(commands, with_settings: bool = True):
         "--partial", action="store_true", help="publish: what is there of a plan that goes on, so that others continue"
     )
     p.add_argument("--study", help="only the records of this study")
+    add_tracking(p)
     add_json(p, "list, agree: print JSON instead of a table")
     p.add_argument("--figure", metavar="FILE", help="agree: draw the differences, as PNG and SVG")
 
@@ -222,5 +240,6 @@ def cmd_report(args):
         beside = [published(profile) for profile in published_profiles() if profile != chosen]
         print(f"from the published records of profile {chosen}")
     if args.card:
-        return print_card(store)
+        print_card(store)
+        return
     write_report(store, out, also=args.also, perhaps=beside, short=args.short)

@@ -5,8 +5,8 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     items="""
-        ASSOCIATIONS COMPLETIONS QUESTIONS SUMS TASK_NAMES task_rows tasks_folder wordings
-        world_items write_tasks
+        ASSOCIATIONS COMPLETIONS QUESTIONS SCORED_ITEMS SCORE_CHOICES SUMS TASK_NAMES task_rows
+        tasks_folder wordings world_items write_tasks
     """,
     tasks="""
         BenchmarkError GROUPS TASKS Task chance_level pick_tasks read_rows record_choices
@@ -33,8 +33,11 @@ __getattr__, __dir__, __all__ = lazily(
     recall="""
         Recall learn_recall recall_accuracy recall_batch
     """,
+    scoring="""
+        Scorer choice_scores chosen_rows score_metrics_of share_interval
+    """,
     floor="""
         COUNTS_FILE Floor PUBLISHED_COUNTS base_records counted_again floor_in_words floor_of
-        keep_counts known_counts
+        keep_counts known_counts publish_counts
     """,
 )

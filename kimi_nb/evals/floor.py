@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTS_FILE', 'PUBLISHED_COUNTS', 'counted_again', 'known_counts', 'keep_counts', 'Floor', 'base_records',
-           'floor_of', 'floor_in_words']
+           'floor_of', 'publish_counts', 'floor_in_words']
 
 # %% ../../nbs/evals/20_floor.ipynb #09392bd4
 import json
@@ -111,6 +111,18 @@ def floor_of(
     mean = lambda values: sum(values) / len(both)
     tables = {name: mean([counts[name] for _, counts in both]) for name in COUNTED.values()}
     return Floor(mean([bpb for bpb, _ in both]), **tables, seeds=len(both))
+
+
+def publish_counts(
+    store,  # Store, whose plan has kept counts
+    path,  # of the file of the published records
+    study: str = "combined",
+):
+    "Put what was counted for a study's base runs beside the published records."
+    known = known_counts(store)
+    there = {record.run_id: known[record.run_id] for record in base_records(store, study) if record.run_id in known}
+    if there:
+        keep_counts(path, there)
 
 
 def floor_in_words(

@@ -60,11 +60,11 @@ __getattr__, __dir__, __all__ = lazily(
         parting_step rates_apart short_names spread_apart without_machine words_apart
     """,
     short="""
-        ASKED ShortAnswer build_short question_figure short_answers staying
+        SHORT_PARTS ShortAnswer build_short question_figure short_answers staying
     """,
     card="""
-        ReportCard card_of card_rows card_text effect_with_unit next_lines open_words plain
-        silent_phases time_words write_card
+        ReportCard card_of card_rows card_text effect_with_unit next_lines open_words silent_phases
+        time_words unmarked write_card
     """,
     write="""
         pictures_beside short_report write_report

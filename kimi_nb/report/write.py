@@ -96,12 +96,13 @@ def write_report(
     if not e.outcomes:
         again = "run kimi-nb plan, or kimi-nb report --published quick"
         raise ReportError(f"no phase has been concluded in {e.path}: {again}")
+    ladder = next((one for one in map(Evidence, perhaps) if "ladder" in one.outcomes), None)
     also = [*others(e, also), *others(e, perhaps, strict=False)]
     with TemporaryDirectory() as folder:
         drawings = draw_own(e, folder)
         files = write_document(build_short(e, also, drawings), out, "paper-short")
         if not short:
-            doc = build_paper(e, also, draw_sizes([e, *also], folder), drawings)
+            doc = build_paper(e, also, draw_sizes([e, *also], folder), drawings, ladder)
             files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), *files]
     files.append(out / "research_report.md")
     write_file(files[-1], short_report(e, also, pictures_beside(e, out)))

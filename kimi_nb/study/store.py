@@ -385,7 +385,7 @@ class _Reports(_Tables):
 
     def _report_of(self, study):
         frame = self.frame(study.name, stale=True, missing=True)
-        metrics = dict.fromkeys((study.metric, "test_bpb", "val_loss", "val_ppl"))
+        metrics = dict.fromkeys((study.metric, "test_bpb", "val_loss", "val_ppl", "score"))
         shown = [m for m in metrics if m in frame and m not in _BASE]
         lines = [f"## {study.name}", ""]
         for title, text in (("Question", study.question), ("Hypothesis", study.hypothesis)):
@@ -647,7 +647,7 @@ class _In(_Out):
         return file, self._manifest_text(study, in_order(study, rows))
 
 # %% ../../nbs/study/10_store.ipynb #97b854b0
-MEASURED = ("speed", "benchmarks", "benchmarks-along")  # folders of sealed measurements
+MEASURED = ("speed", "benchmarks", "benchmarks-along", "forecasts")  # folders of sealed measurements
 
 
 def _builtin(run):
