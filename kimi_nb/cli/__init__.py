@@ -49,4 +49,7 @@ __getattr__, __dir__, __all__ = lazily(
     sizes="""
         COLUMNS add_batch add_memory cmd_batch cmd_memory study_runs
     """,
+    choosing="""
+        add_menu cmd_menu
+    """,
 )

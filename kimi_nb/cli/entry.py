@@ -27,6 +27,7 @@ FAMILIES = (  # modules of this wing and their commands, in the order of the hel
     ("records", "report"),
     ("verdicts", "judge noise"),
     ("completion", "completion"),
+    ("choosing", "menu"),
 )
 
 

@@ -41,10 +41,13 @@ __getattr__, __dir__, __all__ = lazily(
         ALL EXPLORERS Subject TEXT WHATS attention_explorer explorer_pictures explorers note panel
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
-    workbench="""
-        Memory PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
+    menu="""
+        Choice MENU MenuView command_of menu_text possible_answers talk
     """,
     copies="""
         Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile
+    """,
+    workbench="""
+        Memory PlanState PlanView TABS Workbench open_workbench plan_html plan_page workbench_page
     """,
 )
