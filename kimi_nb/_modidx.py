@@ -3687,6 +3687,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.stats.claims.analysed': ('stats/claims.html#analysed', 'kimi_nb/stats/claims.py'),
                                       'kimi_nb.stats.claims.claim': ('stats/claims.html#claim', 'kimi_nb/stats/claims.py'),
                                       'kimi_nb.stats.claims.comparisons': ('stats/claims.html#comparisons', 'kimi_nb/stats/claims.py'),
+                                      'kimi_nb.stats.claims.counted_whole': ('stats/claims.html#counted_whole', 'kimi_nb/stats/claims.py'),
                                       'kimi_nb.stats.claims.to_target': ('stats/claims.html#to_target', 'kimi_nb/stats/claims.py'),
                                       'kimi_nb.stats.claims.with_late': ('stats/claims.html#with_late', 'kimi_nb/stats/claims.py'),
                                       'kimi_nb.stats.claims.with_targets': ('stats/claims.html#with_targets', 'kimi_nb/stats/claims.py')},

@@ -169,7 +169,7 @@ def test_every_setting_says_its_default(capsys):
 def test_long_work_is_told_before_it_begins(tmp_path, monkeypatch, capsys):
     """A run of hours: said, asked in a terminal, not begun after a no; in a pipe it is only said."""
     begun = []
-    monkeypatch.setattr("kimi_nb.runner.run_one", lambda run, *more: begun.append(run) or 1 / 0)
+    monkeypatch.setattr("kimi_nb.runner.run_one", lambda run, *more, **how: begun.append(run) or 1 / 0)
     command = ["train", "--preset", "small", "--results", str(tmp_path)]
     assert main(command) == 1 and len(begun) == 1
     said = capsys.readouterr().err

@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazily(
         LOST Rule TESTS compare family_statistics paired with_words
     """,
     claims="""
-        WHOLE analysed claim comparisons to_target with_late with_targets
+        WHOLE analysed claim comparisons counted_whole to_target with_late with_targets
     """,
     design="""
         Estimates ScalingFit TwoLevel by_seed cell_signs component_contrasts contrast_by_seed
