@@ -25,6 +25,7 @@ from kimi_nb.stats import (
     StatsError,
     claim,
     compute_equivalent,
+    counted,
     decision_accuracy,
     family_statistics,
     fit_power_law,
@@ -553,8 +554,8 @@ def gates(
         frame, base = finished_runs(store, rung), rung.profile.base
         mine = frame[frame["arm"] == cell_name(())]["test_bpb"] if len(frame) else pd.Series(dtype=float)
         if len(mine) > 1:
-            counted = count_baselines(base, prepare(base.data, base.seq_len))["trigram"]
-            rows.append(dict(rung=rung.label, base=mine.mean(), trigram=counted, spread=mine.std() / mine.mean()))
+            triples = count_baselines(base, prepare(base.data, base.seq_len))["trigram"]
+            rows.append(dict(rung=rung.label, base=mine.mean(), trigram=triples, spread=mine.std() / mine.mean()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/15_ladder.ipynb #850bd24e
@@ -590,8 +591,8 @@ def judge_forecasts(
     word = "supported" if min(inside.mean(), signs.mean()) >= 0.9 else "contradicted"
     late = scores.rungs.loc[~scores.rungs["before"].astype(bool), "rung"].tolist()
     reason = (
-        f"Of {len(inside)} effects on {scores.parts['rung'].nunique()} rungs, {int(inside.sum())} lay inside their 95% "
-        f"interval, {int(scores.parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were "
+        f"Of {len(inside)} effects on {counted(scores.parts['rung'].nunique(), 'rung')}, {int(inside.sum())} lay inside "
+        f"their 95% interval, {int(scores.parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were "
         f"right; {percent(scores.rungs['decisions'].mean())} of the pairs of arms kept their order from rung to rung."
     )
     caveats = [f"The forecast of {rung} was not made before its rung began." for rung in late]

@@ -6,8 +6,9 @@
 __all__ = ['DRIFT', 'SCATTER', 'known_error', 'Forecast', 'forecast_effect', 'forecast_rung', 'score_forecast',
            'decision_accuracy', 'compute_equivalent', 'effect_ladder']
 
-# %% ../../nbs/stats/28_rungs.ipynb #1360d1a7
+# %% ../../nbs/stats/28_rungs.ipynb #dec74b11
 import math
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.stats import norm, t
 from .design import ScalingFit
 from .inference import StatsError
 from .plots import COLORS, axis_label, panels, styled
+from .words import capital
 
 # %% ../../nbs/stats/28_rungs.ipynb #66d86158
 DRIFT, SCATTER = 0.5, 0.25  # shares of an effect: its change in a decade, and how far a rung lies off its line
@@ -179,7 +181,9 @@ def effect_ladder(
     for i, (ax, part) in enumerate(zip(axes, names)):
         said = effects.iloc[:0] if forecasts is None else forecasts[forecasts["part"] == part]
         _panel(ax, effects[effects["part"] == part].sort_values("compute"), said, COLORS[i % len(COLORS)])
-        ax.set(xscale="log", xlabel="training compute of a run (FLOPs)", title=labels.get(part, part))
+        title = textwrap.fill(capital(labels.get(part, part)), 30)
+        ax.set(xscale="log", xlabel="training compute of a run (FLOPs)", title=title)
         ax.margins(x=0.18, y=0.28)
-    axes[0].set_ylabel(f"effect on {axis_label(metric)}")
+        if i % 3 == 0:
+            ax.set_ylabel(f"effect on {axis_label(metric)},\nbelow 0 is better")
     return fig
