@@ -175,3 +175,11 @@ def test_a_climb(tiny):
     file.write_text(file.read_text().replace('"seeds"', '"seed"').replace("made", "mode", 1))
     with pytest.raises(KimiError):
         ladder.seal_forecast(store, climbed, second)
+
+
+def test_a_published_ladder_has_its_words_in_the_report():
+    """Results that hold a phase by request bring its title and figures; others are as they were."""
+    from kimi_nb.report import abouts
+
+    assert abouts(("ladder", "mine"))["ladder"].main_figures == ("ladder-effects",)
+    assert "ladder" not in abouts() and abouts(("mine",))["mine"].order == 99
