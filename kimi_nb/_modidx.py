@@ -3094,6 +3094,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'kimi_nb.report.literature.library_entry': ( 'report/literature.html#library_entry',
                                                                                         'kimi_nb/report/literature.py'),
                                            'kimi_nb.report.literature.reference_link': ( 'report/literature.html#reference_link',
+                                                                                         'kimi_nb/report/literature.py'),
+                                           'kimi_nb.report.literature.share_of_steps': ( 'report/literature.html#share_of_steps',
                                                                                          'kimi_nb/report/literature.py')},
             'kimi_nb.report.machines': { 'kimi_nb.report.machines.Agreement': ( 'report/machines.html#agreement',
                                                                                 'kimi_nb/report/machines.py'),

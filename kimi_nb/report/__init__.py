@@ -71,7 +71,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     literature="""
         PUBLISHED_CLAIMS PublishedClaim answer_here claims_page found_here library_entry
-        reference_link
+        reference_link share_of_steps
     """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html
