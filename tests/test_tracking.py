@@ -15,7 +15,17 @@ from kimi_nb.config import KimiError
 from kimi_nb.runner import run_study
 from kimi_nb.study import Arm, Finding, Outcome, RunFolder, Store, Study, write_outcome
 from kimi_nb.train import Interrupted, fit
-from kimi_nb.use import Tracking, label_of, lines_sent, mirrored, send_findings, send_store, track, tracked_line
+from kimi_nb.use import (
+    Tracking,
+    label_of,
+    lines_sent,
+    mirrored,
+    send_apart,
+    send_findings,
+    send_store,
+    track,
+    tracked_line,
+)
 
 MOE = {"model__ffn__kind": "moe", "model__moe__n_experts": 3, "train__eval_every": 2, "train__steps": 5}
 
@@ -255,3 +265,22 @@ def test_wandbs_offline_file_holds_the_journal(tmp_path, monkeypatch):
     assert [step for step, _ in rows] == list(wanted)
     for step, numbers in rows:
         same_numbers(numbers, wanted[step])
+
+
+def test_the_workbench_sends_what_has_finished(tool, tmp_path, monkeypatch):
+    """Chosen in the list, and after each run that ends; a library that is missing is told in the page."""
+    from kimi_nb.lab import Workbench, workbench
+
+    sent = []
+    monkeypatch.setattr(workbench, "send_apart", lambda store, tracking: sent.append((store.path, tracking)))
+    bench = Workbench(Store(tmp_path), profile="smoke", tracking=Tracking(tags=("mine",)))
+    bench._finished("0" * 12, "done")
+    assert sent == []
+    bench._project.value, bench._tool.value = "lab", "trackio"
+    bench._finished("0" * 12, "done")
+    asked = Tracking(tool="trackio", project="lab", tags=("mine",))
+    assert sent == [(Store(tmp_path).path, asked)] * 2
+    monkeypatch.setattr(workbench, "send_apart", send_apart)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    bench._tool.value = "wandb"
+    assert "is not installed" in bench._said.value
