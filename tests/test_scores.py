@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from kimi_nb.config import ConfigError, load_profile, settings_path
 from kimi_nb.data import load_corpus
 from kimi_nb.evals import SCORED_ITEMS, TASK_NAMES, Scorer, choice_scores, chosen_rows, score_metrics_of, share_interval
 from kimi_nb.phases.scaling import studies as studies_of_scaling
-from kimi_nb.plan import changed_profile
-from kimi_nb.report import Evidence, draw_scores, scores_markdown, scores_section
+from kimi_nb.plan import changed_profile, published
+from kimi_nb.report import Evidence, best_recipe, draw_scores, scores_markdown, scores_section
 from kimi_nb.runner import RunnerError, RunnerOptions, run_one, run_study
 from kimi_nb.study import Arm, Record, Store, Study, metric_info, read_sealed
 
@@ -241,3 +242,12 @@ def test_what_eval_scored_is_kept_beside_the_run(pair, capsys):
     assert "kept in" in capsys.readouterr().out
     kept = read_sealed(run / "scores" / "final-arithmetic-5.json")
     assert kept["run_id"] == scored.run_id and kept["tasks"]["arithmetic"]["n"] == 5
+
+
+def test_the_best_architecture_is_stated_with_its_settings_and_caveats(tmp_path):
+    lines = best_recipe(published("standard"))
+    assert re.match(
+        r"The best of the cells is .*bits per byte\), with optimizer \w+, rate of the matrices [\d.]+", lines[0]
+    )
+    assert "Hsu" in lines[1] and lines[-1].startswith("Rates were tuned at the baseline's architecture")
+    assert best_recipe(Store(tmp_path)) == []

@@ -5,11 +5,11 @@ from kimi_nb import lazily
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     parts="""
-        LEVEL_NAMES MARGIN PARTS_HEADS PART_CHANGES PART_COSTS PART_NAMES PartSeen RATES
-        agreement_line answer_lines best_cell best_line budget_line cell_in_words crossed_runs
-        effect_in_numbers fairness_in_words inside_each_optimizer part_effects part_in_words
-        parts_line parts_markdown parts_rows parts_seen rates_figure rates_line rates_runs
-        size_in_words sizes
+        LEVEL_NAMES MARGIN PARTS_HEADS PART_CHANGES PART_COSTS PART_NAMES PartSeen RATES RECIPE
+        agreement_line answer_lines best_cell best_line best_recipe budget_line cell_in_words
+        crossed_runs effect_in_numbers fairness_in_words inside_each_optimizer part_effects
+        part_in_words parts_line parts_markdown parts_rows parts_seen rates_figure rates_line
+        rates_runs size_in_words sizes
     """,
     document="""
         DocumentError Figure Manuscript Marked Section TEMPLATES TableBlock Text as_text blocks_of

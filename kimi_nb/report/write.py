@@ -27,6 +27,7 @@ from .document import render
 from .evidence import Evidence, ReportError, said
 from .forms import write_document
 from .paper import abstract, build_paper, draw_own
+from .parts import best_recipe
 from .sentences import tally
 from .short import build_short
 from .slides import write_slides
@@ -52,6 +53,7 @@ def short_report(
         abstract=abstract(e, also),
         at_size=at_size(sizes) if also else "",
         scores=scores_markdown(e),
+        recipe=best_recipe(e.store),
         sizes=sizes_words(sizes, short=False),
         names=[(name, what_ran(one, set(phases) & set(one.outcomes))) for name, one in zip(names, sizes)],
         tables=tables,
