@@ -31,7 +31,8 @@ __getattr__, __dir__, __all__ = lazily(
         by_document decide_with_text document_losses score_documents scored_documents scores_file
     """,
     recall="""
-        Recall learn_recall recall_accuracy recall_batch
+        RECALL_ARMS RECALL_BASE Recall learn_recall recall_accuracy recall_batch recall_figure
+        recall_row record_recall recorded_recall
     """,
     scoring="""
         Scorer choice_scores chosen_rows score_metrics_of share_interval

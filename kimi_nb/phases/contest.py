@@ -53,10 +53,13 @@ def active_size(
     config,  # ModelConfig
 ) -> int:
     "Parameters that one token uses, without embeddings."
+    import torch
     from kimi_nb.model import KimiModel, count_parameters
 
     vocab = config.vocab_size or 256  # embeddings do not count
-    return count_parameters(KimiModel(config.changed({"vocab_size": vocab})))["active_non_embedding"]
+    with torch.device("meta"):  # sizes alone, no memory
+        model = KimiModel(config.changed({"vocab_size": vocab}))
+    return count_parameters(model)["active_non_embedding"]
 
 
 def equal_size_rank(
