@@ -29,4 +29,7 @@ __getattr__, __dir__, __all__ = lazily(
     apart="""
         ACTIVE Apart LiveError LiveRun live_runs start_run train_apart
     """,
+    branches="""
+        branch budget_runs decay_branches leaves_at
+    """,
 )
