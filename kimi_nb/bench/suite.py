@@ -6,7 +6,8 @@
 __all__ = ['BENCHES', 'side_by_side', 'row', 'ratio_row', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed',
            'bench_nanogpt_loss', 'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions',
            'looped_experts', 'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward',
-           'bench_kernels', 'bench_linear', 'bench_utilisation', 'bench_plan_run', 'bench_repeats', 'run_bench']
+           'bench_kernels', 'bench_linear', 'bench_long_decode', 'bench_utilisation', 'bench_plan_run', 'bench_repeats',
+           'run_bench']
 
 # %% ../../nbs/bench/04_suite.ipynb #4a1f2f61
 import functools
@@ -540,6 +541,38 @@ def bench_linear(short: int = 512, long: int = 4096, rounds: int = 5):
         what = f"training a layer, a token of {long} over one of {short}: {name}"
         yield ratio_row(what, r, "at most", 1.25 if name == "kda" else None)
 
+# %% ../../nbs/bench/04_suite.ipynb #c1de0a02
+def _decoding_after(context: int, tokens: int, device, **attention):
+    "A function that decodes so many tokens behind a text; each call goes on where the last one ended."
+    from kimi_nb.config import ModelConfig
+    from kimi_nb.model import Decoder, KimiModel, cache_bytes
+
+    config = ModelConfig(d_model=384, n_heads=6, n_layers=4, vocab_size=1024, max_seq_len=context, attention=attention)
+    model = KimiModel(config).to(device).eval()
+    decoder, cache = Decoder(model), model.make_cache(1, context + 16 * tokens)
+    with torch.no_grad():
+        model(torch.zeros(1, context, dtype=torch.long, device=device), cache=cache)
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def work():
+        for _ in range(tokens):
+            decoder(one, cache)
+
+    return work, cache_bytes(config, context)
+
+
+def bench_long_decode(short: int = 64, long: int = 4096, tokens: int = 32, rounds: int = 5):
+    "Decoding behind a short and a long text: attention, linear attention, and three layers of it to one of attention."
+    device = pick_device()
+    kinds = dict(mha=dict(kind="mha"), kda=dict(kind="kda"), hybrid=dict(pattern="kda,kda,kda,mha"))
+    for name, attention in kinds.items():
+        behind, held = _decoding_after(long, tokens, device, **attention)
+        before, _ = _decoding_after(short, tokens, device, **attention)
+        r = side_by_side(behind, before, rounds)
+        note = f"{tokens / r['ours']:,.0f} tokens a second behind {long}, holding {held / 2**20:.2f} MiB; a token"
+        what = f"decoding a token behind {long} over one behind {short}: {name}"
+        yield ratio_row(what, r, "at most", 1.1 if name == "kda" else None, note, tokens)
+
 # %% ../../nbs/bench/04_suite.ipynb #3c8c1356
 _PLAIN = {"model.attention.kind": "mha", "train.optimizer.name": "adamw"}  # what a utilisation is counted for
 
@@ -619,6 +652,7 @@ BENCHES = dict(
     training_step=bench_training_step,
     kernels=bench_kernels,
     linear=bench_linear,
+    long_decode=bench_long_decode,
     example=bench_example,
     nanogpt_loss=bench_nanogpt_loss,
     repeats=bench_repeats,
