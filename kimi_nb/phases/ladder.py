@@ -590,10 +590,11 @@ def judge_forecasts(
     inside, signs = scores.parts["inside95"], scores.parts["sign"]
     word = "supported" if min(inside.mean(), signs.mean()) >= 0.9 else "contradicted"
     late = scores.rungs.loc[~scores.rungs["before"].astype(bool), "rung"].tolist()
+    rungs_told = counted(scores.parts["rung"].nunique(), "rung")
     reason = (
-        f"Of {len(inside)} effects on {counted(scores.parts['rung'].nunique(), 'rung')}, {int(inside.sum())} lay inside "
-        f"their 95% interval, {int(scores.parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were "
-        f"right; {percent(scores.rungs['decisions'].mean())} of the pairs of arms kept their order from rung to rung."
+        f"Of {len(inside)} effects on {rungs_told}, {int(inside.sum())} lay inside their 95% interval, "
+        f"{int(scores.parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were right; "
+        f"{percent(scores.rungs['decisions'].mean())} of the pairs of arms kept their order from rung to rung."
     )
     caveats = [f"The forecast of {rung} was not made before its rung began." for rung in late]
     return Finding(id="ladder forecast", claim=HELD, word=word, reason=reason, caveats=tuple(caveats))
