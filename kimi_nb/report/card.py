@@ -107,7 +107,7 @@ def next_lines(
     report = f"`{e.path}/research_report.md` has every claim with interval and figure"
     lines = [f"{report}; `{e.path}/notebooks` the pages."]
     lines.append("`kimi-nb report` writes the paper, its short form of four pages and the slides.")
-    silent = list(silent_phases(e))
+    silent = [p for p in silent_phases(e) if any(f.word == "undecided" for f in own_findings(e, p))]
     names = profile_names()
     if silent and e.profile in names:
         seeds = 2 * max((len(study.seeds) for study in e.studies.values() if study.phase in silent), default=2)
