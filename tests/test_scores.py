@@ -193,6 +193,8 @@ def test_a_profile_takes_other_lines_without_an_edit_and_leaves_nothing_behind(t
         assert load_profile(name).seeds == 1 and name.startswith("smoke-")
         assert load_profile("smoke").base.data.corpus == "pydocs"
     assert (tmp_path / "settings" / f"{name}.ini").is_file() and sorted(settings_path().parent.glob(".*.ini")) == before
+    with changed_profile(name, {}, tmp_path) as again:
+        assert again == name and load_profile(again).base.data.corpus == "tinyworld"
     refused = pytest.raises(ConfigError, match=r"--set .* data.corpsu is not a setting: did you mean data\.corpus")
     with refused, changed_profile("smoke", {"data.corpsu": "x"}, tmp_path):
         pass

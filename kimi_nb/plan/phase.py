@@ -20,7 +20,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import ConfigError, KimiError, Profile, is_installed, load_profile, settings_path, write_file
+from kimi_nb.config import (
+    ConfigError,
+    KimiError,
+    Profile,
+    is_installed,
+    load_profile,
+    profile_names,
+    settings_path,
+    write_file,
+)
 from .run import phase_notebooks, plan_table
 from ..runner import tuned
 from ..stats import name_verdicts
@@ -58,18 +67,21 @@ def changed_profile(
 ):
     """The name of the profile with these lines, known within it to this process and to those it starts.
 
+    A name that an earlier call made for these results is known again.
     Raises: ConfigError for an unknown profile, or a line that is no setting or holds what is not allowed.
     """
-    if not changes:
+    path, kept = settings_path(), Path(results) / "settings" / f"{name}.ini"
+    again = name not in profile_names() and kept.is_file()
+    if not changes and not again:
         yield name
         return
-    load_profile(name)
-    path = settings_path()
+    source = kept if again else path
+    load_profile(name, source)
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
-    parser.read_string(path.read_text(encoding="utf-8"))
+    parser.read_string(source.read_text(encoding="utf-8"))
     told = json.dumps(changes, sort_keys=True)
-    new = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    new = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}" if changes else name
     parser[new] = {**parser[name], **changes}
     text = io.StringIO()
     parser.write(text)
