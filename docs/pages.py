@@ -184,7 +184,7 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
     if ladder:
         words = "Effect of each part against compute, and the sealed forecast of the next size"
         climb = tag(
-            "a", tag("img", src=ladder, alt=words), tag("p", f"{words}.", cls="knb-fine"), href="phases/16_ladder.html"
+            "a", tag("img", src=ladder, alt=words), tag("p", f"{words}.", cls="knb-fine"), href="phases/18_ladder.html"
         )
     fine = "Models this small, trained this briefly, say nothing about large ones. "
     more = tag(

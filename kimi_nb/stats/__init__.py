@@ -94,12 +94,12 @@ __getattr__, __dir__, __all__ = lazily(
         Factorial HALVES_FROM Played ROUNDS_SPENDING answered chance_of_answer in_half look_level
         play truth_of
     """,
-    rungs="""
-        DRIFT Forecast SCATTER compute_equivalent decision_accuracy effect_ladder forecast_effect
-        forecast_rung known_error score_forecast
-    """,
     scored="""
         FEWEST_ARMS MEASURED_WITH beyond_loss enough score_relations scored_arms setting_columns_of
         task_columns task_pairs telling_tasks
+    """,
+    rungs="""
+        DRIFT Forecast SCATTER compute_equivalent decision_accuracy effect_ladder forecast_effect
+        forecast_rung known_error score_forecast
     """,
 )
