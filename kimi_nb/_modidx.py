@@ -2491,6 +2491,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'kimi_nb/phases/contest.py'),
                                         'kimi_nb.phases.contest.contrast_row': ( 'phases/contest.html#contrast_row',
                                                                                  'kimi_nb/phases/contest.py'),
+                                        'kimi_nb.phases.contest.control_study': ( 'phases/contest.html#control_study',
+                                                                                  'kimi_nb/phases/contest.py'),
                                         'kimi_nb.phases.contest.crossover_weights': ( 'phases/contest.html#crossover_weights',
                                                                                       'kimi_nb/phases/contest.py'),
                                         'kimi_nb.phases.contest.delta': ('phases/contest.html#delta', 'kimi_nb/phases/contest.py'),
