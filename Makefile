@@ -8,6 +8,8 @@ PROFILE ?= quick
 RESULTS ?= results
 # ARGS: handed on to kimi-nb, pytest, jupyter or sphinx-build, e.g. ARGS="--only norm"
 ARGS ?=
+# THREADS: threads of each process of test-kernels
+THREADS ?= 2
 # PYTHON: the interpreter .venv is made with; found by itself when empty
 PYTHON ?=
 # HASHES: install the files whose hashes are in requirements.lock: prefer (by version where the index has others), require, off
@@ -28,10 +30,10 @@ ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.installed
 endif
 
-.PHONY: help setup plan test test-slow check lint lab docs release bench export readme lock audit clean distclean
+.PHONY: help setup plan test test-slow test-kernels check lint lab docs release bench export readme lock audit clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo '  variables: PROFILE=$(PROFILE) RESULTS=$(RESULTS) ARGS="…" PYTHON=/path/to/python3.11'
 
 setup: $(VENV)/.installed ## build .venv (every target does it when needed)
@@ -75,6 +77,10 @@ test-slow: $(VENV)/.installed ## the slow checks: notebooks with `#| slow` cells
 	[ -z "$$bad" ] || echo "FAILED before the tests:$$bad" >&2; \
 	$(ONE) $(PY) -m pytest -q -n auto --dist worksteal -m slow $(ARGS); code=$$?; \
 	[ $$code = 0 ] || [ $$code = 5 ] || bad="$$bad pytest"; [ -z "$$bad" ]
+
+# Results must not hang on the instruction set: what every x86 processor has, and two threads instead of one.
+test-kernels: $(VENV)/.installed ## the quick checks with the kernels that every processor has, and with THREADS (2) threads
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell $(MAKE) --no-print-directory test 'ONE=$(subst THREADS=1,THREADS=$(THREADS),$(ONE))'
 
 # Done in a copy, so that a check never changes the tree; modules whose notebook is gone are missing from the copy.
 check: $(VENV)/.installed ## modules match the notebooks, notebooks are clean, ruff passes
