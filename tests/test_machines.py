@@ -7,7 +7,7 @@ from tiny import tiny_run
 
 from kimi_nb.cli import main
 from kimi_nb.config import load_profile
-from kimi_nb.report import agree, agreement_data, agreement_words, common_runs, words_apart
+from kimi_nb.report import agree, agreement_data, agreement_told, agreement_words, common_runs, words_apart
 from kimi_nb.study import Arm, Finding, Record, Store, Study, record_outcome
 
 TRIED = (1e-3, 2e-3, 4e-3)
@@ -83,6 +83,19 @@ def test_rates_and_words_that_differ_are_named(tmp_path):
         agreement_words(found)
     )
     assert not words_apart(a, plan_on(tmp_path / "c", 2e-3))["changed"].any()
+
+
+def test_a_published_comparison_is_told_in_words(tmp_path):
+    """From its JSON alone: runs, their spread beside that of seeds, rates, and each word that changed."""
+    a, b = plan_on(tmp_path / "a", 2e-3), plan_on(tmp_path / "b", 4e-3, 0.01, word="undecided")
+    told = agreement_told(json.loads(json.dumps(agreement_data(agree(a, b, ("a", "seeds_100_to_104"))))))
+    assert (
+        told.startswith("Made again as *seeds 100 to 104* on ")
+        and "tuned values at most 1 of a grid's steps apart" in told
+    )
+    assert "of one claim judged both times, one changed (norm RQ2 from “supported” to “undecided”)" in told
+    same = agreement_told(agreement_data(agree(a, plan_on(tmp_path / "same", 2e-3))))
+    assert "nine runs in common, all equal in every digit" in same and "none changed" in same
 
 
 def test_the_command_prints_words_or_json_and_draws(tmp_path, capsys):

@@ -56,8 +56,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     machines="""
         Agreement MACHINE_SETTINGS PARTED RESULTS TUNED_SETTINGS agree agreement_data
-        agreement_figure agreement_words chosen_rates common_runs grid_steps open_results
-        parting_step rates_apart short_names spread_apart without_machine words_apart
+        agreement_figure agreement_told agreement_words chosen_rates common_runs grid_steps
+        kept_agreements open_results parting_step rates_apart short_names spread_apart
+        without_machine words_apart
     """,
     short="""
         SHORT_PARTS ShortAnswer build_short question_figure short_answers staying

@@ -29,6 +29,7 @@ from kimi_nb.report.across import (
 )
 from .document import Figure, Manuscript, Marked, TableBlock, as_text, sentence, written
 from .evidence import Evidence, said
+from .machines import agreement_told, kept_agreements
 from .parts import best_line, budget_line, parts_line, rates_figure, rates_line, rates_runs
 from kimi_nb.report.sentences import (
     compute_words,
@@ -408,6 +409,7 @@ def threats(
         also=also,
         seeds=capital(e.seeds(e.main)) if e.main else "Few seeds",
         by_seed=seeds_words(e),
+        again=[agreement_told(data) for size in (e, *also) for data in kept_agreements(size.profile)],
         epochs=float(max(epochs)) if len(epochs) else None,
         ratio=tokens_each(e),
         stale=int(e.runs["stale"].sum()) if "stale" in e.runs else 0,
