@@ -163,6 +163,12 @@ def test_arguments_that_cannot_be(place, capsys, argv, words):
     refused(capsys, argv, *words, untouched=place.path)
 
 
+def test_nothing_is_told_of_a_run_that_cannot_begin(place, capsys, monkeypatch):
+    """A long run says its cost before it begins; one on a device that is not there is refused first."""
+    monkeypatch.setattr("kimi_nb.lab.estimate_seconds", lambda *_, **__: (500.0, "guessed"))
+    refused(capsys, ["train", "--device", "tpu"], "device", "tpu", untouched=place.path)
+
+
 def test_no_settings_file(place, capsys, monkeypatch):
     """$KIMI_NB_SETTINGS that leads nowhere."""
     monkeypatch.setenv("KIMI_NB_SETTINGS", str(place.path / "other.ini"))

@@ -137,7 +137,7 @@ def _trained(args, run, options, scoring):
 def cmd_train(args):
     from kimi_nb.model import check_shard, joined, rank_and_size
     from kimi_nb.runner import ScoredFolder
-    from kimi_nb.train import TrainOptions
+    from kimi_nb.train import TrainOptions, pick_device
 
     run, scoring = chosen_run(args), scorer(args)
     if run.train.steps == 0:
@@ -149,6 +149,7 @@ def cmd_train(args):
         )
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         rank, ranks = rank_and_size()
+        pick_device(device)  # nothing is said of a run that cannot begin
         if ranks == 1:
             _tell_cost(run, args)
         if args.shard:
