@@ -54,6 +54,7 @@ def active_size(
 ) -> int:
     "Parameters that one token uses, without embeddings."
     import torch
+
     from kimi_nb.model import KimiModel, count_parameters
 
     vocab = config.vocab_size or 256  # embeddings do not count

@@ -190,7 +190,8 @@ FORMS.update(
             + (f"; by the law the next thousand would gain {next_gain:.4f}." if next_gain is not None else ".")
         ),
         "long.scores": lambda middle, end, error: (
-            f"Score above chance {middle:+.3f} in the middle and {end:+.3f} at the end, standard error of each {error:.3f}."
+            f"Score above chance {middle:+.3f} in the middle and {end:+.3f} at the end, "
+            f"standard error of each {error:.3f}."
         ),
     }
 )
