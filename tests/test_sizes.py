@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_run
 
 from kimi_nb.bench import batch, bisected, largest_batch
-from kimi_nb.bench.batch import Tried
+from kimi_nb.bench.batch import BatchTry
 from kimi_nb.cli import main
 from kimi_nb.config import KimiError
 from kimi_nb.study import read_sealed
@@ -32,7 +32,7 @@ def test_the_search_finds_what_fits(room, most, share):
 
 def test_a_try_that_runs_out_of_memory_is_kept_with_the_others(tmp_path, monkeypatch):
     """As a GPU's: 12 sequences fit; what was tried stands in a sealed file beside the answer."""
-    full = lambda run, n, *more: Tried(n, n <= 12, 10.0 * n, 0.1 * n, "" if n <= 12 else "out of memory")
+    full = lambda run, n, *more: BatchTry(n, n <= 12, 10.0 * n, 0.1 * n, "" if n <= 12 else "out of memory")
     monkeypatch.setattr(batch, "try_batch", full)
     found = largest_batch(tiny_run(), 500.0, most=64, share=0.0, store=tmp_path)
     assert found.largest == 12 and found.best.step_seconds == pytest.approx(1.2)

@@ -29,6 +29,6 @@ __getattr__, __dir__, __all__ = lazily(
         add_bench_options bench_command
     """,
     batch="""
-        LargestBatch Tried bisected largest_batch memory_limit try_batch
+        BatchTry LargestBatch bisected largest_batch memory_limit try_batch
     """,
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seeds_asked_for', 'setting_line', 'add_study_options', 'runner_options', 'add_plan', 'dry_run',
-           'sequential_plan', 'print_card', 'cmd_plan', 'plan_of', 'add_run', 'declared', 'cmd_run', 'run_of',
+           'sequential_plan', 'print_card', 'cmd_plan', 'plan_of', 'add_run', 'declared', 'cmd_run', 'run_declared',
            'add_profiles', 'profile_facts', 'profile_text', 'cmd_profiles', 'add_new_phase', 'cmd_new_phase']
 
 # %% ../../nbs/cli/03_studies.ipynb #9643673e
@@ -108,7 +108,7 @@ def add_study_options(
         default=[],
         type=setting_line,
         metavar="NAME=VALUE",
-        help="a line of the profile as settings.ini would have it, such as data.corpus=FOLDER; may be given several times",
+        help="a line of the profile as in settings.ini, such as data.corpus=FOLDER; may be given several times",
     )
     add_scores(p)
 
@@ -291,10 +291,10 @@ def cmd_run(args):
 
     store = results_store(args)
     with changed_profile(args.profile, dict(args.set), store.path) as name:
-        run_of(args, load_profile(name), store)
+        run_declared(args, load_profile(name), store)
 
 
-def run_of(
+def run_declared(
     args,  # parsed
     profile,  # Profile
     store,  # Store

@@ -29,8 +29,8 @@ __getattr__, __dir__, __all__ = lazily(
         kept_tables mean_sd measured reached runs_table size_table study_table tuning_table
     """,
     sentences="""
-        LEVELS PARTS compute_words effect_words floor_words pairs_words parts_short parts_words
-        seeds_words tally together_words turned
+        LEVELS PARTS agreement_told compute_words effect_words floor_words kept_agreements
+        pairs_words parts_short parts_words seeds_words tally together_words turned
     """,
     across="""
         ANSWERING Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown
@@ -56,9 +56,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     machines="""
         Agreement MACHINE_SETTINGS PARTED RESULTS TUNED_SETTINGS agree agreement_data
-        agreement_figure agreement_told agreement_words chosen_rates common_runs grid_steps
-        kept_agreements open_results parting_step rates_apart short_names spread_apart
-        without_machine words_apart
+        agreement_figure agreement_words chosen_rates common_runs grid_steps open_results
+        parting_step rates_apart short_names spread_apart without_machine words_apart
     """,
     short="""
         SHORT_PARTS ShortAnswer build_short question_figure short_answers staying

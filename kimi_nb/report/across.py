@@ -689,8 +689,8 @@ def scores_section(
     figure = None
     if drawn:
         caption = (
-            "Score over all tasks against test bits per byte, a point an arm; bars: standard error over items, by which "
-            "a score may be off whatever the seeds say. 0 is guessing, 1 all right."
+            "Score over all tasks against test bits per byte, a point an arm; bars: standard error over items, by "
+            "which a score may be off whatever the seeds say. 0 is guessing, 1 all right."
         )
         figure = Figure([drawn], caption, id="scores-loss", alt="Score against loss by arm")
     return written(
@@ -728,7 +728,7 @@ def draw_scores(
     @styled
     def draw():
         fig, (ax,) = panels(1, (5.6, 3.6))
-        error = arms["score_stderr"] if "score_stderr" in arms else None
+        error = arms.get("score_stderr")
         loss, look = arms["test_bpb"], dict(ms=4, lw=0.8, color=COLORS[0], ecolor="#bbbbbb")
         ax.errorbar(loss, arms["score"], yerr=error, fmt="o", **look)
         ax.axhline(0, color="#444444", ls="--", lw=1)

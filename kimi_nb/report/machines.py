@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MACHINE_SETTINGS', 'RESULTS', 'PARTED', 'TUNED_SETTINGS', 'open_results', 'without_machine', 'parting_step',
            'common_runs', 'spread_apart', 'chosen_rates', 'grid_steps', 'rates_apart', 'words_apart', 'Agreement',
-           'agree', 'short_names', 'agreement_data', 'agreement_words', 'agreement_figure', 'kept_agreements',
-           'agreement_told']
+           'agree', 'short_names', 'agreement_data', 'agreement_words', 'agreement_figure']
 
 # %% ../../nbs/report/11_machines.ipynb #4096d8b4
 import itertools
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ..config import near, place
+from ..config import near
 from ..plan import published, published_profiles
 from .across import claims_of
 from .evidence import ReportError, machine_name
@@ -385,45 +384,3 @@ def agreement_figure(
     ax.set_ylabel(f"{metric.label} of {found.names[1]}\nminus {found.names[0]}{unit}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(seeds)))
     return fig
-
-# %% ../../nbs/report/11_machines.ipynb #5c1a77d1
-def kept_agreements(
-    profile: str,  # first of the two stores
-) -> list[dict]:  # of `agreement_data`
-    "Published comparisons of this profile's reference run with the same plan made again."
-    files = sorted(place("data/records/agreement").glob("*.json"))
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return [data for data in found if data["names"][0] == profile]
-
-
-def _words_again(words):
-    "How many claims kept their word, and which did not."
-    changed = [row for row in words if row["changed"]]
-    told = (
-        f"of {counted(len(words), 'claim')} judged both times, {counted(len(changed)) if changed else 'none'} changed"
-    )
-    each = [f"{row['phase']} {row['id']} from “{row['word_a']}” to “{row['word_b']}”" for row in changed]
-    return told + (f" ({listed(each)})" if each else "")
-
-
-def agreement_told(
-    data: dict,  # of `agreement_data`
-) -> str:  # sentences
-    "What making a plan again showed: equal runs or how far apart, rates, words."
-    other, told = data["names"][1].replace("_", " "), []
-    runs, unit = data["runs"], metric_info(data["metric"]).unit
-    if runs:
-        equal = sum(row["equal"] for row in runs)
-        same = "all" if equal == len(runs) else counted(equal) if equal else "none"
-        told.append(f"{counted(len(runs), 'run')} in common, {same} equal in every digit")
-        for row in data["spread"]:
-            if row["sd"] is not None and row["seed_sd"]:
-                apart = f"differ by sd {row['sd']:.4f} {unit} (seeds: {row['seed_sd']:.4f})"
-                told.append(f"runs with {row['optimizer']} {apart}")
-    steps = [abs(row["steps"]) for row in data["rates"] if row["steps"] is not None]
-    if steps:
-        far = f"at most {max(steps):.2g} of a grid's steps apart" if max(steps) > 0 else "the same"
-        told.append(f"tuned values {far}")
-    if data["words"]:
-        told.append(_words_again(data["words"]))
-    return f"Made again as *{other}* on {data['machines'][1]}: {'; '.join(told)}."

@@ -29,11 +29,12 @@ from kimi_nb.report.across import (
 )
 from .document import Figure, Manuscript, Marked, TableBlock, as_text, sentence, written
 from .evidence import Evidence, said
-from .machines import agreement_told, kept_agreements
 from .parts import best_line, budget_line, parts_line, rates_figure, rates_line, rates_runs
 from kimi_nb.report.sentences import (
+    agreement_told,
     compute_words,
     floor_words,
+    kept_agreements,
     pairs_words,
     parts_short,
     parts_words,

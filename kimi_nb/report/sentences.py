@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LEVELS', 'tally', 'effect_words', 'parts_words', 'parts_short', 'compute_words', 'floor_words',
-           'together_words', 'turned', 'pairs_words', 'seeds_words']
+           'together_words', 'turned', 'pairs_words', 'seeds_words', 'kept_agreements', 'agreement_told']
 
 # %% ../../nbs/report/05_sentences.ipynb #a5a83888
+import json
 import math
 
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
+from ..config import place
 from ..evals import floor_in_words, floor_of
 from .document import Marked, sentence
 from .evidence import Evidence
@@ -269,3 +271,45 @@ def seeds_words(
         intervals="; ".join(intervals),
     )
     return [told]
+
+# %% ../../nbs/report/05_sentences.ipynb #5c1a77d1
+def kept_agreements(
+    profile: str,  # first of the two stores
+) -> list[dict]:  # of `agreement_data`
+    "Published comparisons of this profile's reference run with the same plan made again."
+    files = sorted(place("data/records/agreement").glob("*.json"))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [data for data in found if data["names"][0] == profile]
+
+
+def _words_again(words):
+    "How many claims kept their word, and which did not."
+    changed = [row for row in words if row["changed"]]
+    told = (
+        f"of {counted(len(words), 'claim')} judged both times, {counted(len(changed)) if changed else 'none'} changed"
+    )
+    each = [f"{row['phase']} {row['id']} from “{row['word_a']}” to “{row['word_b']}”" for row in changed]
+    return told + (f" ({listed(each)})" if each else "")
+
+
+def agreement_told(
+    data: dict,  # of `agreement_data`
+) -> str:  # sentences
+    "What making a plan again showed: equal runs or how far apart, rates, words."
+    other, told = data["names"][1].replace("_", " "), []
+    runs, unit = data["runs"], metric_info(data["metric"]).unit
+    if runs:
+        equal = sum(row["equal"] for row in runs)
+        same = "all" if equal == len(runs) else counted(equal) if equal else "none"
+        told.append(f"{counted(len(runs), 'run')} in common, {same} equal in every digit")
+        for row in data["spread"]:
+            if row["sd"] is not None and row["seed_sd"]:
+                apart = f"differ by sd {row['sd']:.4f} {unit} (seeds: {row['seed_sd']:.4f})"
+                told.append(f"runs with {row['optimizer']} {apart}")
+    steps = [abs(row["steps"]) for row in data["rates"] if row["steps"] is not None]
+    if steps:
+        far = f"at most {max(steps):.2g} of a grid's steps apart" if max(steps) > 0 else "the same"
+        told.append(f"tuned values {far}")
+    if data["words"]:
+        told.append(_words_again(data["words"]))
+    return f"Made again as *{other}* on {data['machines'][1]}: {'; '.join(told)}."
