@@ -35,10 +35,11 @@ def git(*args, cwd=REPO) -> str:
 
 
 def published_configs() -> list[dict]:
-    """The settings of every published record."""
+    """The settings of every published record that is not of this checkout's code."""
     from kimi_nb.plan import published, published_profiles
 
-    return [record.config for profile in published_profiles() for record in published(profile).records()]
+    records = (record for profile in published_profiles() for record in published(profile).records())
+    return [record.config for record in records if record.stale]
 
 
 def kind_of(config: dict) -> str:
