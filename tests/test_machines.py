@@ -1,6 +1,7 @@
 """Two stores beside each other: the same runs, how far apart they are, other rates, other words."""
 
 import json
+import time
 
 import pytest
 from tiny import tiny_run
@@ -42,7 +43,7 @@ def plan_on(path, rate, noise=0.0, word="supported", precision="fp32"):
         for p in asked.expand():
             loss = 2.0 + 0.01 * p.seed + noise * (1 + p.seed % 3)
             curves = dict(train_loss=dict(step=[1, 2, 3], value=[5.0, 4.0 + noise, 3.0 + 2 * noise]))
-            metrics = dict(test_loss=loss, val_loss=loss, test_bpb=loss)
+            metrics = dict(test_loss=loss, val_loss=loss, test_bpb=loss, seconds=time.perf_counter())
             store.put(
                 Record.of(p.run, "done", metrics, curves, dict(device="cpu", device_name=f"noise {noise}")), asked.phase
             )
@@ -63,6 +64,20 @@ def test_equal_runs_are_counted_and_others_measured(tmp_path):
         "9" in str(found.spread["runs"][0])
         and "nine runs in common, 0 equal" in " ".join(agreement_words(found)).lower()
     )
+
+
+def test_what_was_carried_over_shows_nothing(tmp_path):
+    """Rates and runs that a second plan took from the first, records and all, are no second measurement."""
+    a = plan_on(tmp_path / "a", 2e-3)
+    a.export(tmp_path / "tuning.jsonl.gz", study=["tuning-1"])
+    b = Store(tmp_path / "b")
+    b.import_records(tmp_path / "tuning.jsonl.gz")
+    other = plan_on(tmp_path / "other", 2e-3, 0.01)
+    other.export(tmp_path / "norm.jsonl.gz", study=["norm"])
+    b.import_records(tmp_path / "norm.jsonl.gz")
+    found = agree(a, b)
+    assert set(found.runs["where"]) == {"norm / layernorm", "norm / rmsnorm"} and found.rates.empty
+    assert len(agree(a, other).rates) == 1
 
 
 def test_a_machine_with_another_number_format_is_matched_by_its_settings(tmp_path):
