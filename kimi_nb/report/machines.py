@@ -99,9 +99,16 @@ def _finished(store):
     return {record.run_id: record for record in store.records() if record.ok}
 
 
+def _made_twice(a, b):
+    "The finished records of each; one that was carried over from the other, with its seal, shows nothing."
+    first, second = _finished(a), _finished(b)
+    carried = {i for i in first.keys() & second.keys() if first[i].digest == second[i].digest}
+    return tuple({i: record for i, record in mine.items() if i not in carried} for mine in (first, second))
+
+
 def _pairs(a, b):
     "(record of a, record of b, what they were matched by)."
-    first, second = _finished(a), _finished(b)
+    first, second = _made_twice(a, b)
     for run_id in sorted(first.keys() & second.keys()):
         yield first[run_id], second[run_id], "run_id"
     rest = {without_machine(second[run_id].config): second[run_id] for run_id in sorted(second.keys() - first.keys())}
@@ -223,12 +230,21 @@ def grid_steps(
     return math.log(b / a) / min(ratios) if min(a, b) > 0 and ratios else None
 
 
+def _tuned_twice(a, b):
+    "Whether any run of a search in b is no copy of one in a."
+    made = _made_twice(a, b)[1]
+    searched = [b.manifest(name)[1].values() for name in b.studies() if name.startswith("tuning")]
+    return any(run_id in made for runs in searched for run_id in runs)
+
+
 def rates_apart(
     a: Store,
     b: Store,
 ) -> pd.DataFrame:  # a row a setting: tuned, setting, a, b, steps
     "The tuned values side by side, in steps of the grid."
     mine, its = chosen_rates(a), chosen_rates(b)
+    if not _tuned_twice(a, b):  # the second has its rates from the first
+        mine = {}
     tried = [_searches(store) for store in (a, b)]
     rows = []
     for what in sorted(mine.keys() & its.keys()):
