@@ -3122,6 +3122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'kimi_nb.report.machines._number': ('report/machines.html#_number', 'kimi_nb/report/machines.py'),
                                          'kimi_nb.report.machines._owners': ('report/machines.html#_owners', 'kimi_nb/report/machines.py'),
                                          'kimi_nb.report.machines._pairs': ('report/machines.html#_pairs', 'kimi_nb/report/machines.py'),
+                                         'kimi_nb.report.machines._same_record': ( 'report/machines.html#_same_record',
+                                                                                   'kimi_nb/report/machines.py'),
                                          'kimi_nb.report.machines._searches': ( 'report/machines.html#_searches',
                                                                                 'kimi_nb/report/machines.py'),
                                          'kimi_nb.report.machines._seed_sd': ( 'report/machines.html#_seed_sd',
