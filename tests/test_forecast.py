@@ -141,7 +141,7 @@ def test_damaged_rates_are_measured_again(gpus, tmp_path):
 
 def show_gpu(store, pipe):
     runner._attempt = lambda run, store, **how: ("done", (os.environ["CUDA_VISIBLE_DEVICES"], how["shared"]), {})
-    runner._worker(pipe, store, 1, None, None, "GPU-b", True, os.getppid())
+    runner._worker(pipe, store, 1, None, dict(hours=None, shared=True), "GPU-b", os.getppid())
 
 
 def test_a_worker_sees_its_gpu_alone(tmp_path):
@@ -201,7 +201,7 @@ def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, 
         except (EOFError, OSError):
             alive.discard(me)
 
-    def begin(cls, store, threads, device, hours, gpu, shared):
+    def begin(cls, store, threads, device, gpu, *, shared, **how):
         mine, theirs = Pipe()
         thread = threading.Thread(target=worker, args=(theirs, shared, mine), daemon=True)
         alive.add(mine)

@@ -385,7 +385,8 @@ def test_another_size_is_said_as_it_is(tmp_path, invented):
         re.search(r"Supported .*RQ2: .*RQ4: .*\. Contradicted .*RQ1: ", held)
         and "the effects at the two sizes differ by no more than chance explains" in section
     )
-    assert "| `train.steps` | 300 | 600 |" in section and "Size is not all that differs" not in section
+    steps = tiny_profile().base.train.steps
+    assert f"| `train.steps` | {steps} | {2 * steps} |" in section and "Size is not all that differs" not in section
     abstract, conclusion, whole = words_of(invented, other)
     section = whole.split("At a larger size\n")[1].split("\n## ")[0]
     assert re.search(
