@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import KimiError, load_profile, near, profile_names
-from .markup import page, tag
+from .markup import error_html, page, tag
 from ..plan import phase_studies
 from ..runner import Apart
 from ..study import Store
@@ -149,9 +149,9 @@ class MenuView:
         usual = [p for p in (profile, *possible_answers("profile", {})) if p in profile_names()]
         self.profile = W.Dropdown(options=list(dict.fromkeys(usual)), description="profile")
         self.study = W.Dropdown(description="study")
+        self.said = W.HTML()
         self.profile.observe(lambda _: self._studies(), "value")
         self._studies()
-        self.said = W.HTML()
         buttons = [self._button(choice) for choice in MENU]
         wrap = W.Layout(flex_flow="row wrap", align_items="center")
         self.widget = W.VBox([W.HBox([self.profile, self.study], layout=wrap), W.HBox(buttons, layout=wrap), self.said])
@@ -166,13 +166,18 @@ class MenuView:
         return made
 
     def _studies(self):
-        self.study.options = possible_answers("study", dict(profile=self.profile.value))
+        "The experiments of the profile; none, and why, where its settings allow none."
+        try:
+            self.study.options = possible_answers("study", dict(profile=self.profile.value))
+        except KimiError as e:
+            self.study.options = ()
+            self.said.value = page(error_html(e), style=False)
 
     def _attempt(self, choice):
         try:
             self.choose(choice)
         except KimiError as e:
-            self.said.value = page(tag("p", str(e), cls="bad"), style=False)
+            self.said.value = page(error_html(e), style=False)
 
     def choose(
         self,
