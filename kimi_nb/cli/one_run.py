@@ -136,7 +136,6 @@ def _trained(args, run, options, scoring):
 
 def cmd_train(args):
     from kimi_nb.model import check_shard, joined, rank_and_size
-    from kimi_nb.runner import ScoredFolder
     from kimi_nb.train import TrainOptions, pick_device
 
     run, scoring = chosen_run(args), scorer(args)
@@ -164,7 +163,7 @@ def cmd_train(args):
         )
         with page or contextlib.nullcontext():
             record, folder = _trained(args, run, options, scoring)
-            record = ScoredFolder(folder).read_result() or record  # with its scores
+            record = RunFolder(folder).read_result() or record  # with its scores
             if page:
                 page.finish(record)
     if rank > 0:

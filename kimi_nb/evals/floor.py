@@ -35,18 +35,20 @@ COUNTS_FILE = "counts.json"  # in a results folder
 PUBLISHED_COUNTS = "data/records/counts.json"
 
 
+def _counts_in(file):
+    "What a file keeps; {} where there is none."
+    try:
+        kept = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
 def known_counts(
     store,  # Store
 ) -> dict[str, dict]:  # run_id -> unigram, bigram, trigram
     "What was counted for the runs of a folder, and for those of the published records."
-    found = {}
-    for file in (place(PUBLISHED_COUNTS), Path(store.path) / COUNTS_FILE):
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found |= kept if isinstance(kept, dict) else {}
-    return found
+    return _counts_in(place(PUBLISHED_COUNTS)) | _counts_in(Path(store.path) / COUNTS_FILE)
 
 
 def keep_counts(
@@ -54,12 +56,8 @@ def keep_counts(
     counts: dict[str, dict],  # run_id -> unigram, bigram, trigram
 ):
     "Add counts to a file, with five digits."
-    try:
-        there = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        there = {}
     rounded = {run: {name: round(value, 5) for name, value in found.items()} for run, found in counts.items()}
-    write_file(path, json.dumps(there | rounded, indent=1, sort_keys=True) + "\n", parents=True)
+    write_file(path, json.dumps(_counts_in(path) | rounded, indent=1, sort_keys=True) + "\n", parents=True)
 
 # %% ../../nbs/evals/20_floor.ipynb #89ce5921
 class Floor(NamedTuple):

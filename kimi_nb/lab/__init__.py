@@ -42,7 +42,7 @@ __getattr__, __dir__, __all__ = lazily(
         playground rope_explorer router_explorer spectrum_explorer trained_runs
     """,
     menu="""
-        MENU MenuEntry MenuView command_of menu_text possible_answers talk
+        MENU MenuEntry MenuView THIS_PROGRAM command_of menu_text possible_answers talk
     """,
     copies="""
         Desk LAID cells_digest lay_out lay_out_notebooks lend_models with_profile

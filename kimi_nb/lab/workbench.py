@@ -9,7 +9,6 @@ __all__ = ['TABS', 'PlanState', 'plan_html', 'plan_page', 'PlanView', 'Memory', 
 # %% ../../nbs/lab/12_workbench.ipynb #8ab292af
 import contextlib
 import json
-import sys
 import threading
 import time
 from datetime import datetime
@@ -19,7 +18,7 @@ from ..config import KimiError, RunConfig, load_profile, profile_names, write_fi
 from .choices import estimate_seconds, quick_costs
 from .live import LiveView, live_page
 from .markup import View, error_html, hue, page, table_of, table_row, tag, together
-from .menu import MenuView
+from .menu import THIS_PROGRAM, MenuView
 from .parts import Names, measured_profile, runs_like
 from .picker import Picker, picker_page
 from .pinboard import Curve, Pinboard, pinboard_page, verdict_html
@@ -60,9 +59,6 @@ def _count(planned, there, under_way, begun):
     )
 
 # %% ../../nbs/lab/12_workbench.ipynb #2c2f734a
-_PROGRAM = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-
-
 class PlanState:
     "The phases of a profile against a store; studies and estimates are worked out once."
 
@@ -118,7 +114,7 @@ class PlanState:
     def start(self):
         "Carry the plan out apart from this process, or let it be where it runs."
         results = str(Path(self.store.path).resolve())
-        self.apart.start([sys.executable, "-c", _PROGRAM, "plan", "--profile", self.name, "--results", results])
+        self.apart.start([*THIS_PROGRAM, "plan", "--profile", self.name, "--results", results])
 
     def stop(self):
         "Ask it to stop: every run under way is saved."

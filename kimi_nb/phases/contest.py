@@ -91,12 +91,21 @@ def control_study(
     question: str,
     arms: list[Arm],
     baseline: str,  # arm
-    **more,  # fields of `Study`
+    margin: float | None = 0.02,  # bits per byte, as what counts
+    **more,  # other fields of `Study`
 ) -> Study:
-    "A study of this phase: its base run, its seeds, and 0.02 bits per byte as what counts."
-    seeds = range(profile.n_seeds("contest"))
-    fields = dict(phase="contest", question=question, base=profile.base, baseline=baseline, seeds=seeds)
-    return Study(name=f"contest-{name}", arms=arms, **fields | dict(margin=0.02) | more)
+    "A study of this phase: its base run and its seeds."
+    return Study(
+        name=f"contest-{name}",
+        phase="contest",
+        question=question,
+        base=profile.base,
+        arms=arms,
+        baseline=baseline,
+        seeds=range(profile.n_seeds("contest")),
+        margin=margin,
+        **more,
+    )
 
 
 def one_rate_study(

@@ -86,12 +86,9 @@ def parting_step(
 
 
 def _owners(store):
-    "run id -> 'study / arm' of its first study."
-    found = {}
-    for name in store.studies():
-        for (arm, block, _), run_id in store.manifest(name)[1].items():
-            found.setdefault(run_id, " / ".join(filter(None, (name, block, arm))))
-    return found
+    "run id -> 'study / block / arm' of its first study."
+    uses = store.first_uses()
+    return {run_id: " / ".join(filter(None, (study, block, arm))) for run_id, (study, arm, block) in uses.items()}
 
 
 def _finished(store):
@@ -236,10 +233,13 @@ def grid_steps(
 
 
 def _tuned_twice(a, b):
-    "Whether any run of a search in b is no copy of one in a."
-    made = _made_twice(a, b)[1]
-    searched = [b.manifest(name)[1].values() for name in b.studies() if name.startswith("tuning")]
-    return any(run_id in made for runs in searched for run_id in runs)
+    "Whether any finished run of a search in b is no copy of one in a."
+    searched = b.run_ids([name for name in b.studies() if name.startswith("tuning")])
+    for its in filter(None, map(b.get, searched)):
+        mine = a.get(its.run_id)
+        if its.ok and not (mine and mine.ok and _same_record(mine, its)):
+            return True
+    return False
 
 
 def rates_apart(

@@ -539,6 +539,16 @@ class _Out(_Reports):
         "The runs that belong to them."
         return {run_id for name in _names(study) for run_id in self.manifest(name)[1].values()}
 
+    def first_uses(
+        self,
+    ) -> dict[str, tuple[str, str, str]]:  # run_id -> study, arm, block
+        "What each run serves; the first study that lists it, where several do."
+        found = {}
+        for name in self.studies():
+            for (arm, block, _), run_id in self.manifest(name)[1].items():
+                found.setdefault(run_id, (name, arm, block))
+        return found
+
 
 def _study_line(study, rows):
     return dict(study=study.to_dict(), rows=[[*key, run_id] for key, run_id in rows.items()])

@@ -233,15 +233,6 @@ def track(
     return None if tracking.tool == "none" else TrackedRun(run, tracking, folder)
 
 # %% ../../nbs/use/06_tracking.ipynb #c5e8212b
-def _labels(store: Store) -> dict[str, tuple[str, str, str]]:
-    "Run -> study, arm and block that it served first."
-    found = {}
-    for name in store.studies():
-        for (arm, block, _), run_id in store.manifest(name)[1].items():
-            found.setdefault(run_id, (name, arm, block))
-    return found
-
-
 def send_store(
     store: Store,
     tracking: Tracking,
@@ -249,7 +240,7 @@ def send_store(
 ) -> int:  # how many runs were sent
     "Send every finished run of a store that the tracker lacks.  Raises: KimiError where the library cannot start."
     _library(tracking.tool)
-    labels, sent = _labels(store), 0
+    labels, sent = store.first_uses(), 0
     for folder in store.run_folders():
         place = labels.get(folder.run_id, ("", "", ""))
         if not folder.finished or studies and place[0] not in studies:
