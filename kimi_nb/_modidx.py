@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.data.corpora._articles': ('data/corpora.html#_articles', 'kimi_nb/data/corpora.py'),
                                       'kimi_nb.data.corpora._by_hash': ('data/corpora.html#_by_hash', 'kimi_nb/data/corpora.py'),
                                       'kimi_nb.data.corpora._docstrings': ('data/corpora.html#_docstrings', 'kimi_nb/data/corpora.py'),
+                                      'kimi_nb.data.corpora._documented': ('data/corpora.html#_documented', 'kimi_nb/data/corpora.py'),
                                       'kimi_nb.data.corpora._documents': ('data/corpora.html#_documents', 'kimi_nb/data/corpora.py'),
                                       'kimi_nb.data.corpora._field': ('data/corpora.html#_field', 'kimi_nb/data/corpora.py'),
                                       'kimi_nb.data.corpora._folder': ('data/corpora.html#_folder', 'kimi_nb/data/corpora.py'),

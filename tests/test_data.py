@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kimi_nb.config import SPLITS, DataConfig, KimiError
@@ -845,6 +845,10 @@ odd_names = st.sampled_from(
 
 @quick
 @given(name=odd_names | file_names, other=odd_names | file_names)
+@example(name="lang=en", other="#")
+@example(name="#", other="lang=en")
+@example(name="c", other="c#.txt")
+@example(name="c#.txt", other="c")
 def test_a_path_that_exists_is_a_path(tmp_path, name, other):
     """Whatever its name: it is read, the run's identity and the cache's key follow its content; as a member too."""
     from kimi_nb.config import RunConfig, data_identity

@@ -97,8 +97,10 @@ def _divided(text, mark, is_whole):
     return parts
 
 
-def _is_file(name):
-    return exists(named_file(name).path) or exists(named_file(name.strip()).path)
+def _is_file(name, mark=""):
+    "Whether a file of that name is there; a field after it has no mark that divides names."
+    found = map(named_file, (name, name.strip()))
+    return any(exists(file.path) and not (mark and mark in file.field) for file in found)
 
 
 def _as_written(name):
@@ -109,14 +111,14 @@ _SPLIT = re.compile(rf"\s*({'|'.join(SPLITS)})\s*=(.*)", re.S)
 
 
 def _names(text):
-    return _divided(text, ";", _is_file)
+    return _divided(text, ";", lambda name: _is_file(name, ";"))
 
 
 def _is_one_split(part):
     "Whether commas in a part of `files:` belong to files that exist."
     match = _SPLIT.fullmatch(part)
     with_comma = [name for name in _names(match[2]) if "," in name] if match else []
-    return bool(with_comma) and all(map(_is_file, with_comma))
+    return bool(with_comma) and all(_is_file(name, ",") for name in with_comma)
 
 
 def _splits(name):
@@ -157,11 +159,15 @@ def _weight(part):
 
 def _is_part(part):
     name, weight = _weight(part)
-    return weight > 0 and _is_file(name)
+    return weight > 0 and _is_file(name, ",")
 
 
 def _is_single(spec):
-    if spec.startswith(("files:", TOKENS)) or _is_file(spec) or not re.search(r",|:[^:/\\]*\d[^:/\\]*$|:$", spec):
+    if spec.startswith(("files:", TOKENS)) or _is_file(spec, ","):
+        return True
+    if _is_file(spec):  # a field with commas, unless what they divide are all parts of a mixture
+        return not all(_weight(part)[1] > 0 for part in _divided(spec, ",", _is_part))
+    if not re.search(r",|:[^:/\\]*\d[^:/\\]*$|:$", spec):
         return True
     one = "," not in spec and spec.startswith("hf:") and spec.count(":") < 3
     return one and not re.search(r":[\d.]+$", spec)

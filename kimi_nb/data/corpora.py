@@ -321,16 +321,21 @@ def _topics(seen):
         seen |= lines
 
 
-def _module_docs(name, path, seen):
-    "The docstrings of a module as one document, without those that stood elsewhere; None where nothing is left."
+def _documented(name, path):
+    "(what it is of, docstring) of a module and its parts; nothing where the file cannot be read."
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return None
+        return []
     module = name[:-3].removesuffix("/__init__").replace("/", ".")
     parts = [(f"module {module}", ast.get_docstring(tree))]
     parts += [(f"{module}.{part}", doc) for part, doc in _docstrings(tree)]
-    kept = [(part, doc) for part, doc in parts if doc and len(doc) >= 20 and doc not in seen]
+    return [(part, doc) for part, doc in parts if doc]
+
+
+def _module_docs(name, path, seen):
+    "The docstrings of a module as one document, without those that stood elsewhere; None where nothing is left."
+    kept = [(part, doc) for part, doc in _documented(name, path) if len(doc) >= 20 and doc not in seen]
     seen.update(doc for _, doc in kept)
     text = "\n\n".join(f"{part}\n\n{doc}" for part, doc in kept)
     return Document.of(text + "\n", "pydocs", f"stdlib:{name}") if kept else None
@@ -409,14 +414,7 @@ def _fresh_paragraphs(doc, seen):
 
 def _site_module(name, path, seen):
     "What is new in the docstrings of a module; None where nothing is."
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return None
-    module = name[:-3].removesuffix("/__init__").replace("/", ".")
-    parts = [(f"module {module}", ast.get_docstring(tree))]
-    parts += [(f"{module}.{part}", doc) for part, doc in _docstrings(tree)]
-    fresh = [(part, _fresh_paragraphs(doc, seen)) for part, doc in parts if doc]
+    fresh = [(part, _fresh_paragraphs(doc, seen)) for part, doc in _documented(name, path)]
     text = "\n\n".join(f"{part}\n\n{doc}" for part, doc in fresh if doc)
     return Document.of(text + "\n", "sitedocs", f"site:{name}") if text else None
 
