@@ -121,6 +121,7 @@ COST = (
     Metric(
         "cache_bytes_per_token", "cache per token", "bytes", "lower", 0, "keys and values, or latents, of all layers"
     ),
+    Metric("state_bytes", "state of a text", "bytes", "lower", 0, "what linear layers hold, however long the text"),
 )
 EXPERTS = (
     Metric(
