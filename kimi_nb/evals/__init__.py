@@ -38,6 +38,10 @@ __getattr__, __dir__, __all__ = lazily(
     scoring="""
         Scorer choice_scores chosen_rows score_metrics_of share_interval
     """,
+    positions="""
+        PART POSITION_ARMS POSITION_BASE WINDOWS loss_by_position position_rows position_run
+        positions_figure positions_table record_positions recorded_positions
+    """,
     floor="""
         COUNTS_FILE Floor PUBLISHED_COUNTS base_records counted_again floor_in_words floor_of
         keep_counts known_counts publish_counts

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'FACTORS_OF_LENGTH', 'BINS', 'METRICS', 'NO_WEIGHTS', 'ONE_CONTEXT', 'theta_name', 'study',
-           'studies', 'stretched', 'loss_by_position', 'past_context', 'past_contexts', 'position_figure',
-           'context_figure', 'analyse', 'theta_effect_by_context', 'judge']
+           'studies', 'stretched', 'past_context', 'past_contexts', 'position_figure', 'context_figure', 'analyse',
+           'theta_effect_by_context', 'judge']
 
 # %% ../../nbs/phases/06_rope.ipynb #0ad853dd
 from ..config import ModelConfig, Profile
@@ -119,33 +119,6 @@ def stretched(
     )
 
 
-def loss_by_position(
-    model,  # a KimiModel
-    tokens,  # (N,) ids of a split
-    length: int,  # of the windows, in tokens
-    span: int,  # of the stretches of text that windows are cut from; a multiple of `length`
-    n_spans: int,  # how many, spread over the split
-    precision: str = "fp32",
-):  # (span,) float64, nats per token at each position of a span
-    "Mean loss at each position over spans of text, each cut into windows of `length`."
-    import numpy as np
-
-    from kimi_nb.data import EvalWindows
-    from kimi_nb.train import score_windows
-
-    whole = (len(tokens) - 1) // span
-    first = (np.arange(n := min(n_spans, whole)) * whole // n) * span
-    starts = (first[:, None] + np.arange(0, span, length)).ravel()
-    windows = EvalWindows(tokens, length, starts, np.zeros(len(starts), dtype=np.int64))
-    losses = np.concatenate(
-        [
-            nll.double().cpu().numpy()
-            for nll, _ in score_windows(model, windows.batches(max(1, 4096 // length)), precision)
-        ]
-    )  # (windows, length)
-    return losses.reshape(-1, span).mean(axis=0)
-
-
 def past_context(
     folder,  # of a run, with its final checkpoint
     max_tokens: int,  # of test text to score
@@ -155,6 +128,7 @@ def past_context(
 ]:  # factor, yarn, context, losses: nats per token along a span of four contexts, in parts of a sixteenth of one
     "How a trained model fares in longer windows, plain and with YaRN; empty where the test text is too short."
     from kimi_nb.data import prepare
+    from kimi_nb.evals import loss_by_position
     from kimi_nb.model import KimiModel
     from kimi_nb.train import load_model, pick_device
 
