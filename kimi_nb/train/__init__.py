@@ -35,8 +35,13 @@ __getattr__, __dir__, __all__ = lazily(
         Journal Lines NO_CURVES Writer disk_of known_part parse_journal
     """,
     loop="""
-        Interrupted Session TrainOptions advance curve_metrics evaluate_now finish_run fit
-        has_diverged newest_checkpoint run_identity run_provenance save_now score_metrics
-        size_metrics stop_here stop_requested take_steps time_metrics
+        Interrupted Session TrainOptions advance alone_in announce curve_metrics evaluate_now
+        finish_run fit has_diverged is_due newest_checkpoint open_session run_identity
+        run_provenance save_now score_metrics size_metrics stop_here stop_requested take_steps
+        time_metrics with_threads write_step
+    """,
+    stacked="""
+        InTurn Stack Stacked StackedEmbedding StackedLinear StackedMoE StackedNorm fit_stacked join_
+        joint_optimizer stacking_refusal take_steps_together together
     """,
 )

@@ -316,24 +316,25 @@ class _Steps(_Retries):
         step: int,  # 0 is the first
     ) -> dict[str, float]:
         "One optimizer step; what is worth a curve."
+        x, y = self.begin(step)
+        losses = self._accumulate_in_memory(x, y, step)
+        norm = self.clipped_norm()
+        learnt = self._update()
+        return self.settle(losses, norm, learnt, step)
+
+    def begin(
+        self,
+        step: int,  # 0 is the first
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) each
+        "Set the learning rate of a step; its inputs and targets."
         self.model.train()
-        lr = learning_rate(step, self.run.train)
-        set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, learning_rate(step, self.run.train))
         x, y = self._batch(step)
         if self.ranks > 1:  # dropout, whatever the number of ranks was before
             torch.manual_seed(hash((self.run.seed, step, self.rank)))
-        asked = _Asked(self.device)
-        losses = self._accumulate_in_memory(x, y, step)
-        asked.add("train_loss", losses["train_loss"])
-        asked.add("grad_norm", self._clipped_norm())
-        learnt = self._update()
-        self._clip_logits(asked)
-        if "mtp_loss" in losses:
-            asked.add("mtp_loss", losses["mtp_loss"])
-        self._balance(asked, losses["aux_loss"], learnt, step)
-        return _as_line(asked.read(), lr)
+        return x, y
 
-    def _clipped_norm(self):
+    def clipped_norm(self) -> torch.Tensor:
         "The norm of all gradients, which are then cut to `grad_clip`."
         self.scaler.unscale_(self.optimizer)
         most = self.run.train.grad_clip or math.inf
@@ -345,6 +346,23 @@ class _Steps(_Retries):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= before
+
+    def settle(
+        self,
+        losses: dict,  # name -> scalar tensor
+        norm: torch.Tensor,  # of the gradients
+        learnt: bool,  # false where fp16 overflowed
+        step: int,  # 0 is the first
+    ) -> dict[str, float]:
+        "What follows when the optimizer has stepped; the numbers of the step."
+        asked = _Asked(self.device)
+        asked.add("train_loss", losses["train_loss"])
+        asked.add("grad_norm", norm)
+        self._clip_logits(asked)
+        if "mtp_loss" in losses:
+            asked.add("mtp_loss", losses["mtp_loss"])
+        self._balance(asked, losses["aux_loss"], learnt, step)
+        return _as_line(asked.read(), learning_rate(step, self.run.train))
 
     def _clip_logits(self, asked: _Asked):
         "QK-clip, where the optimizer is MuonClip."
