@@ -150,8 +150,8 @@ def test_a_worker_sees_its_gpu_alone(tmp_path):
     process = start(show_gpu, Store(tmp_path), theirs)
     theirs.close()
     assert mine.recv()[0] == "ready"
-    mine.send((tiny_run().model_dump(mode="json"), "x", 1))
-    assert mine.recv()[:2] == ("done", ("GPU-b", True))
+    mine.send(([tiny_run().model_dump(mode="json")], ["x"], 1, False))
+    assert mine.recv()[1] == [("done", ("GPU-b", True), {})]
     mine.close()
     process.join(30)
 
@@ -192,12 +192,10 @@ def test_a_run_that_does_not_fit_beside_others_is_trained_alone(gpus, tmp_path, 
         pipe.send(("ready", None, None))
         try:
             while True:
-                config, name, keep = pipe.recv()
-                pipe.send(
-                    runner._attempt(
-                        type(study.base)(**config), store, name=name, device="cpu", keep=keep, shared=shared
-                    )
-                )
+                (config,), (name,), keep, _ = pipe.recv()
+                run = type(study.base)(**config)
+                found = runner._attempt(run, store, name=name, device="cpu", keep=keep, shared=shared)
+                pipe.send(("ended", [found], None))
         except (EOFError, OSError):
             alive.discard(me)
 

@@ -293,9 +293,9 @@ def test_a_run_whose_workers_keep_dying_is_a_failed_record(place, monkeypatch, t
     )
     real = runner.Worker.give
 
-    def give(self, planned):
-        real(self, planned)
-        if planned.arm == "huge":
+    def give(self, unit):
+        real(self, unit)
+        if unit.members[0].arm == "huge":
             self.process.kill()
 
     monkeypatch.setattr(runner.Worker, "give", give)

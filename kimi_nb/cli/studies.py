@@ -96,6 +96,13 @@ def add_study_options(
         help="training processes (default: one per core; on a GPU as many as get most done, measured)",
     )
     p.add_argument(
+        "--stack",
+        choices=("auto", "never", "always"),
+        default="auto",
+        help="train the seeds of an arm as one model: always where possible, never, or where it was measured to be "
+        "faster (default, and so far nowhere: a CPU gains nothing, a GPU tells bench --stages stacked)",
+    )
+    p.add_argument(
         "--deterministic",
         action="store_true",
         help="on a GPU too the same run gives the same bits, or is refused; records that are there stay",
@@ -127,6 +134,7 @@ def runner_options(
         cpus=args.cpus_per_run,
         gpus=args.gpus_per_run,
         scorer=scorer(args),
+        stack=args.stack,
     )
 
 # %% ../../nbs/cli/03_studies.ipynb #6d2ff7a1

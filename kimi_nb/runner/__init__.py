@@ -8,8 +8,8 @@ __getattr__, __dir__, __all__ = lazily(
         matrix_peak seconds_of settle
     """,
     attempt="""
-        Crowded PlanInterrupted RunnerError ScoredFolder distinct pending run_one start_process
-        usable
+        Crowded PlanInterrupted RunnerError ScoredFolder Unit distinct pending run_one run_stack
+        start_process units_of usable
     """,
     cluster="""
         ClusterError connected has_gpus room spread
@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazily(
         visible_gpus vocabulary_size weight
     """,
     pool="""
-        EXECUTORS Progress RunnerOptions Worker run_studies run_study
+        EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker run_studies run_study
     """,
     tuning="""
         BESIDE Choice MOST_GROWN TUNING_SEEDS Tuning descend first_tuning fixed grown line_search

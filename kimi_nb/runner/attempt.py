@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunnerError', 'Crowded', 'PlanInterrupted', 'distinct', 'usable', 'pending', 'ScoredFolder', 'run_one',
-           'start_process']
+           'Unit', 'units_of', 'run_stack', 'start_process']
 
 # %% ../../nbs/runner/01_attempt.ipynb #27fc10c1
 import contextlib
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config import KimiError, RunConfig
 from ..study import Planned, Record, RunFolder, Store, Study
@@ -222,40 +223,161 @@ def _trained(run, store, folder, options, shared):
     except (Interrupted, CheckpointError, DiskError):
         raise
     except Exception as e:  # the record says so, and the other runs go on
-        if not isinstance(e, KimiError):
-            with contextlib.suppress(OSError):
-                folder.log(traceback.format_exc())
-        if shared and _no_memory(e):
-            raise Crowded(_reason(e)) from None
-        record = Record.of(run, "failed", provenance=dict(error=_reason(e)))
-        store.put(record, folder.name)
-        return record
+        return _failed(run, store, folder, shared, e)
+
+
+def _failed(run, store, folder, shared, error):
+    "The record of a run that is itself at fault.  Raises: Crowded."
+    if not isinstance(error, KimiError):
+        with contextlib.suppress(OSError):
+            folder.log("".join(traceback.format_exception(error)))
+    if shared and _no_memory(error):
+        raise Crowded(_reason(error)) from None
+    record = Record.of(run, "failed", provenance=dict(error=_reason(error)))
+    store.put(record, folder.name)
+    return record
+
+# %% ../../nbs/runner/01_attempt.ipynb #5ac40002
+class Unit(NamedTuple):
+    "What is trained at a time: a run, or the seeds of a configuration as one model."
+
+    members: tuple[Planned, ...]
+    stacked: bool = False
+
+
+def _connected(studies):
+    "Runs by their identity, one dictionary for all studies that have some in common."
+    found = []
+    for study in studies:
+        mine = {planned.run_id: planned.run for planned in study.expand()}
+        for other in [other for other in found if other.keys() & mine.keys()]:
+            mine |= other
+            found.remove(other)
+        found.append(mine)
+    return found
+
+
+def _why_apart(runs, store):
+    "Why runs that belong together are not stacked; '' where they are."
+    from kimi_nb.train import stacking_refusal
+
+    for run_id, run in runs.items():
+        reason, record = stacking_refusal(run), store.get(run_id)
+        if reason:
+            return f"run {run_id} cannot be: {reason}"
+        if usable(record, store) and not record.provenance.get("stacked"):
+            return f"run {run_id} is there already, trained by itself"
+    return ""
+
+
+def units_of(
+    todo: list[Planned],
+    studies: Iterable[Study],  # that want them
+    store: Store,
+    stack: bool,  # seeds of a configuration as one model, where that is possible
+    say=print,  # where a line about what is not stacked goes
+) -> list[Unit]:  # in the order of their first runs
+    "What is trained at a time."
+    if not stack:
+        return [Unit((planned,)) for planned in todo]
+    stacked = set()
+    for runs in _connected(studies):
+        reason = _why_apart(runs, store)
+        if reason:
+            say(f"{len(runs)} runs are trained one by one, not stacked: {reason}")
+        else:
+            stacked |= runs.keys()
+    found = {}
+    for planned in todo:
+        together = planned.run_id in stacked
+        key = planned.run.override({"seed": 0}).to_json() if together else planned.run_id
+        found.setdefault(key, Unit((), together))
+        found[key] = found[key]._replace(members=(*found[key].members, planned))
+    return list(found.values())
+
+# %% ../../nbs/runner/01_attempt.ipynb #5ac40005
+def run_stack(
+    runs: list[RunConfig],  # of one configuration, with different seeds
+    store: Store,
+    names: list[str],  # readable first parts of the folders' names
+    options=None,  # TrainOptions; none is as usual
+    *,
+    hours: float | None = None,  # as `run_one`, for all of them
+    shared: bool = False,  # as `run_one`
+    scorer=None,  # as `run_one`
+) -> list[Record]:
+    "The records of runs that are trained as one model, in order.  Raises: as `run_one`."
+    from kimi_nb.train import TrainOptions, pick_device
+
+    options = options or TrainOptions(progress=False)
+    with contextlib.ExitStack() as held:
+        places = {run.run_id: store.run_folder(run.run_id, name) for run, name in zip(runs, names)}
+        for run_id in sorted(places):
+            held.enter_context(places[run_id].lock(wait=True))
+        left = [(run, name) for run, name in zip(runs, names) if not usable(store.get(run.run_id), store)]
+        if left:
+            pick_device(options.device)
+            _get_data(runs[0])
+            folders = [
+                ScoredFolder(store.begin(run, name), places[run.run_id], scorer, options.device) for run, name in left
+            ]
+            with _time_limit(store, runs[0].run_id, hours):
+                _train_stack([run for run, _ in left], store, folders, options, shared)
+        return [store.get(run.run_id) for run in runs]
+
+
+def _train_stack(runs, store, folders, options, shared):
+    "Leave a record in every folder; of a failure where the runs themselves are at fault."
+    from kimi_nb.train import CheckpointError, DiskError, Interrupted, fit_stacked
+
+    try:
+        fit_stacked(runs, folders, options)
+    except (Interrupted, CheckpointError, DiskError):
+        raise
+    except Exception as e:  # the records say so, and the other runs go on
+        for run, folder in zip(runs, folders):
+            if not folder.finished:
+                _failed(run, store, folder, shared, e)
 
 # %% ../../nbs/runner/01_attempt.ipynb #797da0b1
-def _attempt(run, store, **how):
-    "(kind, what, seconds) of a run, as workers and nodes report it."
+def _tried(work):
+    "(kind, what) of a function without arguments: what it gave, or why it gave nothing."
     from kimi_nb.train import Interrupted
 
-    start = time.perf_counter()
     try:
-        record = run_one(run, store, **how)
+        return "done", work()
     except Interrupted:
-        return "interrupted", None, None
+        return "interrupted", None
     except Crowded as e:
-        return "crowded", str(e), None
+        return "crowded", str(e)
     except KimiError as e:
-        return "refused", str(e), None
+        return "refused", str(e)
     except Exception:
-        return "broken", traceback.format_exc(), None
-    return "done", record.status, _seconds(record, start)
+        return "broken", traceback.format_exc()
 
 
-def _seconds(record, start):
+def _attempt(run, store, **how):
+    "(kind, what, seconds) of a run, as workers and nodes report it."
+    start = time.perf_counter()
+    kind, found = _tried(lambda: run_one(run, store, **how))
+    return (kind, found.status, _seconds(found, start)) if kind == "done" else (kind, found, None)
+
+
+def _attempt_stack(runs, store, **how):
+    "The same of each of the seeds that are trained as one model."
+    start = time.perf_counter()
+    kind, found = _tried(lambda: run_stack(runs, store, **how))
+    if kind != "done":
+        return [(kind, found, None)] * len(runs)
+    return [(kind, record.status, _seconds(record, start, len(runs))) for record in found]
+
+
+def _seconds(record, start, sharers=1):
     training = record.metrics.get("training_seconds") or 0.0
     seconds = record.metrics.get("seconds") or 0.0
     parts = dict(training=training, evaluation=max(0.0, seconds - training))
     parts["scores"] = record.metrics.get("score_seconds") or 0.0
-    return dict(parts, total=time.perf_counter() - start)
+    return dict(parts, total=(time.perf_counter() - start) / sharers)
 
 # %% ../../nbs/runner/01_attempt.ipynb #95365a1b
 @contextlib.contextmanager

@@ -175,8 +175,11 @@ def _counting(frame, metric, block, keys):
 
 
 def _places(runs):
-    "(block, arm) -> the devices and precisions that its runs used."
-    columns = [name for name in ("device", "precision") if name in runs]
+    "(block, arm) -> the devices and precisions that its runs used, and whether as stacked seeds."
+    if "stacked" in runs:
+        stacked = pd.to_numeric(runs["stacked"]).gt(0)
+        runs = runs.assign(stacked=stacked.map({True: "stacked", False: ""}))
+    columns = [name for name in ("device", "precision", "stacked") if name in runs]
     kept = runs.loc[runs["_value"].notna(), ["_block", "arm", *columns]].drop_duplicates()
     found = defaultdict(set)
     for block, arm, *place in kept.itertuples(index=False):

@@ -338,7 +338,7 @@ def decide(
     if row.get("mixed"):
         word = "undecided"
         caveats.append(
-            f"The runs come from more than one device or precision ({row['mixed']}), "
+            f"The runs come from more than one device, precision or way of training ({row['mixed']}), "
             "so the declared difference is not the only one."
         )
     same = same and not lucky and not row.get("mixed")

@@ -291,6 +291,7 @@ PROVENANCE = dict(  # what is read by name -> its type
     ranks=int,  # processes that trained it together
     seconds=(int, float),  # of a record made by hand
     sharded=bool,  # whether ranks shared the model out
+    stacked=int,  # seeds that were trained as one model, this one among them; nothing where it was trained by itself
     started=str,  # when, UTC, ISO 8601
     threads=int,  # of the CPU
     versions=dict,  # of Python and the packages that compute

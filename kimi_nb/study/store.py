@@ -54,6 +54,7 @@ _PROVENANCE = (
     "torch",
     "python",
     "data",
+    "stacked",
 )
 _BASE = ("run_id", "study", "arm", "block", "seed", "repeat", "status", "stale")
 
