@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     step="""
         Profiled ProfilingError Utilisation profile_steps profiled repeat_spread repeated_run
-        spread_with_and_without stepping utilisation
+        spread_with_and_without stacked_and_single stepping utilisation
     """,
     nanogpt="""
         Comparison NanoGPTComparison nanogpt_equal
@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazily(
     suite="""
         BENCHES GPT2 bench_decode bench_example bench_kernels bench_linear bench_long_decode
         bench_moe bench_muon bench_nanogpt_loss bench_nanogpt_speed bench_plan_run bench_repeats
-        bench_start bench_tokenizers bench_training_step bench_utilisation example_run
+        bench_stacked bench_start bench_tokenizers bench_training_step bench_utilisation example_run
         kept_for_backward looped_experts nanogpt_run precisions ratio_row row run_bench shakespeare
         side_by_side
     """,

@@ -24,7 +24,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .step import profiled, repeated_run, spread_with_and_without, stepping, utilisation
+from kimi_nb.bench.step import (
+    profiled,
+    repeated_run,
+    spread_with_and_without,
+    stacked_and_single,
+    stepping,
+    utilisation,
+)
 from ..config import KimiError, RunConfig, near, write_file
 from ..data import prepare
 from ..model import kernel_name
@@ -201,6 +208,22 @@ def _compiled(place: Place) -> Iterator[dict]:
     yield from of_each([dict(arm=arm, how=how) for arm in ("base", "all", "dense") for how in hows], measure)
 
 
+def _stacked(place: Place) -> Iterator[dict]:
+    "Three seeds as one model against one after another, and how far their losses lie apart."
+
+    def measure(arm, how):
+        torch.compiler.reset()
+        run = place.base.override(ARMS[arm] | {"train.compile": how == "compiled"})
+        stacked, single = stacked_and_single(run, place.device)
+        pairs = [(stacked(), single()) for _ in range(3)]
+        apart = [abs(a["train_loss"] - b["train_loss"]) for ours, theirs in pairs for a, b in zip(ours, theirs)]
+        ms, alone = (1e3 * statistics.median(seconds_of(f, place.times, place.warmup)) for f in (stacked, single))
+        return dict(ms=ms, single_ms=alone, ratio=ms / alone, differs=max(apart))
+
+    hows = ("eager", "compiled") if place.gpu else ("eager",)
+    yield from of_each([dict(arm=arm, how=how) for how in hows for arm in ("base", "all", "dense")], measure)
+
+
 def _busy(place: Place) -> Iterator[dict]:
     "How much of a step the GPU has work, and how many kernels the host sends it."
     if not place.gpu:
@@ -360,6 +383,7 @@ STAGES = dict(
     agreement=Stage(_agreement, 90),
     steps=Stage(_steps, 60),
     compiled=Stage(_compiled, 150),
+    stacked=Stage(_stacked, 120),
     busy=Stage(_busy, 45),
     waits=Stage(_waits, 45),
     utilisation=Stage(_utilisation, 120),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BENCHES', 'side_by_side', 'row', 'ratio_row', 'GPT2', 'shakespeare', 'nanogpt_run', 'bench_nanogpt_speed',
            'bench_nanogpt_loss', 'example_run', 'bench_example', 'bench_start', 'bench_tokenizers', 'precisions',
-           'looped_experts', 'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'kept_for_backward',
-           'bench_kernels', 'bench_linear', 'bench_long_decode', 'bench_utilisation', 'bench_plan_run', 'bench_repeats',
-           'run_bench']
+           'looped_experts', 'bench_moe', 'bench_muon', 'bench_decode', 'bench_training_step', 'bench_stacked',
+           'kept_for_backward', 'bench_kernels', 'bench_linear', 'bench_long_decode', 'bench_utilisation',
+           'bench_plan_run', 'bench_repeats', 'run_bench']
 
 # %% ../../nbs/bench/04_suite.ipynb #4a1f2f61
 import functools
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .step import repeated_run, spread_with_and_without, utilisation
+from .step import repeated_run, spread_with_and_without, stacked_and_single, utilisation
 from ..config import KimiError, RunConfig, near, place, settings_path, write_file
 from ..data import prepare
 from ..model import ModelOutput
@@ -458,6 +458,26 @@ def bench_training_step(steps: int = 2, rounds: int = 5):
                 r = side_by_side(_steps(full, steps), _steps(ours, steps), rounds)
                 yield ratio_row(f"{name}: fp32 over {precision}", r, "", None, "", steps)
 
+# %% ../../nbs/bench/04_suite.ipynb #5ac4b002
+def bench_stacked(steps: int = 3, rounds: int = 7):
+    "Three seeds as one model: of the quick profile's base, and of all that its 2^4 changes."
+    from kimi_nb.config import load_profile
+    from kimi_nb.study import factor_delta
+
+    quick, device = load_profile("quick"), pick_device()
+    changes = {}
+    for factor in ("attention", "norm", "routing", "optimizer"):
+        changes = factor_delta(quick, factor) | changes
+    for what, run in (("base", quick.base), ("base with all factors", quick.base.override(changes))):
+        stacked, single = stacked_and_single(run, device)
+
+        def turns(work):
+            return lambda: [work() for _ in range(steps)]
+
+        r = side_by_side(turns(stacked), turns(single), rounds)
+        note = f"ratios {r['ratio_min']:.2f} to {r['ratio_max']:.2f}, a step of all three"
+        yield ratio_row(f"three seeds of the quick {what}: one model over one after another", r, "", None, note, steps)
+
 # %% ../../nbs/bench/04_suite.ipynb #5ecb06d1
 def kept_for_backward(
     work,  # function without arguments that runs a forward pass
@@ -650,6 +670,7 @@ BENCHES = dict(
     muon=bench_muon,
     decode=bench_decode,
     training_step=bench_training_step,
+    stacked=bench_stacked,
     kernels=bench_kernels,
     linear=bench_linear,
     long_decode=bench_long_decode,
