@@ -42,6 +42,6 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     stacked="""
         InTurn Stack Stacked StackedEmbedding StackedLinear StackedMoE StackedNorm fit_stacked join_
-        joint_optimizer stacking_refusal take_steps_together together
+        joint_optimizer stack_modules stacking_refusal take_steps_together
     """,
 )
