@@ -142,6 +142,7 @@ def test_a_stack_goes_on_where_it_stopped(tmp_path):
     assert [p.name for p in (tmp_path / "other" / "0").glob("stacked*")] == ["stacked"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_different_steps_begin_anew(tmp_path):
     runs = seeds_of(run_of({}))
     with pytest.raises(PowerCut):
@@ -152,6 +153,7 @@ def test_checkpoints_of_different_steps_begin_anew(tmp_path):
     assert [record.curves["train_loss"]["step"] for record in records] == [list(range(1, 13))] * 3
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     real = Stack.step
 
