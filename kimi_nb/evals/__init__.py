@@ -24,8 +24,8 @@ __getattr__, __dir__, __all__ = lazily(
         specialisation token_kind token_losses worst_documents worst_tokens
     """,
     counts="""
-        CONSTANTS COUNTED Counts as_numbers count_baselines count_table interpolated looked_up
-        scored_pairs table_losses trained_windows
+        CONSTANTS COUNTED Counts Met as_numbers count_baselines count_table interpolated looked_up
+        met scored_pairs table_losses trained_windows with_contexts
     """,
     documents="""
         by_document decide_with_text document_losses score_documents scored_documents scores_file
@@ -36,14 +36,14 @@ __getattr__, __dir__, __all__ = lazily(
         tracking_batch
     """,
     scoring="""
-        Scorer choice_scores chosen_rows score_metrics_of share_interval
+        SHARES Scorer choice_scores chosen_rows score_metrics_of share_interval with_share_intervals
     """,
     positions="""
         PART POSITION_ARMS POSITION_BASE WINDOWS loss_by_position position_rows position_run
         positions_figure positions_table record_positions recorded_positions
     """,
     floor="""
-        COUNTS_FILE Floor PUBLISHED_COUNTS base_records counted_again floor_in_words floor_of
-        keep_counts known_counts publish_counts
+        COUNTS_FILE Floor LINES PUBLISHED_COUNTS base_records count_lines counted_again
+        floor_in_words floor_of keep_counts known_counts publish_counts
     """,
 )

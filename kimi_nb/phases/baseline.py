@@ -27,7 +27,8 @@ ABOUT = PhaseAbout(
     figures=(
         FigureAbout(
             "baseline-loss",
-            "Training loss of the tiers; line: mean over seeds, band: lowest to highest seed",
+            "Training loss of the tiers; line: mean over seeds, band: lowest to highest seed; dotted: counts of pairs "
+            "and triples of the tokens that the trained tier sees, on test text",
             1,
         ),
     ),

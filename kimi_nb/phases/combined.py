@@ -425,6 +425,8 @@ def _best_finding(ranked):
     turned |= {"mean_baseline": row["mean"], "phrase": f"{_parts_of(best)} instead of all parts"}
     for end in ("n_failed", "n_diverged"):
         turned |= {end: row[f"{end}_baseline"], f"{end}_baseline": row[end]}
+    if row.get("text_documents", 0) > 0:
+        turned |= {"text_low": -row["text_high"], "text_high": -row["text_low"]}
     return claim("RQ5-best", BEST, pd.DataFrame([row | turned]))
 
 

@@ -121,9 +121,13 @@ def analyse(
 def judge(
     comparison,  # from `analyse`
 ) -> list[Finding]:
-    "H2 on stability, RQ2 on performance."
-    steadier, better = (comparison[comparison["metric"] == m] for m in ("loss_residual_sd", "test_bpb"))
+    "H2 on stability, RQ2 on performance and on convergence."
+    wanted = ("loss_residual_sd", "test_bpb", "steps_to_target")
+    steadier, better, sooner = (comparison[comparison["metric"] == metric] for metric in wanted)
     return [
         claim("H2", "RMSNorm makes training steadier (smaller loss variance) than LayerNorm.", steadier),
         claim("RQ2", "RMSNorm makes the model better (fewer bits per byte) than LayerNorm.", better),
+        claim(
+            "RQ2-steps", "RMSNorm needs fewer steps than LayerNorm to reach the loss at which LayerNorm ends.", sooner
+        ),
     ]

@@ -35,7 +35,7 @@ ABOUT = PhaseAbout(
         FigureAbout(
             "optimizer-loss",
             "Validation loss of the optimizers, each at its tuned rate; line: mean over seeds, band: lowest to "
-            "highest seed; dotted: the target",
+            "highest seed; dotted: the target, and counts of pairs and triples on test text",
             1,
         ),
         FigureAbout(

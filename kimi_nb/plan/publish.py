@@ -308,7 +308,7 @@ def bundle(
     for phase, outcome in outcomes.items():
         files[f"{base}/phases/{phase}.json"] = sealed_outcome(outcome.changed(key="")).encode()
         kept |= set(outcome.figures)
-    for part in ("speed", "benchmarks", "forecasts"):  # what was measured, scored and foretold
+    for part in ("speed", "benchmarks", "forecasts", "documents"):  # what was measured, scored and foretold
         for path in sorted((folder / part).glob("*.json")):
             files[f"{base}/{part}/{path.name}"] = path.read_bytes()
     for name in sorted(kept):

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..config import KimiError, writing
+from ..evals import count_lines
 from .across import at_size, claims_words, compared, names_of, sizes_figure, sizes_words
 from .document import Figure, Manuscript, Marked, Section, TableBlock, Text, as_text, render, written
 from .evidence import Evidence, said
@@ -68,6 +69,10 @@ def _violation(e):
     return loss_curves(routers, "max_violation", cut=0)
 
 
+def _losses(e, study):
+    return loss_curves(e.store.curves(study), "val_loss", target=count_lines(e.store, study))
+
+
 def _main(e):
     effects = e.factorial[1]
     main = effects[effects["order"] == 1].sort_values("diff", key=abs, ascending=False)
@@ -103,7 +108,7 @@ def redrawn(
     wanted = {"power": (power_curve, (5.4, 3.7))}
     for study in ("attention", "norm", "optimizer"):
         if study in e.studies:
-            wanted[f"{study}-loss"] = (lambda s=study: loss_curves(e.store.curves(s), "val_loss"), (5.4, 3.7))
+            wanted[f"{study}-loss"] = (lambda study=study: _losses(e, study), (5.4, 3.7))
     if "moe" in e.studies:
         wanted["moe-maxvio"] = (lambda: _violation(e), (5.4, 3.7))
     if e.factorial is not None:

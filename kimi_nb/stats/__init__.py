@@ -27,9 +27,9 @@ __getattr__, __dir__, __all__ = lazily(
         WHOLE analysed claim comparisons counted_whole to_target with_late with_targets
     """,
     design="""
-        Estimates ScalingFit TwoLevel by_seed cell_signs component_contrasts contrast_by_seed
-        contrast_table correlations effects_by_seed estimates_of factorial fit_power_law more_seeds
-        over_seeds pairing_gain two_level
+        Estimates ScalingFit TwoLevel arms_of_cells by_seed cell_signs component_contrasts
+        contrast_by_seed contrast_table correlations effects_by_seed estimates_of factorial
+        fit_power_law more_seeds over_seeds pairing_gain two_level weights_of_arms
     """,
     plots="""
         BANDS COLORS FAR HEADS LINES MARKERS OF_ITS_ROW P_COLUMNS STYLE Table Tables WORD_COLORS
@@ -57,7 +57,8 @@ __getattr__, __dir__, __all__ = lazily(
         against_best partners simple_effects
     """,
     errors="""
-        level_noise mixed_effects noisier_level text_error with_text_error
+        beside_text contrast_text_error level_noise mixed_effects noisier_level text_error
+        with_text_error
     """,
     calibration="""
         AA_TESTS ALLOWED JudgedCells RunSpread Simulated aa_calibration any_by_holm drawn_cells

@@ -99,7 +99,10 @@ def against_best(
     words = [decide(row, direction="worse") for row in rows.to_dict("records")]
     worse = [word.direction == "worse" for word in words]
     rows = rows.assign(
-        p_hsu=rows["arm"].map(hsu), may_be_best=~np.array(worse), in_words=[in_two_words(w) for w in words]
+        p_hsu=rows["arm"].map(hsu),
+        may_be_best=~np.array(worse),
+        in_words=[in_two_words(w) for w in words],
+        weights=[{arm: 1.0, best: -1.0} for arm in rows["arm"]],
     )
     first = dict(arm=best, baseline=best, metric=metric, block="", mean=float(wide[best].mean()), diff=0.0)
     first |= dict(n=len(wide), may_be_best=True, in_words="the best mean")

@@ -211,14 +211,14 @@ def _curve(ax, mine, axes, style, band):
     return ends, kept[["_at", metric]]
 
 
-def _frame_end(ax, shown, target, cut, first):
+def _frame_end(ax, shown, levels, cut, first):
     "Let the first share of the training run out of the frame, so that the end can be told apart."
     late = []
     for values in shown:
         start, stop = values["_at"].min(), values["_at"].max()
         late.append(values[values["_at"] >= start + cut * (stop - start)].iloc[:, 1])
     low, high = min(v.min() for v in late), max(v.max() for v in late)
-    low = low if target is None else min(low, target)
+    low, high = min([low, *levels]), max([high, *levels])
     pad = 0.05 * (high - low) or 0.05
     bottom, top = (low - pad, high + pad) if ax.get_yscale() == "linear" else (low * 0.98, high * 1.02)
     if not first:  # panels share their axis: it holds what each of them needs
@@ -226,16 +226,19 @@ def _frame_end(ax, shown, target, cut, first):
     ax.set_ylim(bottom, top)
 
 
-def _target_line(ax, target):
-    "The loss to reach."
-    ax.axhline(target, color="#444444", lw=1, ls=(0, (2, 2)))
-    at = dict(xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
-    ax.annotate(f"target {target:.3f}", (0.01, target), **at)
+def _level_lines(ax, levels):
+    "Losses to compare with, each with its name and number."
+    box = dict(facecolor="white", lw=0, pad=0.5, alpha=0.7)
+    at = dict(xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8, bbox=box, zorder=5)
+    for name, value in levels.items():
+        ax.axhline(value, color="#444444", lw=1, ls=(0, (2, 2)))
+        ax.annotate(f"{name} {value:.3f}", (0.01, value), **at)
 
 
 def _legends(axes, arms, band):
     "One legend beside the figure where there are many arms, else one a panel."
     style = dict(title=f"line: mean\n{BANDS[band]}", title_fontsize=8, alignment="left")
+    style |= dict(frameon=True, framealpha=0.8, edgecolor="none")  # lines run behind it
     labels = [ax.get_legend_handles_labels()[1] for ax in axes]
     if arms > 5 and all(names == labels[0] for names in labels):
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **style)
@@ -253,7 +256,7 @@ def loss_curves(
     by: str = "arm",  # one line per value
     block=None,  # only this block; None draws a panel for each
     band: str = "range",  # range (lowest to highest run), sd, or ci (95% t interval of the mean)
-    target: float | None = None,  # horizontal line: the target loss
+    target: float | dict[str, float] | None = None,  # horizontal line: the loss to reach; several, by their names
     cut: float = 0.2,  # first share of the training that may leave the frame; 0 shows all
 ):  # matplotlib Figure
     "Mean curves over seeds with a band.  Raises: StatsError for a missing column or an unknown band."
@@ -261,6 +264,8 @@ def loss_curves(
     error_band(band)
     data = _drawn(curves, metric, x, block)
     blocks, arms = list(data["_block"].unique()), list(data[by].unique())
+    named = target if isinstance(target, dict) else {"target": target}
+    levels = {name: value for name, value in named.items() if value is not None}
     fig, axes = panels(len(blocks), sharey=True)
     for ax, name in zip(axes, blocks):
         part, shown, stopped = data[data["_block"] == name], [], []
@@ -270,10 +275,9 @@ def loss_curves(
                 ends, values = _curve(ax, mine, (x, metric, arm), look(i), band)
                 stopped += ends
                 shown.append(values)
-        if target is not None:
-            _target_line(ax, target)
+        _level_lines(ax, levels)
         if cut and shown and metric_info(metric).direction != "higher":
-            _frame_end(ax, shown, target, cut, ax is axes[0])
+            _frame_end(ax, shown, levels.values(), cut, ax is axes[0])
         top = ax.get_ylim()[1]
         for at, value, color in stopped:
             ax.plot([at], [min(value, top)], marker="x", color=color, ms=7, mew=1.8, ls="none", clip_on=False, zorder=5)
@@ -701,6 +705,9 @@ OF_ITS_ROW = (
     "sd",
     "se",
     "seed_sd",
+    "se_text",
+    "text_low",
+    "text_high",
 )
 HEADS = {
     "n": "n",
@@ -736,6 +743,10 @@ HEADS = {
     "seed_sd": "sd of the effect over seeds",
     "may_be_best": "may be the best",
     "in_words": "in words",
+    "se_text": "standard error of the text",
+    "text_low": "with another text from",
+    "text_high": "to (with another text)",
+    "text_words": "in words, with another text",
 }  # column -> its head, where the metric's own words do not say it
 
 

@@ -186,6 +186,11 @@ def about_text(
         return []
     if row.get("documents"):
         return [f"The interval covers another sample of text as well: a bootstrap over {row['documents']} documents."]
+    if row.get("text_documents", 0) > 0:
+        digits = metric.digits
+        ends = " to ".join(f"{row[end]:.{digits}f}" for end in ("text_low", "text_high"))
+        drawn = f"a bootstrap over {row['text_documents']:.0f} documents"
+        return [f"The interval covers other seeds; with another sample of text as well it is {ends} ({drawn})."]
     return ["The interval covers other seeds, not another sample of text."]
 
 
