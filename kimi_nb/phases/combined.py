@@ -120,21 +120,21 @@ ABOUT = PhaseAbout(
             "supported": ("MLA improves quality here, beside making the cache smaller."),
             "contradicted": ("MLA costs quality here; its smaller cache has a price."),
             "no difference": ("In quality MLA makes no difference that matters here, so its smaller cache decides."),
-            "undecided": ("MLA neither clearly gains nor clearly loses quality, so the smaller cache decides."),
+            "undecided": ("Whether MLA changes quality by as much as matters is open here."),
             "not testable here": ("MLA was not compared."),
         },
         "RQ2": {
             "supported": ("RMSNorm is better in quality as well."),
             "contradicted": ("RMSNorm costs quality here."),
             "no difference": ("In quality the two norms make no difference that matters: take the cheaper one."),
-            "undecided": ("In quality the two norms are close: any difference is smaller than the design can see."),
+            "undecided": ("Whether the norms differ in quality by as much as matters is open here."),
             "not testable here": ("The norms were not compared."),
         },
         "RQ3": {
             "supported": ("Loss-free routing with a shared expert improves quality at equal tokens."),
             "contradicted": ("Loss-free routing with a shared expert costs quality at equal tokens here."),
             "no difference": ("In quality the routers make no difference that matters here."),
-            "undecided": ("Routers differ too little in quality to be chosen by it at this size."),
+            "undecided": ("Whether the routers differ in quality by as much as matters is open here."),
             "not testable here": ("The routers were not compared."),
         },
         "RQ4": {
@@ -441,6 +441,7 @@ def judge(
     contrasts,  # of `component_contrasts`
     levels=None,  # of `inside`
     ranked=None,  # of `against_best`
+    hindrance="",  # of `below_floor`: why nothing is said of the architecture
 ) -> list[Finding]:
     "RQ1 to RQ4 by main effects and inside levels, RQ5 by all parts together and by the best cell, H5 by the synergy."
     findings, inner = [], {}
@@ -453,4 +454,13 @@ def judge(
     findings.append(claim("RQ5", ALL_PARTS, contrasts[contrasts["term"] == "all"]))
     findings.append(claim("H5", SYNERGY, contrasts[contrasts["term"] == "synergy"]))
     findings += _inside_findings(levels) if levels is not None else []
+    if hindrance:
+        findings = [_held_back(finding, hindrance) for finding in findings]
     return findings + ([_best_finding(ranked)] if ranked is not None else [])
+
+
+def _held_back(finding, hindrance):
+    "A finding on the architecture without its word; others as they are."
+    if finding.id.partition("-")[0] not in ("RQ1", "RQ2", "RQ3"):
+        return finding
+    return not_testable(finding.id, finding.claim, hindrance).changed(label=finding.label)
