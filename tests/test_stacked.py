@@ -1,15 +1,29 @@
 """Stacked seeds: each is its single run to rounding, its record is an ordinary one, and none is mixed with others."""
 
+import os
+import signal
+
 import pytest
 import torch
 from tiny import tiny_run
+from torch._dynamo.utils import counters
 
 from kimi_nb.config import KimiError
 from kimi_nb.data import prepare
 from kimi_nb.runner import RunnerError, RunnerOptions, run_stack, run_studies
 from kimi_nb.stats import compare, decide
 from kimi_nb.study import Arm, RunFolder, Store, Study
-from kimi_nb.train import Stack, Trainer, TrainError, TrainOptions, fit, fit_stacked, load_model, stacking_refusal
+from kimi_nb.train import (
+    Interrupted,
+    Stack,
+    Trainer,
+    TrainError,
+    TrainOptions,
+    fit,
+    fit_stacked,
+    load_model,
+    stacking_refusal,
+)
 
 MLA = {
     "model.attention.kind": "mla", "model.attention.kv_lora_rank": 8, "model.attention.qk_nope_head_dim": 4,
@@ -142,6 +156,35 @@ def test_a_stack_goes_on_where_it_stopped(tmp_path):
     assert [p.name for p in (tmp_path / "other" / "0").glob("stacked*")] == ["stacked"]
 
 
+def test_a_stack_that_is_asked_to_stop_saves_every_seed(tmp_path):
+    runs = seeds_of(run_of({}), 2)
+
+    def stop(step, line):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="2 stacked seeds after step 5 of 12"):
+        fit_stacked(runs, place(tmp_path, runs), on_step=stop, **QUIET)
+    saved = sorted(p.name for p in tmp_path.glob("stack/*/checkpoints/*"))
+    assert saved == ["step_00000005"] * 2
+    records = fit_stacked(runs, place(tmp_path, runs), **QUIET)
+    assert [len(record.curves["train_loss"]["step"]) for record in records] == [12, 12]
+
+
+@pytest.mark.slow
+def test_a_compiled_stack_is_one_graph_a_block():
+    counters.clear()
+    run = run_of(ARMS["muonclip"])
+    data = prepare(run.data, run.seq_len)
+    stack, alone = Stack(trainers(run.override({"train.compile": True}), data)), trainers(run, data)
+    assert stack.warm_up() > 0
+    for step in range(2):
+        lines, expected = stack.step(step), [trainer.step(step) for trainer in alone]
+        for line, other in zip(lines, expected):
+            assert line["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+    assert not counters["graph_break"]
+
+
 @pytest.mark.slow
 def test_checkpoints_of_different_steps_begin_anew(tmp_path):
     runs = seeds_of(run_of({}))
@@ -165,7 +208,13 @@ def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     runs = seeds_of(run_of(NOAUX))
     expected = fit_stacked(runs, place(tmp_path, runs, "whole"), **QUIET)
     monkeypatch.setattr(Stack, "step", step)
-    records = fit_stacked(runs, place(tmp_path, runs), **QUIET)
+    there = []
+
+    def look(number, line):
+        there.append((tmp_path / "stack" / "1" / "result.json").exists())
+
+    records = fit_stacked(runs, place(tmp_path, runs), on_step=look, **QUIET)
+    assert there == [False] * 5 + [True] * 7  # so that the others could go on without it
     assert [record.status for record in records] == ["done", "diverged", "done"]
     assert records[1].metrics["diverged_at_step"] == 5
     for i in (0, 2):

@@ -381,9 +381,14 @@ def _paid_by(payers: list[Session], sessions: list[Session]):
             session.clock += spent - share
 
 
-def _advance(sessions: list[Session], stack: Stack) -> list[Session]:
+def _alive(sessions: list[Session]) -> list[Session]:
+    "Those whose loss is not lost."
+    return [session for session in sessions if session.status == "done"]
+
+
+def _advance(sessions: list[Session], stack: Stack):
     "A step of all; those whose loss is lost are marked, and what they give from then on is not written down."
-    alive, tick = [s for s in sessions if s.status == "done"], time.perf_counter()
+    alive, tick = _alive(sessions), time.perf_counter()
     with _paid_by(alive, sessions):
         lines = stack.step(alive[0].step)
         seconds = (time.perf_counter() - tick) / len(alive)
@@ -393,31 +398,42 @@ def _advance(sessions: list[Session], stack: Stack) -> list[Session]:
             has_diverged(session, line)
             if session is alive[0] and session.options.on_step:
                 session.options.on_step(session.step, line)
-    return [s for s in alive if s.status == "done"]
+
+
+def _look_and_save(session: Session, stopping: bool):
+    "What a run does between two steps."
+    train = session.run.train
+    if is_due(session, train.eval_every) and session.run.data.val_fraction:
+        evaluate_now(session)
+    if session.status == "done" and (is_due(session, train.save_every) or stopping):
+        save_now(session)
 
 
 def take_steps_together(
     sessions: list[Session],  # at one step
     stack: Stack,  # of their trainers
     stop=lambda: False,  # function that says whether to end after this step
+    lost=lambda session: None,  # called with each run that has diverged, at once
 ):
     "Steps until the last one, or until all runs have diverged.  Raises: Interrupted."
-    train = sessions[0].run.train
+    steps, left = sessions[0].run.train.steps, list(sessions)
     with contextlib.ExitStack() as writers:
         for session in sessions:
             writers.enter_context(session.writer)
-        alive = sessions
-        while alive and alive[0].step < train.steps:
-            alive = _advance(sessions, stack)
-            for session in alive if alive and alive[0].step < train.steps else ():
-                with _paid_by([session], sessions):
-                    if is_due(session, train.eval_every) and session.run.data.val_fraction:
-                        evaluate_now(session)
-                    if session.status == "done" and (is_due(session, train.save_every) or stop()):
-                        save_now(session)
-            if stop() and alive and alive[0].step < train.steps:
+        while left and left[0].step < steps:
+            _advance(sessions, stack)
+            stopping = stop()
+            for session in _alive(left):
+                if session.step < steps:
+                    with _paid_by([session], sessions):
+                        _look_and_save(session, stopping)
+            for session in left:
+                if session.status != "done":
+                    lost(session)
+            left = _alive(left)
+            if stopping and left and left[0].step < steps:
                 raise Interrupted(
-                    f"stopped {len(sessions)} stacked seeds after step {alive[0].step} of {train.steps}, saved: "
+                    f"stopped {len(left)} stacked seeds after step {left[0].step} of {steps}, saved: "
                     "run the same command again to go on"
                 )
 
@@ -479,9 +495,13 @@ def _train_together(sessions: list[Session], stop) -> list[Record]:
         seconds = stack.warm_up() / len(sessions)
     for session in sessions:
         session.compile_seconds += seconds
-    take_steps_together(sessions, stack, stop)
-    share, records = memory() / len(sessions), []
-    for session in sessions:
+    records = {}
+
+    def finish(session):
         with _paid_by([session], sessions):
-            records.append(finish_run(session, share))
-    return records
+            records[session.run.seed] = finish_run(session, memory() / len(sessions))
+
+    take_steps_together(sessions, stack, stop, finish)
+    for session in _alive(sessions):
+        finish(session)
+    return [records[session.run.seed] for session in sessions]
