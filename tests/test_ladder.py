@@ -183,3 +183,51 @@ def test_a_published_ladder_has_its_words_in_the_report():
 
     assert abouts(("ladder", "mine"))["ladder"].main_figures == ("ladder-effects",)
     assert "ladder" not in abouts() and abouts(("mine",))["mine"].order == 99
+
+
+class Made:
+    """A store of made-up rung records: each part's effect is known, the seeds differ a little."""
+
+    path = "none"
+
+    def __init__(self, climbed, effects):
+        self.frames, rng = {}, np.random.default_rng(4)
+        for rung, there in zip(climbed, effects):
+            rows = []
+            for arm in ladder.rung_study(rung).arms if there else ():
+                on = [part for part in ladder.PARTS if part in arm.name.split("+")]
+                for seed in range(rung.seeds):
+                    bpb = 2.0 + 0.01 * seed + rng.normal(0, 1e-4) + sum(there[part] for part in on)
+                    rows.append(dict(run_id=f"{arm.name}{seed}", arm=arm.name, seed=seed, status="done", test_bpb=bpb))
+            self.frames[f"ladder-{rung.name}"] = pd.DataFrame(rows)
+
+    def studies(self):
+        return {name: None for name, frame in self.frames.items() if len(frame)}
+
+    def frame(self, name, stale=False):
+        return self.frames[name]
+
+
+def test_the_decision_guide_answers_by_size_and_says_where_it_extrapolates(tiny):
+    """A measured rung answers near itself, a forecast beyond, and an incomplete ladder says that it is waiting."""
+    from kimi_nb.report import answers_at, ladder_advice
+
+    climbed = ladder.rungs(tiny[0])
+    words, shown = ladder_advice(None, climbed)
+    assert shown is None and words.lower().count(": waiting") == 3
+    truth = dict(attention=0.06, routing=0.0, optimizer=-0.2)
+    store = Made(climbed, [truth, truth])
+    assert ladder.rung_states(store, climbed)["state"].tolist() == ["there", "there", "waiting"]
+    words, shown = ladder_advice(store, climbed)
+    assert f"rung {climbed[2].name}: waiting" in words and str(shown).count("extrapolated") >= 3
+    effects = ladder.ladder_effects(store, climbed)
+    here, beyond = (answers_at(rung.size, effects, climbed) for rung in climbed[1:])
+    assert [answer.answer for answer in here] == ["no", "no difference", "yes"]
+    assert not any(answer.extrapolated for answer in here)
+    far = answers_at(climbed[1].size * 40, effects, climbed)
+    assert all(answer.extrapolated and answer.because.startswith("Extrapolated, 40.0 times above") for answer in far)
+    assert {answer.extrapolated for answer in beyond} == {climbed[2].size > 1.5 * climbed[1].size}
+    partly = Made(climbed, [truth])
+    partly.frames["ladder-" + climbed[0].name] = partly.frames["ladder-" + climbed[0].name].query("seed == 0")
+    words, shown = ladder_advice(partly, climbed)
+    assert shown is None and f"rung {climbed[0].name}: waiting (".lower() in words.lower()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ABOUT', 'SHAPE', 'PARTS', 'LABELS', 'HEADS', 'SINGLE', 'TIMES', 'BUDGETS', 'CONTRASTS', 'HELD', 'Rung',
            'size_word', 'carried', 'rungs', 'part_settings', 'cell_arm', 'rung_study', 'rates_study', 'budget_study',
-           'studies', 'compute_of', 'finished_runs', 'weights_of', 'rung_effects', 'ladder_effects', 'LateForecast',
-           'forecast_file', 'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung', 'was_before',
-           'arm_means', 'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'gates', 'judge', 'judge_forecasts']
+           'studies', 'compute_of', 'finished_runs', 'rung_states', 'weights_of', 'rung_effects', 'ladder_effects',
+           'LateForecast', 'forecast_file', 'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung',
+           'was_before', 'arm_means', 'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'gates', 'judge',
+           'judge_forecasts']
 
 # %% ../../nbs/phases/18_ladder.ipynb #ad8e7075
 import itertools
@@ -295,6 +296,27 @@ def finished_runs(
     done = frame[frame["status"] == "done"]
     cells = done[done["arm"].map(cell_factors).notna()].groupby("seed")["arm"].nunique()
     return done[done["seed"].isin(cells.index[cells == 2 ** len(PARTS)])]
+
+
+def rung_states(
+    store,  # None where nothing of a ladder is there
+    climbed: list[Rung],
+) -> pd.DataFrame:  # rung, size, done, planned, seeds (whole ones), of, state: there, partly, or waiting
+    "How far every rung is: waiting until two seeds are whole."
+    rows = []
+    for rung in climbed:
+        study = rung_study(rung)
+        here = store is not None and study.name in store.studies()
+        frame = store.frame(study.name, stale=True) if here else pd.DataFrame()
+        done = int((frame["status"] == "done").sum()) if len(frame) else 0
+        whole = finished_runs(store, rung)["seed"].nunique() if done else 0
+        state = "there" if whole >= rung.seeds else f"{whole} of {rung.seeds} seeds" if whole > 1 else "waiting"
+        planned = len(study.expand())
+        if state == "waiting" and done:
+            state += f" ({done} of {planned} runs done)"
+        rows.append(dict(rung=rung.name, size=rung.size, done=done, planned=planned, seeds=whole, of=rung.seeds))
+        rows[-1]["state"] = state
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/18_ladder.ipynb #5d947a5e
 CONTRASTS = {

@@ -73,6 +73,10 @@ __getattr__, __dir__, __all__ = lazily(
         PUBLISHED_CLAIMS PublishedClaim answer_here claims_page found_here library_entry
         reference_link share_of_steps
     """,
+    by_size="""
+        NEAR SizeAnswer answers_at answers_by_size forecast_answer ladder_advice later_findings
+        later_parts_line later_parts_table measured_rungs rungs_in_words tokens_each
+    """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html
         judged_json judged_markdown judged_text round_ticks
