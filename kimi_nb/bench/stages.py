@@ -220,8 +220,8 @@ def _stacked(place: Place) -> Iterator[dict]:
         ms, alone = (1e3 * statistics.median(seconds_of(f, place.times, place.warmup)) for f in (stacked, single))
         return dict(ms=ms, single_ms=alone, ratio=ms / alone, differs=max(apart))
 
-    hows = ("eager", "compiled") if place.gpu else ("eager",)
-    yield from of_each([dict(arm=arm, how=how) for how in hows for arm in ("base", "all", "dense")], measure)
+    hows, arms = (("eager", "compiled"), ("base", "all", "dense")) if place.gpu else (("eager",), ("all",))
+    yield from of_each([dict(arm=arm, how=how) for how in hows for arm in arms], measure)
 
 
 def _busy(place: Place) -> Iterator[dict]:
