@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_nb.plan import phase_notebooks, publish, published_profiles, read_bundle
+from kimi_nb.plan import open_published, phase_notebooks, publish, published_profiles, read_bundle
 from kimi_nb.study import Store, read_outcome
 
 REPO = Path(__file__).resolve().parents[1]
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def kimi(*arguments: str, checkout: Path = REPO) -> subprocess.CompletedProcess:
+def kimi(*arguments: str, checkout: Path = REPO, **environment: str) -> subprocess.CompletedProcess:
     code = "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     env = {k: v for k, v in os.environ.items() if k != "KIMI_NB_RESULTS"} | dict(
-        KIMI_NB_SETTINGS=str(checkout / "settings.ini"), PYTHONPATH=str(REPO)
+        KIMI_NB_SETTINGS=str(checkout / "settings.ini"), PYTHONPATH=str(REPO), **environment
     )
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False
@@ -54,6 +54,21 @@ def test_a_published_run_opens_as_a_results_folder(opened):
     assert [p for p in about["phases"] if read_outcome(store, p) is None] == []
     assert all((opened / f).is_file() for p in about["phases"] for f in read_outcome(store, p).figures)
     assert (opened / "plots" / "headline.png").is_file()
+
+
+@pytest.mark.slow
+def test_what_a_killed_publication_left_is_removed_by_the_next(opened, tmp_path):
+    """Half a folder that was opened, half a file that was published, the folder that was drawn in."""
+    home, temporary, results = checkout(tmp_path / "checkout"), tmp_path / "tmp", tmp_path / "results"
+    left = [temporary / "knb-999999999-x" / "half", tmp_path / ".results-999999999-x" / "half"]
+    left += [home / folder / ".a.999999999.tmp" for folder in ("data/records", "data/records/quick", "figures/quick")]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    open_published("quick", results, REPO)
+    done = kimi("records", "publish", "--results", str(opened), "--stale", checkout=home, TMPDIR=str(temporary))
+    assert done.returncode == 0, done.stderr
+    assert [path for path in left if path.exists()] == [] == list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "data/records/quick/../../../evil.txt", "/etc/passwd", "C:\\\\evil"])

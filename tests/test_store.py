@@ -1180,6 +1180,17 @@ def test_what_killed_writers_left_is_removed_by_the_next_start(tmp_path):
     assert [path for path in (*left, half.parent, mine) if path.exists()] == [mine]
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    """Beside the file that is written; what a living process writes there stays."""
+    store = Store(tmp_path / "results")
+    store.put(result(BASE))
+    left, mine = (tmp_path / f".{name}.tmp" for name in ("all.jsonl.999999999", f"other.jsonl.{os.getpid()}"))
+    for path in (left, mine):
+        path.write_text("half")
+    store.export(tmp_path / "all.jsonl")
+    assert not left.exists() and mine.exists()
+
+
 @pytest.mark.parametrize("folder", ["speed", "benchmarks"])
 def test_measurements_beside_the_runs_are_verified(tmp_path, folder):
     """What was timed or scored is sealed as a record is; an edit, or a file without a seal, is named."""

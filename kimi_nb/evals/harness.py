@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..data import DataError, hub_reachable
 from .adapter import answer_tokens, harness_model
 from .items import TASK_NAMES, tasks_folder
 from .tasks import BenchmarkError, chance_level, pick_tasks, read_rows
-from ..study import RunFolder
+from ..study import RunFolder, private_folder
 
 # %% ../../nbs/evals/04_harness.ipynb #c091fbe8
 _HUB = dict(squad=("rajpurkar/squad", "null"), record=("aps/super_glue", "record"))  # set and configuration
@@ -308,12 +307,12 @@ def run_benchmarks(
         ) from None
     lm, vocab_size = harness_model(model, tokenizer, batch_size), getattr(model.config, "vocab_size", None)
     results, results.samples = Results(), {}
-    with tempfile.TemporaryDirectory(prefix="kimi-nb-eval-", ignore_cleanup_errors=True) as folder:
+    with private_folder() as folder:
         for task in chosen:
             if rows[task.name][1] is None:
                 _task_file(task, Path(folder), rows[task.name][0])
         with _quiet():
-            manager = TaskManager(include_path=folder, include_defaults=False)
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
         for task in chosen:
             local, why = rows[task.name]
             start, out = time.perf_counter(), None

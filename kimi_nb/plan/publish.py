@@ -41,10 +41,13 @@ from kimi_nb.study import (
     Store,
     load_outcome,
     outcome_file,
+    private_folder,
     read_outcome,
     read_stored,
+    remove_folders_left,
     sealed_outcome,
     shown_since,
+    tidy_folder,
 )
 
 # %% ../../nbs/plan/03_publish.ipynb #3b05c2c7
@@ -334,7 +337,7 @@ def bundle(
         files[f"{base}/notebooks/{notebook.name}"] = _dump(slim_notebook(executed, replace))
     from kimi_nb.stats import save
 
-    with tempfile.TemporaryDirectory() as drawn:
+    with private_folder() as drawn:
         for path in save(headline(store), Path(drawn) / "headline.png") if "combined" in outcomes else ():
             files[f"figures/{profile}/{path.name}"] = _SMALLER[path.suffix](path.read_bytes())
         for points in POINTS:
@@ -438,9 +441,12 @@ def publish_records(
     files = bundle(store, profile, stale, only, partial)
     seal = f"data/records/{profile}/bundle.json"
     others = [name for name in files if name != seal]
+    for beside in {(root / name).parent for name in files}:
+        tidy_folder(beside)
     for name in (*others, seal):  # the checksums last: a publication that was cut short does not open
         write_file(root / name, files[name], parents=True)
     for name, content in models_of(store).items():
+        tidy_folder((root / name).parent)
         write_file(root / name, content, parents=True)
     for folder in (root / "data" / "records" / profile, root / "figures" / profile):
         for path in sorted(folder.rglob("*")):
@@ -560,7 +566,8 @@ def open_published(
         raise PublishError(f"{folder} is not empty: name a new folder for the published records")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    remove_folders_left(folder.parent, f".{folder.name}-")
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{os.getpid()}-", dir=folder.parent))
     try:
         places = _places(profile, files)
         for name, data in files.items():

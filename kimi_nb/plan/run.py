@@ -19,9 +19,7 @@ import json
 import os
 import pkgutil
 import re
-import shutil
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -39,6 +37,7 @@ from kimi_nb.study import (
     Study,
     hash_definitions,
     outcomes_by_profile,
+    private_folder,
     read_outcome,
     spelled,
     without_docstrings,
@@ -302,16 +301,6 @@ def check_kernel():
         raise PlanError(f"{sys.executable} has no ipykernel, which executes the notebooks: pip install ipykernel")
 
 
-def _tidy_folders():
-    "Remove the private folders of plans that were killed; their names hold the process."
-    import psutil
-
-    for folder in Path(tempfile.gettempdir()).glob("knb-*-*"):
-        owner = folder.name.split("-")[1]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _plain(path):
     "A path for papermill, which takes braces in paths for parameters to fill in."
     return str(path).replace("{", "{{").replace("}", "}}")
@@ -326,8 +315,7 @@ def _execute(notebook, target, parameters, cwd):
     from traitlets.config import Config as Traits
 
     logging.getLogger("papermill").addHandler(logging.NullHandler())
-    _tidy_folders()
-    with tempfile.TemporaryDirectory(prefix=f"knb-{os.getpid()}-", ignore_cleanup_errors=True) as private:
+    with private_folder() as private:
         place = f"{private}/k"
         more = {}
         if os.name == "posix" and len(place) < 90:  # a socket's path has at most about 100 characters

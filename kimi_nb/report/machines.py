@@ -8,12 +8,13 @@ __all__ = ['MACHINE_SETTINGS', 'RESULTS', 'PARTED', 'TUNED_SETTINGS', 'open_resu
            'agree', 'short_names', 'agreement_data', 'agreement_words', 'agreement_figure']
 
 # %% ../../nbs/report/11_machines.ipynb #4096d8b4
+import atexit
 import itertools
 import json
 import math
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import NamedTuple
 
 import pandas as pd
@@ -23,7 +24,7 @@ from ..plan import published, published_profiles
 from .across import claims_of
 from .evidence import ReportError, machine_name
 from ..stats import COLORS, MARKERS, counted, listed, panels, styled
-from ..study import Store, canonical, metric_info, outcomes_of
+from ..study import Store, canonical, metric_info, outcomes_of, private_folder
 
 # %% ../../nbs/report/11_machines.ipynb #3cd50f41
 def open_results(
@@ -34,7 +35,9 @@ def open_results(
         return published(str(name))
     path = Path(name)
     if path.is_file():
-        store = Store(mkdtemp(prefix="kimi_nb-"))
+        opened = ExitStack()
+        atexit.register(opened.close)  # whoever compares reads it as long as the process lives
+        store = Store(opened.enter_context(private_folder()))
         store.import_records(path)
         return store
     store = Store(path)

@@ -16,7 +16,6 @@ import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..config import KimiError, writing
 from ..evals import count_lines
@@ -45,7 +44,7 @@ from kimi_nb.report.sentences import (
 )
 from .tables import bold, could_have_seen, inside_table
 from ..stats import capital, counted, forest, interaction, listed, loss_curves, power_curve, save
-from ..study import NOT_RUN, WORDS, Finding
+from ..study import NOT_RUN, WORDS, Finding, private_folder
 
 # %% ../../nbs/report/08_slides.ipynb #93fdf7bd
 def screen(
@@ -525,7 +524,7 @@ def write_slides(
     compile_typst(talk_typst(talk, doc), pdf, folder)
     about = dict(title=doc.title, subtitle=doc.subtitle, author=doc.authors, date=doc.date)
     options = [f"--metadata={key}={value}" for key, value in about.items() if value]
-    with TemporaryDirectory() as tmp:
+    with private_folder() as tmp:
         reference_file(Path(tmp) / "reference.pptx")
         options += ["--slide-level=2", "--columns=60", f"--reference-doc={tmp}/reference.pptx"]
         made = Path(tmp) / "slides.pptx"

@@ -8,7 +8,6 @@ __all__ = ['short_report', 'pictures_beside', 'write_report']
 # %% ../../nbs/report/14_write.ipynb #38ad63d4
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..config import write_file, writing
 from kimi_nb.report.across import (
@@ -32,6 +31,7 @@ from .sentences import tally
 from .short import build_short
 from .slides import write_slides
 from ..stats import capital
+from ..study import private_folder, tidy_folder
 
 # %% ../../nbs/report/14_write.ipynb #268d616d
 def short_report(
@@ -100,7 +100,9 @@ def write_report(
         raise ReportError(f"no phase has been concluded in {e.path}: {again}")
     ladder = next((one for one in map(Evidence, perhaps) if "ladder" in one.outcomes), None)
     also = [*others(e, also), *others(e, perhaps, strict=False)]
-    with TemporaryDirectory() as folder:
+    tidy_folder(out)
+    tidy_folder(out / "figures")
+    with private_folder() as folder:
         drawings = draw_own(e, folder)
         files = write_document(build_short(e, also, drawings), out, "paper-short")
         if not short:

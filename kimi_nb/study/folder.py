@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['RUN_FOLDER', 'EXPERIMENTS', 'LOCKS', 'StoreError', 'RunBusy', 'read_stored', 'write_sealed', 'read_sealed',
-           'pretty', 'list_folder', 'remove_if_left', 'journal_line', 'JournalReader', 'readable_name', 'RunPlace',
-           'RunFiles', 'RunFolder', 'record_beside']
+           'pretty', 'list_folder', 'remove_if_left', 'tidy_folder', 'remove_folders_left', 'private_folder',
+           'journal_line', 'JournalReader', 'readable_name', 'RunPlace', 'RunFiles', 'RunFolder', 'record_beside']
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a003
+import glob
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -82,21 +85,49 @@ def list_folder(
         ) from None
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a031
+def _at_work(pid):
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True  # somebody else's, and alive
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 def remove_if_left(
     path: Path,  # `.name.1234.tmp`, as writers call what is not whole yet
 ):
     "Remove what a process left half written, unless that process is alive."
     writer = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-    if not writer:
-        return
-    with suppress(ProcessLookupError, OverflowError):
-        try:
-            os.kill(int(writer[1]), 0)
-            return  # at work
-        except PermissionError:
-            return  # somebody else's, and alive
-    with suppress(OSError):
-        path.unlink()
+    if writer and not _at_work(writer[1]):
+        with suppress(OSError):
+            path.unlink()
+
+
+def tidy_folder(folder):
+    "Remove what killed writers left half written in a folder; whoever writes there calls this first."
+    for left in Path(folder).glob(".*.tmp"):
+        remove_if_left(left)
+
+# %% ../../nbs/study/04_folder.ipynb #e0d9e502
+def remove_folders_left(
+    parent,
+    prefix: str,  # before the number of the process: `knb-` of `knb-1234-abcd`
+):
+    "Remove the folders of processes that were killed."
+    for left in Path(parent).glob(f"{glob.escape(prefix)}*-*"):
+        owner = left.name[len(prefix) :].partition("-")[0]
+        if owner.isdecimal() and not _at_work(owner):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    "A temporary folder that is gone afterwards, at the latest when the next one is asked for."
+    remove_folders_left(tempfile.gettempdir(), "knb-")
+    with tempfile.TemporaryDirectory(prefix=f"knb-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a011
 def _is_number(value):

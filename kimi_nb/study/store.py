@@ -33,6 +33,7 @@ from kimi_nb.study.folder import (
     read_sealed,
     read_stored,
     readable_name,
+    tidy_folder,
 )
 from .ledger import Ledger, gives_way, in_order, read_manifest, same_comparison, why_aside, with_more_seeds
 from .outcome import outcomes_of, vouched
@@ -530,6 +531,7 @@ class _Out(_Reports):
         counts = dict(records=len(chosen), studies=len(manifests))
         head = json.dumps(dict(format=_KIND, **counts, checksum=digest_of(body)))
         data = (head + "\n" + body).encode()
+        tidy_folder(path.parent)
         write_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data, parents=True)
         return counts
 
