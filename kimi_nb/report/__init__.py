@@ -30,7 +30,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     sentences="""
         LEVELS PARTS agreement_told compute_words effect_words floor_words kept_agreements
-        pairs_words parts_short parts_words seeds_words tally together_words turned
+        pairs_words parts_short parts_words seeds_words tally text_words together_words turned
+        with_other_text
     """,
     across="""
         ANSWERING Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown

@@ -40,6 +40,7 @@ from kimi_nb.report.sentences import (
     parts_words,
     seeds_words,
     tally,
+    text_words,
     together_words,
 )
 from kimi_nb.report.tables import (
@@ -410,6 +411,7 @@ def threats(
         also=also,
         seeds=capital(e.seeds(e.main)) if e.main else "Few seeds",
         by_seed=seeds_words(e),
+        by_text=[sentence for size in (e, *also) for sentence in text_words(size)],
         again=[agreement_told(data) for size in (e, *also) for data in kept_agreements(size.profile)],
         epochs=float(max(epochs)) if len(epochs) else None,
         ratio=tokens_each(e),

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LEVELS', 'tally', 'effect_words', 'parts_words', 'parts_short', 'compute_words', 'floor_words',
-           'together_words', 'turned', 'pairs_words', 'seeds_words', 'kept_agreements', 'agreement_told']
+           'together_words', 'turned', 'pairs_words', 'seeds_words', 'with_other_text', 'text_words', 'kept_agreements',
+           'agreement_told']
 
 # %% ../../nbs/report/05_sentences.ipynb #a5a83888
 import json
 import math
 
+import pandas as pd
 from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from ..config import place
-from ..evals import floor_in_words, floor_of
+from ..evals import floor_in_words, floor_of, scored_documents
 from .document import Marked, sentence
 from .evidence import Evidence
 from .parts import LEVEL_NAMES, MARGIN, part_in_words
-from ..stats import capital, counted, in_two_words, listed
+from ..stats import beside_text, capital, counted, in_two_words, listed
 from ..study import FACTORS, NOT_RUN, WORDS, metric_info
 
 # %% ../../nbs/report/05_sentences.ipynb #1762fcfc
@@ -271,6 +273,47 @@ def seeds_words(
         intervals="; ".join(intervals),
     )
     return [told]
+
+# %% ../../nbs/report/05_sentences.ipynb #fa1c0702
+def with_other_text(
+    e: Evidence,
+):  # DataFrame: rows of effects with the columns of `beside_text`; None where nothing was scored by document
+    "Main effects, all parts together and synergy, with another sample of text."
+    scores = scored_documents(e.store, e.main) if e.main and e.factorial is not None else ()
+    if not len(scores):
+        return None
+    _, effects, contrasts = e.factorial
+    main, whole = effects[effects["order"] == 1], contrasts[contrasts["term"].isin(("all", "synergy"))]
+    names = {"all": "all parts together", "synergy": "the synergy"} | {part: on for part, (_, on) in LEVELS.items()}
+    parts = []
+    for table, of in ((effects, main), (contrasts, whole)):
+        told = beside_text(table, scores).loc[of.index]
+        parts.append(told.assign(name=[names.get(term, term) for term in told["term"]]))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows if (rows["text_documents"] > 0).any() else None
+
+
+def text_words(
+    e: Evidence,
+) -> list[str]:  # sentences; empty where nothing was scored by document
+    "What another sample of text does to the intervals and words of the main study."
+    rows = with_other_text(e)
+    if rows is None:
+        return []
+    rows = rows[rows["text_documents"] > 0]
+    share = (rows["se_text"] / rows["se"]).sort_values()
+    other = rows[rows["in_words"] != rows["text_words"]]
+    changed = [
+        f"of {row['name']} is said *{row['text_words']}* instead of *{row['in_words']}*"
+        for row in other.to_dict("records")
+    ]
+    kept = f"{listed(changed)}; the other words stay" if changed else "all words stay"
+    return [
+        f"The runs of profile {e.profile} were scored on each of {int(rows['text_documents'].max())} test documents; "
+        f"drawn anew with the runs held still, these give the main effects, all parts together and the synergy an "
+        f"error of their own of {share.iloc[0]:.2g} to {share.iloc[-1]:.2g} times that of the seeds. "
+        f"With both errors in the intervals {kept}."
+    ]
 
 # %% ../../nbs/report/05_sentences.ipynb #5c1a77d1
 def kept_agreements(

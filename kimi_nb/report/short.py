@@ -16,7 +16,7 @@ from .document import Figure, Manuscript, code, written
 from .evidence import Evidence
 from .paper import TITLE, UNTESTED, answers_over, best_words, tokens_each
 from .parts import MARGIN
-from .sentences import floor_words, seeds_words
+from .sentences import floor_words, seeds_words, text_words
 from .tables import figure, inside_table
 from ..stats import capital, counted, listed
 from ..study import FigureAbout, Finding
@@ -107,6 +107,7 @@ def build_short(
         ratio=tokens_each(e),
         seeds=e.seeds(e.main) if e.main else "few seeds",
         by_seed=seeds_words(e, short=True),
+        by_text=text_words(e),
         corpora=listed(map(code, dict.fromkeys(corpora))) if len(corpora) else "one corpus",
         undecided=[f.id for f in answered if f.word == "undecided"],
         untested=[f.id for f in answered if f.word in UNTESTED and f.id not in told],
