@@ -304,7 +304,7 @@ def text_words(
     share = (rows["se_text"] / rows["se"]).sort_values()
     other = rows[rows["in_words"] != rows["text_words"]]
     changed = [
-        f"of {row['name']} is said *{row['text_words']}* instead of *{row['in_words']}*"
+        f"of {row['name']} is said “{row['text_words']}” instead of “{row['in_words']}”"
         for row in other.to_dict("records")
     ]
     kept = f"{listed(changed)}; the other words stay" if changed else "all words stay"
@@ -312,7 +312,7 @@ def text_words(
         f"The runs of profile {e.profile} were scored on each of {int(rows['text_documents'].max())} test documents; "
         f"drawn anew with the runs held still, these give the main effects, all parts together and the synergy an "
         f"error of their own of {share.iloc[0]:.2g} to {share.iloc[-1]:.2g} times that of the seeds. "
-        f"With both errors in the intervals {kept}."
+        f"With both errors in the intervals, {kept}."
     ]
 
 # %% ../../nbs/report/05_sentences.ipynb #5c1a77d1

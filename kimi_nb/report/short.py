@@ -107,7 +107,7 @@ def build_short(
         ratio=tokens_each(e),
         seeds=e.seeds(e.main) if e.main else "few seeds",
         by_seed=seeds_words(e, short=True),
-        by_text=text_words(e),
+        by_text=[sentence for size in sizes for sentence in text_words(size)],
         corpora=listed(map(code, dict.fromkeys(corpora))) if len(corpora) else "one corpus",
         undecided=[f.id for f in answered if f.word == "undecided"],
         untested=[f.id for f in answered if f.word in UNTESTED and f.id not in told],
