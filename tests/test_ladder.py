@@ -231,3 +231,20 @@ def test_the_decision_guide_answers_by_size_and_says_where_it_extrapolates(tiny)
     partly.frames["ladder-" + climbed[0].name] = partly.frames["ladder-" + climbed[0].name].query("seed == 0")
     words, shown = ladder_advice(partly, climbed)
     assert shown is None and f"rung {climbed[0].name}: waiting (".lower() in words.lower()
+
+
+@pytest.mark.slow
+def test_a_ladder_stands_first_in_slides_and_paper_and_leaves_no_trace_where_there_is_none():
+    """Its figure is on the second slide and its section before those of the other phases."""
+    from kimi_nb.plan import published
+    from kimi_nb.report import Evidence, abouts, build_paper, build_slides
+
+    e, climb = Evidence(published("quick")), Evidence(published("quick"))
+    climb.outcomes["ladder"], climb.about = climb.outcomes["rope"], abouts(["ladder"])
+    with_it, without = build_slides(e, {}, ladder=climb), build_slides(e, {})
+    assert with_it[1].title == "How effects move with compute" and with_it[1].figure is not None
+    assert all(slide.title != with_it[1].title for slide in without)
+    sections = lambda doc: [block.title for block in doc.blocks if getattr(block, "level", 0) == 1]
+    heads = sections(build_paper(e, ladder=climb))
+    assert heads.index("The ladder") < heads.index("Optimizers")
+    assert "The ladder" not in sections(build_paper(e))

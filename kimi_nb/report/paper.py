@@ -586,7 +586,7 @@ def build_paper(
     extra = {"contest": [_rates_drawn(e, drawings.get("rates"))], "combined": [_parts_drawn(e, drawings.get("parts"))]}
     sections = [block for phase in body_phases(e) for block in phase_section(e, phase, extra=extra)]
     if ladder is not None and "ladder" not in e.outcomes:
-        sections += phase_section(ladder, "ladder")
+        sections = phase_section(ladder, "ladder") + sections
     behind, ran = [], appended_phases(e, also)
     for phase, owner in ran.items():
         behind += phase_section(owner, phase, "" if owner is e else owner.profile, appendix=True)

@@ -282,6 +282,7 @@ def build_slides(
     e: Evidence,
     drawn: dict,  # of `redrawn`
     also=(),  # the same at other sizes
+    ladder: Evidence | None = None,  # results of the ladder of sizes, where they are another folder's
 ) -> list[Slide]:
     "Question, design, a slide for every phase that ran, answers, limits."
     done, lost = int((e.runs["status"] == "done").sum()), int((e.runs["status"] != "done").sum())
@@ -295,7 +296,7 @@ def build_slides(
     single = {phase: e.findings(phase) for phase in ran if not (crossed and phase == "combined")}
     pair = _interaction(e) if "interaction" in drawn and not also else None
     trust = [*e.findings("baseline"), *checks]
-    fixed = _ALWAYS + sum(map(bool, (trust, also, costs, pair, crossed, crossed)))  # the crossed parts have two
+    fixed = _ALWAYS + sum(map(bool, (trust, also, costs, pair, ladder, crossed, crossed)))  # the crossed parts have two
     elsewhere = {phase: owner for phase, owner in appended_phases(e, also).items() if owner is not e}
     trap = rates_line(e.store) if "rates" in drawn else ""
     own = own_slides(single, MOST_SLIDES - fixed - bool(elsewhere) - bool(trap))
@@ -308,6 +309,8 @@ def build_slides(
     blocks = written(
         "slides.md.j2",
         e=e,
+        climb=next(iter(ladder.figures("ladder")), None) if ladder else None,
+        climbed=ladder.findings("ladder") if ladder else (),
         drawn=defaultdict(lambda: None, drawn),
         own={phase: figure_of(e, phase, drawn) for phase in e.phases},
         parts_table=PARTS_TABLE,
@@ -513,12 +516,13 @@ def write_slides(
     doc: Manuscript,  # the paper: title, authors, date
     folder,  # of the report
     also=(),  # the same at other sizes
+    ladder: Evidence | None = None,  # results of the ladder of sizes, where they are another folder's
 ) -> list[Path]:  # the PDF and the PowerPoint file
     "Both forms of the talk."
     folder = Path(folder)
     with writing(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-    talk = build_slides(e, redrawn(e, folder / "figures", also), also)
+    talk = build_slides(e, redrawn(e, folder / "figures", also), also, ladder)
     _bring_figures(talk, folder)
     pdf, pptx = folder / "slides.pdf", folder / "slides.pptx"
     compile_typst(talk_typst(talk, doc), pdf, folder)

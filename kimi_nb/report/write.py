@@ -107,7 +107,7 @@ def write_report(
         files = write_document(build_short(e, also, drawings), out, "paper-short")
         if not short:
             doc = build_paper(e, also, draw_sizes([e, *also], folder), drawings, ladder)
-            files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also), *files]
+            files = [*write_document(doc, out, "paper"), *write_slides(e, doc, out, also, ladder), *files]
     files.append(out / "research_report.md")
     write_file(files[-1], short_report(e, also, pictures_beside(e, out)))
     for file in files:
