@@ -1,11 +1,14 @@
 """A comparison is fair: an arm changes what it declares, sees its baseline's batches, and starts from its values."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_run
 
 from kimi_nb.config import load_profile
@@ -186,3 +189,42 @@ def test_losses_by_document_are_those_of_the_record(tmp_path):
     plain, both = decide(row), decide_with_text(row, scores)
     assert both.ci_high - both.ci_low > 0 and "another sample of text as well" in " ".join(both.caveats)
     assert both.df > plain.df and "not another sample of text" in " ".join(plain.caveats)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    text=st.floats(0.0, 0.2),
+    noise=st.floats(1e-4, 0.02),
+    effect=st.floats(-0.1, 0.1),
+    seeds=st.integers(3, 8),
+)
+def test_another_text_never_makes_an_effect_surer(text, noise, effect, seeds):
+    """With the error of the text an interval holds the one over seeds, and no word becomes a stronger one."""
+    from kimi_nb.stats import beside_text
+
+    rng, rows, scores = np.random.default_rng(0), [], []
+    sizes, gains = rng.integers(200, 2000, 30), rng.normal(effect, text, 30)
+    for seed in range(seeds):
+        for arm in ("off", "on"):
+            nats = sizes * math.log(2) * (2 + (arm == "on") * gains + rng.normal(0, noise))
+            scores.append(pd.DataFrame(dict(arm=arm, seed=seed, document=range(30), nats=nats, bytes=sizes)))
+            bits = nats.sum() / sizes.sum() / math.log(2)
+            rows.append(dict(arm=arm, part=arm, seed=seed, status="done", test_bpb=bits))
+    table = factorial(pd.DataFrame(rows), "test_bpb", {"part": ("off", "on")}, margin=0.02)
+    row = beside_text(table, pd.concat(scores)).iloc[0]
+    assert row["text_low"] <= row["ci_low"] and row["text_high"] >= row["ci_high"] and row["text_documents"] == 30
+    if "unclear" in row["in_words"]:
+        assert row["text_words"] in (row["in_words"], "unclear")
+
+
+def test_published_scores_by_document_are_those_of_the_records():
+    """The documents of every run of the factorial add up to its test bits per byte."""
+    from kimi_nb.evals import scored_documents
+    from kimi_nb.plan import published
+
+    store = published("quick")
+    scores, frame = scored_documents(store, "combined"), store.frame("combined").set_index(["arm", "seed"])
+    sums = scores.groupby(["arm", "seed"])[["nats", "bytes"]].sum()
+    assert len(sums) == len(frame) == 80
+    again = sums["nats"] / sums["bytes"] / math.log(2)
+    assert np.allclose(again, frame["test_bpb"].loc[again.index], atol=1e-5)

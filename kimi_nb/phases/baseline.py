@@ -106,8 +106,8 @@ FORMS.update(
         "best of the one before).",
         "baseline.consistency": "Largest minus smallest over the mean of the trained tier is {spread:.2%} "
         "({seeds} seeds).",
-        "baseline.reproducibility": "{runs} runs of seed {seed} ended with {test_losses} different test losses, "
-        "{validation_losses} validation losses and {gradient_norms} mean gradient norms.",
+        "baseline.reproducibility": "Distinct values in {runs} runs of seed {seed}: {test_losses} of the test loss, "
+        "{validation_losses} of the validation loss, {gradient_norms} of the mean gradient norm.",
     }
 )
 CLAIMS = {

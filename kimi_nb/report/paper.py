@@ -412,7 +412,7 @@ def threats(
         seeds=capital(e.seeds(e.main)) if e.main else "Few seeds",
         by_seed=seeds_words(e),
         by_text=[sentence for size in (e, *also) for sentence in text_words(size)],
-        again=[agreement_told(data) for size in (e, *also) for data in kept_agreements(size.profile)],
+        again=[Marked(agreement_told(data)) for size in (e, *also) for data in kept_agreements(size.profile)],
         epochs=float(max(epochs)) if len(epochs) else None,
         ratio=tokens_each(e),
         stale=int(e.runs["stale"].sum()) if "stale" in e.runs else 0,
