@@ -1,5 +1,6 @@
 """Anybody's runs: files of every kind are read or refused in a line, and judged as our own records are."""
 
+import gzip
 import json
 import math
 import sqlite3
@@ -199,6 +200,39 @@ def test_a_file_that_is_wildly_large_is_not_opened(tmp_path):
         file.truncate(5_000_000_000)  # a hole, no bytes on the disk
     with pytest.raises(StatsError, match=r"5\.0 GB and at most 1 GB"):
         of_file(path)
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("kimi_nb.stats.foreign.LARGEST_UNPACKED", 1 << 20)
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(bytes(8 << 20)))
+    with pytest.raises(StatsError, match="unpacks to more than 1 MB"):
+        of_file(path)
+    path.write_bytes(gzip.compress(GOOD.encode())[:-12])
+    with pytest.raises(StatsError, match="cut short"):
+        of_file(path)
+
+
+@pytest.mark.timeout(20)
+def test_what_never_ends_is_no_file_of_runs():
+    with pytest.raises(StatsError, match="does not exist"):
+        of_file(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("name", ["runs.json", "runs.jsonl"])
+def test_json_that_is_nested_too_deeply_is_refused_in_one_line(name, tmp_path):
+    for start in ("[", '{"a":'):
+        with pytest.raises(StatsError, match=r"nested too deeply|is not JSON"):
+            of_text(tmp_path, start * 200_000, name)
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path, capsys):
+    """Escape sequences and marks of direction in an arm's name are spelled out."""
+    path = tmp_path / "runs.csv"
+    path.write_text(GOOD.replace("moe", "\x1b[31mred\x1b[2J\u202e"))
+    assert main(["judge", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[31mred" in shown and "\\u202e" in shown and "\x1b" not in shown and "\u202e" not in shown
 
 
 @pytest.mark.parametrize("asked", [dict(seed="sede"), dict(arm="arms"), dict(metrics="val_bbp"), dict(block="bolck")])

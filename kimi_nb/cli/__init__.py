@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazily(
         ASKED Parser TOLD add_command add_json add_scores add_setting add_settings add_tracking
         add_yes at_least_one begin_long cell_text chosen_run given_settings print_table
         results_store scorer starting_run table_text terminal_width tracking_asked with_short_warmup
+        without_controls
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train

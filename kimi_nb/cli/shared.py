@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'ASKED', 'Parser', 'add_command', 'at_least_one', 'add_json', 'add_setting', 'add_settings',
-           'given_settings', 'starting_run', 'with_short_warmup', 'chosen_run', 'results_store', 'cell_text',
-           'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_tracking', 'tracking_asked',
-           'add_scores', 'scorer']
+           'given_settings', 'starting_run', 'with_short_warmup', 'chosen_run', 'results_store', 'without_controls',
+           'cell_text', 'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_tracking',
+           'tracking_asked', 'add_scores', 'scorer']
 
 # %% ../../nbs/cli/01_shared.ipynb #e92bdfb6
 import argparse
@@ -201,6 +201,13 @@ def results_store(
     from kimi_nb.study import Store, results_folder
 
     return Store(results_folder(args.results))
+
+
+def without_controls(
+    text: str,  # that somebody else wrote, of any number of lines
+) -> str:
+    "The text with what would steer a terminal spelled out."
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: ascii(m[0])[1:-1], text)
 
 
 def cell_text(

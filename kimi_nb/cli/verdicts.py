@@ -19,6 +19,7 @@ from kimi_nb.cli.shared import (
     starting_run,
     table_text,
     with_short_warmup,
+    without_controls,
 )
 from ..config import KimiError, write_file
 
@@ -165,7 +166,7 @@ def cmd_judge(args):
     )
     found = found._replace(said=(*loaded.said, *found.said))
     form = judged_json if args.json else judged_markdown if args.markdown else judged_text
-    print(form(found).rstrip("\n"))
+    print(without_controls(form(found).rstrip("\n")))
     if args.html:
         title = f"Verdict on {', '.join(Path(file).name for file in args.files)}"
         write_file(Path(args.html), judged_html(found, title), parents=True)
@@ -274,7 +275,7 @@ def cmd_noise(args):
     if args.json:
         print(noise_json(found, lines))
         return
-    print(f"Read as: {'; '.join(dict.fromkeys([*said, *found.said]))}.\n")
-    print("\n".join(lines))
+    print(without_controls(f"Read as: {'; '.join(dict.fromkeys([*said, *found.said]))}.\n"))
+    print(without_controls("\n".join(lines)))
     heads = {"seeds": "seeds an arm", "unpaired": "smallest effect", "paired": "paired by seed"}
-    print("\n" + table_text(found.floor.rename(columns=heads)))
+    print("\n" + without_controls(table_text(found.floor.rename(columns=heads))))

@@ -65,8 +65,8 @@ __getattr__, __dir__, __all__ = lazily(
         drawn_study judged_cells run_spread
     """,
     foreign="""
-        LARGEST_FILE Loaded Numbers PASTED SEPARATORS cells_of file_bytes json_in numbers_of
-        parquet_in read_table separator_of table_in text_of
+        LARGEST_FILE LARGEST_UNPACKED Loaded Numbers PASTED SEPARATORS cells_of file_bytes json_in
+        numbers_of parquet_in read_table separator_of table_in text_of unpacked
     """,
     trackers="""
         compiled fields_of from_chart from_harness from_logs from_tensorboard from_trackio

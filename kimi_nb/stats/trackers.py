@@ -255,7 +255,7 @@ def from_harness(
         text, _ = text_of(file_bytes(file), str(file))
         try:
             value = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise StatsError(f"{file} is not JSON ({e})") from None
         if not is_harness(value):
             raise StatsError(f"{file} is no results file of lm-evaluation-harness")
@@ -379,7 +379,7 @@ def _from_file(path, pattern, names):
     if path.suffix == ".json" and start.lstrip()[:1] == b"{":
         try:
             value = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             value = None
         if is_harness(value):
             return from_harness([path], names)

@@ -464,9 +464,13 @@ def _read_export(path):
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
         head = _read_head(stream.readline(4096), path)
-        body = stream.read(LARGEST + 1)
-    if len(body) > LARGEST:
-        raise StoreError(f"{path} holds more than {LARGEST >> 20} MB: export fewer studies into one file")
+        size, start = 0, stream.tell()
+        while piece := stream.read(1 << 20):  # counted before any of it is kept
+            size += len(piece)
+            if size > LARGEST:
+                raise StoreError(f"{path} holds more than {LARGEST >> 20} MB: export fewer studies into one file")
+        stream.seek(start)
+        body = stream.read()
     return head, body.decode()
 
 
