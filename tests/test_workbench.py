@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -43,10 +44,12 @@ def chromium():
 
 
 @contextlib.contextmanager
-def jupyterlab(folder, **environment):
-    """A server over a copy of the notebook, with settings, workspace and results of its own; gives its address."""
-    (folder / "nbs").mkdir()
-    shutil.copy(REPO / "nbs" / "workbench.ipynb", folder / "nbs")
+def jupyterlab(folder, root=None, **environment):
+    """A server over `root` or a copy of the notebook, with settings and workspace of its own; gives its address."""
+    if root is None:
+        root = folder / "nbs"
+        root.mkdir()
+        shutil.copy(REPO / "nbs" / "workbench.ipynb", root)
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps(dict(checkForUpdates=False, fetchNews="false", doNotDisturbMode=True)))
@@ -69,7 +72,7 @@ def jupyterlab(folder, **environment):
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0",
         "--IdentityProvider.token=",
-        f"--ServerApp.root_dir={folder / 'nbs'}",
+        f"--ServerApp.root_dir={root}",
     )
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
@@ -97,27 +100,38 @@ def jupyterlab(folder, **environment):
             os.killpg(server.pid, signal.SIGKILL)
 
 
+COUNT_CLICKS = "addEventListener('click', e => { window.clicks = (window.clicks ?? 0) + e.isTrusted }, true)"
+
+
 @contextlib.contextmanager
-def workbench_in_a_browser(folder, request, settings, results):
-    """The notebook opened in JupyterLab, its cells asked to run; gives the page, and what the browser complains of."""
+def browser_page(request):
+    """A page that counts the clicks of whoever uses it, and what its console complains of."""
     sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser_path = chromium()
     if browser_path is None:
         pytest.skip("needs Chromium: playwright install chromium")
-    with (
-        jupyterlab(folder, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address,
-        sync.sync_playwright() as p,
-    ):
+    with sync.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page, problems = browser.new_page(viewport=dict(width=1280, height=1000)), []
         page.set_default_timeout(60_000)
+        page.add_init_script(COUNT_CLICKS)
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: problems.append(str(e)))
         request.addfinalizer(lambda: print("browser's console:", problems))
+        yield page, problems
+        browser.close()
+
+
+@contextlib.contextmanager
+def workbench_in_a_browser(folder, request, settings, results):
+    """The notebook opened in JupyterLab, its cells asked to run; gives the page, and what the browser complains of."""
+    with (
+        jupyterlab(folder, KIMI_NB_SETTINGS=str(settings), KIMI_NB_RESULTS=str(results)) as address,
+        browser_page(request) as (page, problems),
+    ):
         page.goto(f"{address}/lab/tree/workbench.ipynb")
         run_all(page)
         yield page, problems
-        browser.close()
 
 
 SHOWN = ".knb-workbench:not(.jupyter-widgets-disconnected) [data-cost=total_parameters]"
@@ -255,7 +269,8 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         verdict = page.locator(".knb-workbench .knb-verdict .verdict")
         verdict.wait_for()
         words = verdict.inner_text()
-        assert words.startswith("MLA + Muon") and "the baseline" in words and "95% interval" in words
+        assert re.match(r"MLA \+ Muon (beats|loses to) the baseline by \d", words) and "95% interval" in words
+        assert 3 <= page.evaluate("window.clicks") <= 5, "clicks from the opened lab to the verdict"
         assert "seed by seed: " in words and verdict.get_attribute("data-seeds") == "5"
 
         # the chart says its values, and a stretch of it can be looked at closely
@@ -325,6 +340,66 @@ def test_a_newcomer_reads_a_verdict_and_nothing_is_lost(tmp_path, request):
         second.wait_for_selector(SHOWN)
         assert name in second.locator(".knb-chosen").first.inner_text()
         assert problems == []
+
+
+def found_and_drawn(store):
+    """What every phase found, without the times of its writing; and each figure's bytes."""
+    from kimi_nb.study import outcomes_of
+
+    own = {"finished", "mark", "key", "digest"}
+    told = {name: outcome.model_dump(exclude=own) for name, outcome in outcomes_of(store).items()}
+    figures = {path.name: path.read_bytes() for path in (store.path / "plots").rglob("*.png")}
+    return told, figures
+
+
+def ran_whole(path):
+    """Whether every code cell of a saved notebook ran, and none failed."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    failed = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert failed == []
+    return all(cell["execution_count"] for cell in cells)
+
+
+def run_phase(page, notebook, outcome):
+    """The menu's Run All Cells; ends when the phase has written what it found and the notebook is saved."""
+    before = outcome.read_bytes()
+    run_all(page)
+    wait_until(lambda: outcome.read_bytes() != before, 300, "the phase's outcome")
+    page.wait_for_function("document.body.innerText.includes('| Idle')")
+
+    def saved():
+        page.keyboard.press("Control+s")
+        time.sleep(1)
+        return ran_whole(notebook)
+
+    wait_until(saved, 60, "the saved notebook")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+@pytest.mark.parametrize("phase", ["norm", "combined"])
+def test_run_all_in_the_lab_leaves_what_was_found(tmp_path, request, phase):
+    """A phase over the published quick run: trained, found and drawn is what was there, and the console is silent."""
+    from kimi_nb.lab import lay_out
+
+    desk = lay_out(tmp_path / "results")
+    store = Store(desk.results)
+    (notebook,) = (desk.notebook.parent / "phases").glob(f"*_{phase}.ipynb")
+    runs = sorted(folder.path.name for folder in store.run_folders(aside=True))
+    published, drawn = found_and_drawn(store)
+    with (
+        jupyterlab(tmp_path, desk.root, KIMI_NB_RESULTS=str(desk.results)) as address,
+        browser_page(request) as (page, problems),
+    ):
+        page.goto(f"{address}/lab/tree/lab/phases/{notebook.name}")
+        run_phase(page, notebook, desk.results / "phases" / "quick" / f"{phase}.json")
+        assert problems == []
+    found, now = found_and_drawn(store)
+    claims = lambda told: {finding["id"]: finding["claim"] for finding in told["findings"]}
+    assert found[phase]["profile"] == "quick" and claims(published[phase]).items() <= claims(found[phase]).items()
+    assert found | {phase: None} == published | {phase: None}
+    assert {file for file in drawn if now[file] != drawn[file]} <= {Path(f).name for f in found[phase]["figures"]}
+    assert sorted(folder.path.name for folder in store.run_folders(aside=True)) == runs
 
 
 SCRIPTS = (

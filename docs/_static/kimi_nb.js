@@ -47,8 +47,14 @@
     box.append(table);
     box.after(hint);
   };
+  // A column of a table as pandas draws it is called as people would call it.
+  const named = (table) => {
+    for (const cell of table.tHead && table.matches(".dataframe") ? table.tHead.querySelectorAll("th") : [])
+      if (/^[a-z]+(_[a-z]+)+$/.test(cell.textContent.trim())) cell.textContent = cell.textContent.trim().replaceAll("_", " ");
+  };
   const all = (root = document) => [...root.querySelectorAll("article table")];
   document.addEventListener("DOMContentLoaded", () => {
+    all().forEach(named);
     all().forEach(sortable);
     requestAnimationFrame(() => all().forEach(widen));
     document.addEventListener("toggle", (event) => [...event.target.querySelectorAll("table")].forEach(widen), true);
