@@ -43,7 +43,7 @@ __getattr__, __dir__, __all__ = lazily(
         positions_figure positions_table record_positions recorded_positions
     """,
     floor="""
-        COUNTS_FILE Floor LINES MANY_TOKENS PUBLISHED_COUNTS base_records below_floor count_lines
-        counted_again floor_in_words floor_of keep_counts known_counts publish_counts
+        COUNTS_FILE COUNT_LINES Floor MANY_TOKENS PUBLISHED_COUNTS base_records below_floor
+        count_lines counted_again floor_in_words floor_of keep_counts known_counts publish_counts
     """,
 )
