@@ -922,6 +922,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'kimi_nb.evals.harness': { 'kimi_nb.evals.harness.Results': ('evals/harness.html#results', 'kimi_nb/evals/harness.py'),
                                        'kimi_nb.evals.harness.Results.frame': ( 'evals/harness.html#results.frame',
                                                                                 'kimi_nb/evals/harness.py'),
+                                       'kimi_nb.evals.harness._error_of': ('evals/harness.html#_error_of', 'kimi_nb/evals/harness.py'),
                                        'kimi_nb.evals.harness._halves': ('evals/harness.html#_halves', 'kimi_nb/evals/harness.py'),
                                        'kimi_nb.evals.harness._is_number': ('evals/harness.html#_is_number', 'kimi_nb/evals/harness.py'),
                                        'kimi_nb.evals.harness._is_transformers_folder': ( 'evals/harness.html#_is_transformers_folder',

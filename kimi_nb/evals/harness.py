@@ -225,13 +225,23 @@ def _macro_f1(pairs) -> float:
     return np.mean(each)
 
 
-def _jackknife(task, samples):
-    "Standard error of a macro F1, which the harness leaves open."
-    if task.name != "cb":
-        return None
-    pairs = np.array([s["f1"] for s in samples])
-    left = np.array([_macro_f1(np.delete(pairs, i, axis=0)) for i in range(len(pairs))])
+def _jackknife(values, whole) -> float:
+    "Standard error of what `whole` makes of all values, from leaving out one at a time."
+    left = np.array([whole(np.delete(values, i, axis=0)) for i in range(len(values))])
     return float(math.sqrt((len(left) - 1) * left.var()))
+
+
+def _error_of(task, score, samples):
+    "Standard error where the harness gave none: it does so of all scores where it is not to bootstrap any."
+    from lm_eval.api.registry import get_metric_aggregation
+
+    values = np.array([s[task.metric] for s in samples], float)
+    if len(values) < 2:
+        return None
+    if values.ndim == 1:
+        mean, error = _mean(values)
+        return error if math.isclose(mean, score, abs_tol=1e-9) else None
+    return _jackknife(values, _macro_f1 if task.name == "cb" else get_metric_aggregation(task.metric))
 
 # %% ../../nbs/evals/04_harness.ipynb #9d75699f
 def _halves(task, samples, vocab_size) -> dict:
@@ -251,8 +261,8 @@ def _scored(task, out, lm, vocab_size, seconds) -> dict:
     "What stands in `Results` for a task that ran."
     found, samples = out["results"][f"kimi_{task.name}"], out["samples"][f"kimi_{task.name}"]
     scores, errors = _scores_and_errors(found)
-    if errors.get(task.metric) is None and len(samples) > 1:
-        errors[task.metric] = _jackknife(task, samples)
+    if errors.get(task.metric) is None:
+        errors[task.metric] = _error_of(task, scores[task.metric], samples)
     chance = chance_level(task, samples, vocab_size, lm.tok_encode)
     result = dict(
         status="done",
