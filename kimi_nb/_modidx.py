@@ -2725,6 +2725,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.phases.stats._effect_size': ('phases/stats.html#_effect_size', 'kimi_nb/phases/stats.py'),
                                       'kimi_nb.phases.stats._lacking': ('phases/stats.html#_lacking', 'kimi_nb/phases/stats.py'),
                                       'kimi_nb.phases.stats._most_parts': ('phases/stats.html#_most_parts', 'kimi_nb/phases/stats.py'),
+                                      'kimi_nb.phases.stats._over_baseline': ( 'phases/stats.html#_over_baseline',
+                                                                               'kimi_nb/phases/stats.py'),
                                       'kimi_nb.phases.stats._pairing': ('phases/stats.html#_pairing', 'kimi_nb/phases/stats.py'),
                                       'kimi_nb.phases.stats._powerful': ('phases/stats.html#_powerful', 'kimi_nb/phases/stats.py'),
                                       'kimi_nb.phases.stats._reproducibility': ( 'phases/stats.html#_reproducibility',

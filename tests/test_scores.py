@@ -13,6 +13,7 @@ from kimi_nb.cli import main
 from kimi_nb.config import ConfigError, load_profile, settings_path
 from kimi_nb.data import load_corpus
 from kimi_nb.evals import SCORED_ITEMS, TASK_NAMES, Scorer, choice_scores, chosen_rows, score_metrics_of, share_interval
+from kimi_nb.phases.long import studies as studies_of_long
 from kimi_nb.phases.scaling import studies as studies_of_scaling
 from kimi_nb.plan import changed_profile, published
 from kimi_nb.report import Evidence, best_recipe, draw_scores, scores_markdown, scores_section
@@ -234,6 +235,23 @@ def test_the_paper_profile_compares_amounts_that_its_text_has():
     assert asked == [("pysource", None), ("tinyworld", None)] + [("tinyworld", n) for n in (1000, 3000, 10000)]
     documents = [len(load_corpus("tinyworld", n)) for n in (1000, 3000)]
     assert documents[0] > 950 and documents[1] > 2.5 * documents[0]
+
+
+def test_a_study_of_one_arm_in_several_blocks_ends_without_a_comparison(tmp_path, monkeypatch, capsys):
+    """What more text gives is read from the means of the blocks: there is no other arm inside a block."""
+    monkeypatch.setenv("KIMI_NB_RESULTS", str(tmp_path))
+    line = "run scaling-data --profile smoke --executor inprocess --scores none --quiet".split()
+    for setting in ("data.corpus=tinyworld", "data.tokenizer=byte", "scaling.train.steps=2", "train.warmup_steps=1"):
+        line += ["--set", setting]
+    assert main([*line, "--set", "scaling.data.num_documents=40,80"]) == 0
+    told = capsys.readouterr().out
+    assert "num_documents 40" in told and "num_documents 80" in told and "nothing to compare" in told
+
+
+def test_a_very_long_run_keeps_a_checkpoint_every_thousand_steps():
+    (longest,), (usual,) = (studies_of_long(load_profile(name)) for name in ("paper", "quick"))
+    assert (longest.base.train.steps, longest.base.train.save_every, longest.keep) == (50000, 1000, 50)
+    assert usual.keep == 20 and usual.base.train.save_every * 20 == usual.base.train.steps
 
 
 def test_what_eval_scored_is_kept_beside_the_run(pair, capsys):

@@ -324,6 +324,9 @@ def run_declared(
     metrics = [name for name in ("test_bpb", "val_loss", "score", "tokens_per_second") if name in frame]
     width = terminal_width()
     print(table_text(frame.groupby(["block", "arm"], sort=False)[metrics].mean().reset_index(), width))
+    if frame["arm"].nunique() == 1:
+        print(f"\none arm, {study.baseline}: there is nothing to compare it with inside a block")
+        return
     compared = compare(frame, study.metric, study.baseline)
     print("\n" + table_text(compared[["block", "arm", "n", "diff", "ci_low", "ci_high", "p_adj", "verdict"]], width))
 
