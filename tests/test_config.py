@@ -270,6 +270,7 @@ def test_a_sleeping_setting_is_refused(path):
             "train.micro_batch_size 3 does not divide batch_size 8",
         ),
         (lambda: DataConfig(tokenizer="bpe:100"), "tokenizer 'bpe:100' is not possible"),
+        (lambda: DataConfig(tokenizer=f"bpe:{10**14}"), "at most 1,000,000"),
         (lambda: ModelConfig.preset("nanokimi"), "preset 'nanokimi' is unknown: one of nano"),
         (lambda: load_profile("enormous"), "profile 'enormous' is unknown: one of smoke"),
     ],

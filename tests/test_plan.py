@@ -167,7 +167,8 @@ def test_the_plans_own_interpreter_and_package_execute(place, monkeypatch, tmp_p
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     (temporary / "knb-999999999-left").mkdir()
     seen = tmp_path / "seen.txt"
-    then = f"import sys, kimi_nb\nopen({str(seen)!r}, 'w').write(sys.executable + '\\n' + kimi_nb.__file__)"
+    said = "'\\n'.join([sys.executable, kimi_nb.__file__, get_connection_file()])"
+    then = f"import sys, kimi_nb\nfrom ipykernel import get_connection_file\nopen({str(seen)!r}, 'w').write({said})"
     notebook = place.phase("norm", then=then)
     store = Store(tmp_path / "{seed} and {profile}")
     from kimi_nb.config import load_profile
@@ -175,7 +176,9 @@ def test_the_plans_own_interpreter_and_package_execute(place, monkeypatch, tmp_p
 
     outcome = execute_phase("norm", notebook, store, load_profile("tiny"))
     assert [f.word for f in outcome.findings] == ["not testable here"]
-    assert seen.read_text().splitlines() == [sys.executable, str(REPO / "kimi_nb" / "__init__.py")]
+    *ours, connection = seen.read_text().splitlines()
+    assert ours == [sys.executable, str(REPO / "kimi_nb" / "__init__.py")]
+    assert Path(connection).is_relative_to(temporary) and Path(connection).parent.name.startswith("knb-")  # tidied
     assert (store.path / "notebooks" / "03_norm.ipynb").is_file() and not list(temporary.glob("knb-*"))
 
 

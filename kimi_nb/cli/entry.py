@@ -77,9 +77,10 @@ def error_line(
     error: Exception,
 ) -> tuple[str, int]:  # the line, and the exit status
     "One line about an error."
+    from kimi_nb.cli.shared import without_controls
     from kimi_nb.config import KimiError
 
-    text = " ".join(str(error).split())
+    text = without_controls(" ".join(str(error).split()))
     if isinstance(error, KimiError):
         stopped = type(error).__name__ in STOPPED
         return f"kimi-nb: {'stopped: ' if stopped else 'error: '}{text.removeprefix('stopped ')}", 130 if stopped else 2

@@ -569,12 +569,13 @@ class TrainConfig(Config):
 
 # %% ../../nbs/config/04_schema.ipynb #54b315fd
 def _check_tokenizer(name):
-    "bpe:N has a whole N that holds the bytes."
+    "bpe:N has a whole N that holds the bytes, and not more than anybody trains."
     bpe = re.fullmatch(r"bpe:(.*)", name)
-    if bpe and not (bpe[1].isdecimal() and int(bpe[1]) >= 257):
+    if bpe and not (re.fullmatch("[0-9]{1,7}", bpe[1]) and 257 <= int(bpe[1]) <= 1_000_000):
         raise ConfigError(
             "tokenizer",
-            f"{name!r} is not possible: bpe:N needs a whole N of at least 257 (256 bytes and the end of text)",
+            f"{name!r} is not possible: bpe:N needs a whole N of at least 257 (256 bytes and the end of text) "
+            "and at most 1,000,000",
         )
     if not name.strip():
         raise ConfigError("tokenizer", "is empty: byte, char, bpe:N, gpt2, a hub name or a folder")

@@ -317,9 +317,9 @@ def _execute(notebook, target, parameters, cwd):
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     with private_folder() as private:
         place = f"{private}/k"
-        more = {}
+        kernel = dict(connection_file=f"{private}/kernel.json")
         if os.name == "posix" and len(place) < 90:  # a socket's path has at most about 100 characters
-            more["config"] = Traits(KernelManager=dict(transport="ipc", ip=place))
+            kernel |= dict(transport="ipc", ip=place)
         made = papermill.execute_notebook(
             _plain(_shown(notebook, private)),
             _plain(target),
@@ -329,7 +329,7 @@ def _execute(notebook, target, parameters, cwd):
             kernel_name="python3",  # for the translation of parameters; what is started is ours
             kernel_manager_class=_kernel_manager(),
             cwd=str(cwd),
-            **more,
+            config=Traits(KernelManager=kernel),
         )
     made.metadata["papermill"]["input_path"] = str(notebook)
     write_file(target, nbformat.writes(made) + "\n", sync=False)

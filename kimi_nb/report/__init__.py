@@ -76,7 +76,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     by_size="""
         NEAR SizeAnswer answers_at answers_by_size forecast_answer ladder_advice later_findings
-        later_parts_line later_parts_table measured_rungs rungs_in_words tokens_each
+        later_parts_line later_parts_table measured_rungs rungs_in_words tokens_a_parameter
     """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html
