@@ -35,12 +35,13 @@ from kimi_nb.config import (
     writing,
 )
 from ..data import cache_dir
-from .run import executed_copy, pick_phases
+from .run import executed_copy, phase_notebooks, pick_phases
 from kimi_nb.study import (
     Outcome,
     Store,
     load_outcome,
     outcome_file,
+    outcomes_by_profile,
     private_folder,
     read_outcome,
     read_stored,
@@ -184,7 +185,10 @@ def check_finished(
     """
     if profile not in profile_names():
         raise PublishError(f"profile {profile!r} is unknown: {near(profile, profile_names())}")
-    notebooks = pick_phases(only or load_profile(profile).only)
+    names = list(only or pick_phases(load_profile(profile).only))
+    if not only:  # and what runs by request alone, where it did
+        names += [n for n in phase_notebooks() if n not in names and profile in outcomes_by_profile(store, n)]
+    notebooks = pick_phases(names)
     again = f"run kimi-nb plan --profile {profile}{' --only ' + ' '.join(notebooks) if only else ''} again"
     if not store.has_runs():
         raise PublishError(f"{store.path} holds no records: {again}, or name its folder with --results")
