@@ -83,28 +83,29 @@ def kill_a_run(tmp_path, kills, steps, seed, train=train):
     span = time.monotonic() - begin
     assert weights(whole) == weights(tmp_path / "timed")
     killed, n, resumed, ends = 0, 0, 0, []
-    while killed < kills or not ends:
+    while killed < kills or not resumed or not ends:
         folder = tmp_path / f"broken-{n}"
         if (folder / "result.json").exists():
             ends.append(folder)
             n += 1
             continue
         process = start(train, run, folder)
-        if killed >= kills:
+        if killed >= kills and resumed:
             finish(process)
             continue
+        pause = 0.3
         if rng.random() < 0.7:  # else while it starts
+            pause = 0.02  # what is left of it is short, beside the start
             wait_until(
                 lambda p=process, f=folder: not p.is_alive() or list((f / "checkpoints").glob("step_*")),
                 what="a checkpoint",
             )
-        time.sleep(rng.uniform(0.0, 0.3) * span)
+        time.sleep(rng.uniform(0.0, pause) * span)
         alive = process.is_alive()
         process.kill()
         process.join()
         killed += alive
         resumed += bool(list((folder / "checkpoints").glob("step_*")))
-    assert resumed, "no kill came between two checkpoints: nothing was tested"
     for folder in ends:
         assert weights(folder) == weights(whole)
         lines = trained_lines(folder)
