@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from test_train import Stop, stop_after
 from tiny import tiny_run
 from torch._dynamo.utils import counters
 
@@ -126,31 +127,19 @@ def test_k_records_are_k_ordinary_records(tmp_path):
         assert trainer.evaluate("test")["loss"] == record.metrics["test_loss"]
 
 
-class PowerCut(Exception):
-    pass
-
-
-def cut_at(last):
-    def look(step, line):
-        if step == last:
-            raise PowerCut
-
-    return look
-
-
 def test_a_stack_goes_on_where_it_stopped(tmp_path):
     """With the same bits as one that never stopped; a single run does not go on from it, nor it from a single run."""
     runs = seeds_of(run_of(NOAUX | MUON))
     whole = fit_stacked(runs, place(tmp_path, runs, "whole"), **QUIET)
     folders = place(tmp_path, runs, "cut")
-    with pytest.raises(PowerCut):
-        fit_stacked(runs, folders, on_step=cut_at(8), **QUIET)
+    with pytest.raises(Stop):
+        fit_stacked(runs, folders, on_step=stop_after(8), **QUIET)
     again = fit_stacked(runs, place(tmp_path, runs, "cut"), **QUIET)
     for one, other in zip(whole, again):
         assert one.curves == other.curves and one.metrics["test_loss"] == other.metrics["test_loss"]
     assert "goes on after step 6" in folders[0].log_file.read_text()
-    with pytest.raises(PowerCut):
-        fit_stacked(runs, place(tmp_path, runs, "other"), on_step=cut_at(8), **QUIET)
+    with pytest.raises(Stop):
+        fit_stacked(runs, place(tmp_path, runs, "other"), on_step=stop_after(8), **QUIET)
     single = fit(runs[0], tmp_path / "other" / "0", **QUIET)
     assert "stacked" not in single.provenance and single.curves == fit(runs[0], **QUIET).curves
     assert [p.name for p in (tmp_path / "other" / "0").glob("stacked*")] == ["stacked"]
@@ -188,8 +177,8 @@ def test_a_compiled_stack_is_one_graph_a_block():
 @pytest.mark.slow
 def test_checkpoints_of_different_steps_begin_anew(tmp_path):
     runs = seeds_of(run_of({}))
-    with pytest.raises(PowerCut):
-        fit_stacked(runs, place(tmp_path, runs), on_step=cut_at(8), **QUIET)
+    with pytest.raises(Stop):
+        fit_stacked(runs, place(tmp_path, runs), on_step=stop_after(8), **QUIET)
     (saved,) = (tmp_path / "stack" / "1" / "checkpoints").glob("step_*")
     saved.rename(saved.with_name("step_00000003"))
     records = fit_stacked(runs, place(tmp_path, runs), **QUIET)

@@ -31,9 +31,9 @@ __getattr__, __dir__, __all__ = lazily(
         by_document decide_with_text document_losses score_documents scored_documents scores_file
     """,
     recall="""
-        CUPS RECALL_ARMS RECALL_BASE Recall SEQUENCE_TASKS copying_batch learn_recall
-        recall_accuracy recall_batch recall_figure recall_row record_recall recorded_recall
-        tracking_batch
+        CUPS RECALL_ARMS RECALL_BASE Recall SEQUENCE_TASKS copying_batch draw_state_bytes
+        learn_recall recall_accuracy recall_batch recall_figure recall_row record_recall
+        recorded_recall tracking_batch
     """,
     scoring="""
         SHARES Scorer choice_scores chosen_rows score_metrics_of share_interval with_share_intervals

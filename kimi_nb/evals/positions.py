@@ -17,6 +17,7 @@ import torch
 
 from ..config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, place, write_json
 from ..data import EvalWindows, prepare
+from .recall import draw_state_bytes
 from ..model import cache_bytes
 from ..stats import panels, styled
 from ..train import fit, load_model, score_windows
@@ -163,13 +164,7 @@ def positions_figure(
     middle.axhline(0, color="#222222", linewidth=1)
     middle.set(ylabel="loss minus that of the same tokens\nin windows of the trained length (nats)")
     for arm, (color, mark) in _LOOKS.items():
-        held = [cache_bytes(position_run(arm).model, tokens) for tokens in contexts]
-        right.plot(contexts, held, color=color, marker=mark, markersize=5, label=arm)
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
-    right.set(xlabel="context (tokens)", ylabel="memory of one text (bytes, float32)")
-    right.legend(fontsize=8)
+        draw_state_bytes(right, arm, position_run(arm).model, contexts, dict(color=color, marker=mark, markersize=5))
     return fig
 
 

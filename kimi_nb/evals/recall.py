@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUPS', 'SEQUENCE_TASKS', 'RECALL_BASE', 'RECALL_ARMS', 'recall_batch', 'copying_batch', 'tracking_batch',
            'Recall', 'recall_accuracy', 'learn_recall', 'recall_row', 'record_recall', 'recorded_recall',
-           'recall_figure']
+           'draw_state_bytes', 'recall_figure']
 
 # %% ../../nbs/evals/08_recall.ipynb #03492acb
 import json
@@ -197,6 +197,22 @@ _LOOK = dict(zip(RECALL_ARMS, ("#0072B2", "#009E73", "#D55E00", "#CC79A7")))  # 
 _MARKS = dict(zip(RECALL_ARMS, "osD^"))
 
 
+def draw_state_bytes(
+    ax,
+    arm: str,  # its label
+    model: ModelConfig,
+    contexts,  # tokens
+    look: dict,  # of its line, as `plot` takes it
+):
+    "The bytes that a network holds of a text, by the text's length, one more line in a panel."
+    ax.plot(contexts, [cache_bytes(model, tokens) for tokens in contexts], label=arm, **look)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
+    ax.set(xlabel="context (tokens)", ylabel="memory of one text (bytes, float32)")
+    ax.legend(fontsize=8)
+
+
 @styled
 def recall_figure(
     frame: pd.DataFrame,  # of `recorded_recall`
@@ -209,17 +225,11 @@ def recall_figure(
         over = rows.groupby("pairs")["accuracy"].agg(["mean", "min", "max"])
         left.plot(over.index, over["mean"], label=arm, **look)
         left.fill_between(over.index, over["min"], over["max"], color=look["color"], alpha=0.15, linewidth=0)
-        config = RECALL_BASE.override(RECALL_ARMS[arm])
-        right.plot(contexts, [cache_bytes(config, tokens) for tokens in contexts], label=arm, **look)
+        draw_state_bytes(right, arm, RECALL_BASE.override(RECALL_ARMS[arm]), contexts, look)
     pairs, chance = sorted(frame["pairs"].unique()), frame["chance"].iloc[0]
     left.axhline(chance, color="#444444", linestyle="--", linewidth=1)
     left.annotate("chance", (pairs[0], chance), xytext=(0, 3), textcoords="offset points", fontsize=8)
     left.set_xscale("log", base=2)
     left.set_xticks(pairs, [str(n) for n in pairs])
     left.set(xlabel="pairs to remember", ylabel="share of values found", ylim=(0, 1.03))
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
-    right.set(xlabel="context (tokens)", ylabel="memory of one text (bytes, float32)")
-    right.legend(fontsize=8)
     return fig

@@ -23,6 +23,7 @@ import pandas as pd
 
 from .inference import StatsError
 from .words import counted, listed
+from ..study import bounded_rest
 
 # %% ../../nbs/stats/20_foreign.ipynb #d94579df
 PASTED = "-"  # as a path: what stands on standard input
@@ -46,15 +47,10 @@ def unpacked(
     data: bytes,  # gzipped
     path,  # where they come from
 ) -> bytes:
-    "What was packed; how much that is, is counted before any of it is kept.  Raises: StatsError, OSError, EOFError."
-    size = 0
+    "What was packed, where it is not too much.  Raises: StatsError, OSError, EOFError."
+    too_large = StatsError(f"{path} unpacks to more than {LARGEST_UNPACKED >> 20} MB: keep one row a run")
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-        while piece := stream.read(1 << 20):
-            size += len(piece)
-            if size > LARGEST_UNPACKED:
-                raise StatsError(f"{path} unpacks to more than {LARGEST_UNPACKED >> 20} MB: keep one row a run")
-        stream.seek(0)
-        return stream.read()
+        return bounded_rest(stream, LARGEST_UNPACKED, too_large)
 
 
 def file_bytes(

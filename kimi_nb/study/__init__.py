@@ -21,8 +21,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     folder="""
         EXPERIMENTS JournalReader LOCKS RUN_FOLDER RunBusy RunFiles RunFolder RunPlace StoreError
-        journal_line list_folder pretty private_folder read_sealed read_stored readable_name
-        record_beside remove_folders_left remove_if_left tidy_folder write_sealed
+        bounded_rest journal_line list_folder pretty private_folder read_sealed read_stored
+        readable_name record_beside remove_folders_left remove_if_left tidy_folder write_sealed
     """,
     ledger="""
         Ledger Runs RunsBase gives_way in_order read_manifest same_comparison why_aside

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_FOLDER', 'EXPERIMENTS', 'LOCKS', 'StoreError', 'RunBusy', 'read_stored', 'write_sealed', 'read_sealed',
            'pretty', 'list_folder', 'remove_if_left', 'tidy_folder', 'remove_folders_left', 'private_folder',
-           'journal_line', 'JournalReader', 'readable_name', 'RunPlace', 'RunFiles', 'RunFolder', 'record_beside']
+           'bounded_rest', 'journal_line', 'JournalReader', 'readable_name', 'RunPlace', 'RunFiles', 'RunFolder',
+           'record_beside']
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a003
 import glob
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -128,6 +130,21 @@ def private_folder() -> Iterator[Path]:
     remove_folders_left(tempfile.gettempdir(), "knb-")
     with tempfile.TemporaryDirectory(prefix=f"knb-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def bounded_rest(
+    stream: BinaryIO,  # packed, where it is to be read from; it can be sought in
+    most: int,  # bytes
+    error: Exception,  # raised where it holds more
+) -> bytes:
+    "The rest of a stream; how much that is, is counted before any of it is kept."
+    size, start = 0, stream.tell()
+    while piece := stream.read(1 << 20):
+        size += len(piece)
+        if size > most:
+            raise error
+    stream.seek(start)
+    return stream.read()
 
 # %% ../../nbs/study/04_folder.ipynb #b1f0a011
 def _is_number(value):

@@ -28,6 +28,7 @@ from kimi_nb.study.folder import (
     EXPERIMENTS,
     RunFolder,
     StoreError,
+    bounded_rest,
     list_folder,
     pretty,
     read_sealed,
@@ -464,13 +465,8 @@ def _read_export(path):
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
         head = _read_head(stream.readline(4096), path)
-        size, start = 0, stream.tell()
-        while piece := stream.read(1 << 20):  # counted before any of it is kept
-            size += len(piece)
-            if size > LARGEST:
-                raise StoreError(f"{path} holds more than {LARGEST >> 20} MB: export fewer studies into one file")
-        stream.seek(start)
-        body = stream.read()
+        too_large = StoreError(f"{path} holds more than {LARGEST >> 20} MB: export fewer studies into one file")
+        body = bounded_rest(stream, LARGEST, too_large)
     return head, body.decode()
 
 
