@@ -3489,6 +3489,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kimi_nb.runner.apart._Wishes.pause': ('runner/apart.html#_wishes.pause', 'kimi_nb/runner/apart.py'),
                                       'kimi_nb.runner.apart._Wishes.wait': ('runner/apart.html#_wishes.wait', 'kimi_nb/runner/apart.py'),
                                       'kimi_nb.runner.apart._started': ('runner/apart.html#_started', 'kimi_nb/runner/apart.py'),
+                                      'kimi_nb.runner.apart._started_here': ('runner/apart.html#_started_here', 'kimi_nb/runner/apart.py'),
+                                      'kimi_nb.runner.apart.last_started': ('runner/apart.html#last_started', 'kimi_nb/runner/apart.py'),
                                       'kimi_nb.runner.apart.live_runs': ('runner/apart.html#live_runs', 'kimi_nb/runner/apart.py'),
                                       'kimi_nb.runner.apart.start_run': ('runner/apart.html#start_run', 'kimi_nb/runner/apart.py'),
                                       'kimi_nb.runner.apart.train_apart': ('runner/apart.html#train_apart', 'kimi_nb/runner/apart.py')},

@@ -15,7 +15,7 @@ from .markup import View, error_html, page, tag, together
 from .parts import runs_like
 from .picker import keeping_quiet
 from .svg import chart_svg, load_svg
-from ..runner import ACTIVE, LiveError, LiveRun, live_runs, share_of_cores, start_run
+from ..runner import ACTIVE, LiveError, LiveRun, last_started, live_runs, share_of_cores, start_run
 from ..stats import amount, duration, number, percent
 from ..study import JournalReader, Store, metric_info
 
@@ -496,8 +496,9 @@ class LiveView(_FollowedRun):
         self._head.value = page(nothing, style=False)
         self.refresh()
         under_way = [live for live in live_runs(store) if live.status() in ACTIVE]
-        if under_way:
-            self.watch(under_way[0].run_id)  # after a restart of the kernel
+        latest = under_way[0] if under_way else last_started(store)
+        if latest:
+            self.watch(latest.run_id)  # after a restart of the kernel, during which it may have ended
 
     def start(self, run: RunConfig):
         "Train this run and watch it."

@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazily(
         mean_losses search tuned tuning_arm tuning_study vertex
     """,
     apart="""
-        ACTIVE Apart LiveError LiveRun live_runs start_run train_apart
+        ACTIVE Apart LiveError LiveRun last_started live_runs start_run train_apart
     """,
     branches="""
         branch budget_runs decay_branches leaves_at
