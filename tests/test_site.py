@@ -1,4 +1,7 @@
-"""The site: it builds without a warning, every link leads somewhere, and a browser finds nothing wrong on any page."""
+"""The site: it builds without a warning, every link leads somewhere, and a browser finds nothing wrong on any page.
+
+What asks for the built site is slow: two minutes of building are made once, in `make test-slow`.
+"""
 
 import ast
 import base64
@@ -94,6 +97,7 @@ def pages(site) -> dict[str, Seen]:
     return {p.relative_to(site).as_posix(): Seen(p) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts}
 
 
+@pytest.mark.slow
 def test_every_notebook_has_a_page_without_directives(pages):
     """No page is missing, none shows nbdev's directives, and each module's page ends with its reference."""
     assert [p for p in PAGES if f"{p}.html" not in pages] == []
@@ -104,6 +108,7 @@ def test_every_notebook_has_a_page_without_directives(pages):
     ] == []
 
 
+@pytest.mark.slow
 def test_no_link_or_picture_is_broken(site, pages):
     """Every link of every page leads to a page and a place on it; every picture and script is there."""
     wrong = []
@@ -154,6 +159,7 @@ def said_in(output):
     return "".join(output.get("data", {}).get("text/markdown", ""))
 
 
+@pytest.mark.slow
 def test_phase_pages_show_the_published_results(pages):
     """Tables and figures of a published reference run stand on the phases' pages, with a line on their origin."""
     from kimi_nb.plan import published_profiles
@@ -194,6 +200,7 @@ def test_phase_pages_show_the_published_results(pages):
     assert shown or not published_profiles(REPO), "no page shows a result"
 
 
+@pytest.mark.slow
 def test_phase_pages_show_other_published_sizes(pages):
     """A phase that other profiles hold has a section on each, with every claim and main figure; no other has one."""
     from kimi_nb.plan import published, published_profiles, read_bundle
@@ -368,6 +375,7 @@ def page(browser, address):
     context.close()
 
 
+@pytest.mark.slow
 def test_a_browser_finds_nothing_wrong_on_any_page(page, pages, address):
     """Every page of the site, opened in Chromium: no error on the console, all pictures, no sideways scrolling."""
     found = {}
@@ -514,6 +522,7 @@ def test_addresses_lead_nowhere_or_to_the_repository(conf, repository, clone, li
     assert ("OWNER/NAME is this repository" in text) == ("OWNER/NAME" in text)
 
 
+@pytest.mark.slow
 def test_search_finds_noaux_tc(page, address):
     """The search works without a server's help and leads to the notebook that explains the router."""
     page.goto(f"{address}/search.html?q=noaux_tc")
@@ -525,6 +534,7 @@ def test_search_finds_noaux_tc(page, address):
     assert page.wrong == []
 
 
+@pytest.mark.slow
 def test_what_can_be_operated_works_without_python(page, address):
     """A table is sorted by its heading, the slider of the verdict page moves, and dark mode is remembered."""
     page.goto(f"{address}/howto/decision_guide.html", wait_until="load")
