@@ -369,6 +369,8 @@ def test_profiles_load(name):
         ("[p]\nno-phase.train.lr = 1", "no-phase.train.lr is not a setting: did you mean train.lr"),
         ("[p]\nnorm.train.lr = fast", "norm.train.lr 'fast' is not allowed"),
         ("[p]\nnorm.seeds = 0", "norm.seeds 0 is not a whole number of at least 1"),
+        ("[p]\nnorm.seeds = 1000000000", "norm.seeds 1000000000 is out of range: at most 1,000"),
+        ("[p]\nseeds = 1000000000", "seeds 1,000,000,000 is out of range: at most 1,000"),
         ("[p]\nseeds = many", "seeds 'many' is not a whole number"),
         ("[p]\ntrain.steps = -1", "train.steps -1 is out of range"),
         ("no section", "is not a valid INI file"),
@@ -463,6 +465,33 @@ def test_a_seed_that_no_generator_takes_is_one_line(seed):
     with pytest.raises(ConfigError, match=r"^seed -?\d+ is out of range: (below|at least) \d+$"):
         RunConfig(seed=seed)
     assert RunConfig(seed=2**64 - 1).seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("value", [10**11, 2**63, 10**400])
+@pytest.mark.parametrize(
+    "path",
+    "model.d_model model.d_ff model.n_layers model.n_heads model.vocab_size model.max_seq_len model.mtp_depth "
+    "model.moe.n_experts model.moe.d_expert model.attention.kv_lora_rank model.attention.linear_heads "
+    "train.batch_size data.num_documents".split(),
+)
+def test_a_size_that_no_machine_holds_is_one_line(path, value):
+    """It is refused where it is written, before anything of that size is counted or built."""
+    with pytest.raises(ConfigError, match=rf"^{path} (a number of about )?[\d,]+( digits)? is out of range: at most "):
+        RunConfig().changed({path: value})
+
+
+def test_a_folder_of_very_many_files_is_no_corpus(tmp_path, monkeypatch):
+    """Such as the whole disk: its files are not all listed and read to tell what the run is."""
+    monkeypatch.setattr("kimi_nb.config.schema._MOST_FILES", 3)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("a text")
+    run = RunConfig().override({"data.corpus": str(tmp_path)})
+    before = run.run_id
+    (tmp_path / "0.txt").write_text("another text")
+    assert run.run_id != before
+    (tmp_path / "3.txt").write_text("a text")
+    with pytest.raises(KimiError, match="holds more than 3 files: name the folder of the text alone"):
+        assert run.run_id
 
 
 def test_compile_is_true_false_or_auto():

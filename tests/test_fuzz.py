@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import json
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -449,6 +452,53 @@ def task_rows(folder):
     return st.sampled_from(sorted(ROWS)).flatmap(
         lambda n: st.tuples(st.just(n), file_of(json.dumps(ROWS[n]).encode()))
     ), use
+
+
+HUGE = """
+import json, sys
+from pathlib import Path
+from kimi_nb.config import KimiError
+from kimi_nb.study import Store, seal
+
+file = Path(sys.argv[1]) / "studies" / "norm.json"
+whole = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}
+
+def places(value, here=()):
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from places(inner, (*here, name))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield here
+
+for place in places(whole):
+    for huge in (2**31, 10**12, 2**63):
+        altered = json.loads(json.dumps(whole))
+        node = altered
+        for name in place[:-1]:
+            node = node[name]
+        node[place[-1]] = huge
+        file.write_text(seal(altered))
+        try:
+            Store(sys.argv[1]).frame("norm", missing=True)
+        except KimiError:
+            pass
+print("read")
+"""
+
+
+def test_no_number_in_a_file_fills_the_memory(tmp_path):
+    """Each whole number of a study's file made huge, in a process of little memory and time."""
+    arms = (Arm("layernorm"), Arm("rmsnorm", {"model.norm.kind": "rmsnorm"}))
+    Store(tmp_path).record_study(Study(name="norm", base=tiny_run(), baseline="layernorm", seeds=(0, 1), arms=arms))
+
+    def little():
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+
+    ran = subprocess.run(
+        [sys.executable, "-c", HUGE, tmp_path], preexec_fn=little, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "read\n"), ran.stderr[-500:]
 
 
 def fuzz(name, folder, examples, monkeypatch):

@@ -17,9 +17,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     schema="""
         AttentionConfig CLIPPED_ATTENTIONS DataConfig FFNConfig KimiConfig LINEAR_ATTENTIONS
-        MoEConfig ModelConfig NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS
-        PositionConfig ResidualConfig RunConfig TrainConfig data_identity deciding mla_sizes needs
-        planned refuse_planned sleeping
+        MOST_SEEDS MoEConfig ModelConfig NEUTRAL Needs NormConfig OptimizerConfig PLANNED PRESETS
+        PositionConfig ResidualConfig RunConfig TrainConfig at_most data_identity deciding mla_sizes
+        needs planned refuse_planned sleeping
     """,
     places="""
         SHIPPED brought_along is_installed place settings_path working_folder

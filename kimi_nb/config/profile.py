@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from .base import Config, ConfigError, Float, Positive, near, parse_value, setting_paths
 from .places import settings_path
-from .schema import OptimizerConfig, RunConfig
+from .schema import MOST_SEEDS, OptimizerConfig, RunConfig, at_most
 
 # %% ../../nbs/config/06_profile.ipynb #c0f1a005
 LIKE = {"adam": "adamw", "muonclip": "muon"}  # untuned optimizer: whose values it takes
@@ -27,7 +27,7 @@ class Profile(Config):
 
     name: str
     base: RunConfig  # what every study starts from
-    seeds: Positive = 3  # runs per arm
+    seeds: Annotated[Positive, at_most(MOST_SEEDS)] = 3  # runs per arm
     budget_minutes: Annotated[Float, Field(gt=0)]  # wall time of the whole plan, set-up apart
     max_epochs: Annotated[Float, Field(gt=0)] = 4.0  # passes over the training text that no run of a plan exceeds
     only: tuple[str, ...] = ()  # phases that its plan runs; none is all that need no asking
@@ -182,6 +182,8 @@ class _Section:
             _check_value(key, value, f"{phase}.{key}")
         elif not isinstance(value, int) or value < 1:
             raise ConfigError(f"{phase}.seeds", f"{value!r} is not a whole number of at least 1")
+        elif value > MOST_SEEDS:
+            raise ConfigError(f"{phase}.seeds", f"{value!r} is out of range: at most {MOST_SEEDS:,}")
 
 # %% ../../nbs/config/06_profile.ipynb #c0f1a014
 def load_profile(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import Config, ConfigError, Count, Float, Positive, RunConfig, data_identity, near
+from ..config import MOST_SEEDS, Config, ConfigError, Count, Float, Positive, RunConfig, data_identity, near
 from .record import plain
 
 # %% ../../nbs/study/02_arms.ipynb #d1a20005
@@ -146,6 +146,8 @@ class Declaration(Config):
     ):
         "The same study with other seeds."
         fields = {name: getattr(self, name) for name in type(self).model_fields}
+        if isinstance(seeds, int) and seeds > MOST_SEEDS:
+            raise ConfigError("seeds", f"{seeds:,} is out of range: at most {MOST_SEEDS:,}")
         chosen = range(seeds) if isinstance(seeds, int) else seeds
         return type(self)(**{**fields, "seeds": tuple(chosen)})
 
