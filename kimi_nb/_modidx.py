@@ -2601,6 +2601,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kimi_nb.phases.ladder.forecast_file': ( 'phases/ladder.html#forecast_file',
                                                                                 'kimi_nb/phases/ladder.py'),
                                        'kimi_nb.phases.ladder.gates': ('phases/ladder.html#gates', 'kimi_nb/phases/ladder.py'),
+                                       'kimi_nb.phases.ladder.held_back': ('phases/ladder.html#held_back', 'kimi_nb/phases/ladder.py'),
                                        'kimi_nb.phases.ladder.judge': ('phases/ladder.html#judge', 'kimi_nb/phases/ladder.py'),
                                        'kimi_nb.phases.ladder.judge_forecasts': ( 'phases/ladder.html#judge_forecasts',
                                                                                   'kimi_nb/phases/ladder.py'),

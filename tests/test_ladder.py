@@ -185,13 +185,37 @@ def test_a_published_ladder_has_its_words_in_the_report():
     assert "ladder" not in abouts() and abouts(("mine",))["mine"].order == 99
 
 
+def test_a_rung_below_the_counts_says_nothing_of_the_network(tiny, monkeypatch):
+    """Attention and routing get no word there, in table, findings and guide; Muon does, and other rungs do."""
+    from kimi_nb.report import answers_at
+
+    climbed = ladder.rungs(tiny[0])
+    truth = dict(attention=0.06, routing=0.0, optimizer=-0.2)
+    store, reason = Made(climbed, [truth, truth]), "it has learnt less than a table"
+    monkeypatch.setattr(ladder, "held_back", lambda store, rung: reason if rung.first else "")
+    effects = ladder.ladder_effects(store, climbed)
+    words = {(row.name_, row.part): row.word for row in effects.rename(columns=dict(name="name_")).itertuples()}
+    first, second = climbed[0].name, climbed[1].name
+    assert {words[first, part] for part in ladder.NETWORK} == {ladder.BELOW} and words[
+        first, "optimizer"
+    ] == "supported"
+    assert words[second, "attention"] == "contradicted"
+    scores = ladder.Scores(pd.DataFrame(), pd.DataFrame())
+    said = {finding.id: finding for finding in ladder.judge(effects, scores, climbed)}
+    assert said[f"ladder attention {first}"].word == "not testable here"
+    assert said[f"ladder attention {first}"].reason == reason
+    assert said["ladder attention"].word == "contradicted" and said[f"ladder optimizer {first}"].word == "supported"
+    answers = answers_at(climbed[0].size, effects, climbed)
+    assert [answer.answer for answer in answers] == ["not tested", "not tested", "yes"] and reason in answers[0].because
+
+
 class Made:
     """A store of made-up rung records: each part's effect is known, the seeds differ a little."""
 
     path = "none"
 
     def __init__(self, climbed, effects):
-        self.frames, rng = {}, np.random.default_rng(4)
+        self.climbed, self.frames, rng = climbed, {}, np.random.default_rng(4)
         for rung, there in zip(climbed, effects):
             rows = []
             for arm in ladder.rung_study(rung).arms if there else ():
@@ -206,6 +230,12 @@ class Made:
 
     def frame(self, name, stale=False):
         return self.frames[name]
+
+    def get(self, run_id):
+        """No record stands behind a row."""
+
+    def manifest(self, name):
+        return next(ladder.rung_study(rung) for rung in self.climbed if name == f"ladder-{rung.name}"), {}
 
 
 def test_the_decision_guide_answers_by_size_and_says_where_it_extrapolates(tiny):

@@ -100,7 +100,8 @@ def publish_profile(store, args):
 
     refuse_a_name(args)
     about = publish_records(store, args.profile, stale=args.stale, only=args.only, partial=args.partial)
-    publish_counts(store, settings_path().parent / PUBLISHED_COUNTS)
+    for study in store.studies():
+        publish_counts(store, settings_path().parent / PUBLISHED_COUNTS, study)
     where = f"data/records/{args.profile} and figures/{args.profile}"
     print(f"published {len(about['files'])} files in {where}\n{where_from(about)}")
 

@@ -58,6 +58,8 @@ def _told_size(size, tokens):
 def _seen(effects, rung, part):
     "Answer and reason of a rung."
     row = effects[(effects["name"] == rung.name) & (effects["part"] == part)]
+    if row["held"].any():
+        return "not tested", f"At {rung.label}: {row['held'].iloc[0]}"
     finding = decide(row, margin=0.02)
     if finding.word == "not testable here":
         return "not tested", f"At {rung.label}: {finding.reason}."
