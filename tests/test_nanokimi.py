@@ -266,6 +266,41 @@ def test_the_three_sizes_have_the_three_features(name):
         assert 0.9 * shared <= run.model.moe.n_experts * run.model.expert_width <= shared
 
 
+PLANS = {  # the numbers of two research plans: path -> value
+    "guide": {
+        "model.vocab_size": 50257,
+        "model.dropout": 0.1,
+        "model.moe.aux_loss_weight": 0.01,
+        "train.steps": 1000,
+        "train.lr": 1e-3,
+        "train.eval_every": 500,
+        "train.grad_clip": 1.0,
+        "train.optimizer.weight_decay": 0.01,
+        "data.num_documents": 2000,
+        "data.max_tokens": 500_000,
+        "seed": 42,
+    },
+    "tiny_llm": {
+        "train.steps": 10_000,
+        "train.lr": 0.01,
+        "train.eval_every": 1000,
+        "train.save_every": 1000,
+        "train.optimizer.name": "muon",
+        "data.num_documents": 3000,
+        "data.max_tokens": 1_000_000,
+    },
+}
+BOTH = {"model.d_model": 384, "model.n_layers": 6, "model.n_heads": 8, "model.d_ff": 1536, "model.max_seq_len": 512}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_two_examples_have_the_numbers_of_a_research_plan(name):
+    """An override that would change something says that the number is another."""
+    run, _ = read_config(f"{name}.yaml")
+    asked = BOTH | {"train.batch_size": 24, "model.moe.n_experts": 8, "model.moe.top_k": 2} | PLANS[name]
+    assert run.override(asked) == run
+
+
 def test_the_snippets_model_has_the_size_of_its_description():
     config = ModelConfig(
         n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024,
@@ -365,6 +400,20 @@ def test_training_and_generation_on_the_command_line(tmp_path, monkeypatch, caps
     ran("generate", "--checkpoint", out, "--interactive", "--max-new-tokens", 5)
     g = Generator.from_checkpoint(out)
     assert g.generate_text("Once", use_cache=True, seed=3) == g.generate_text("Once", use_cache=False, seed=3)
+
+
+def test_checkpoints_that_are_asked_for_stay(tmp_path, capsys):
+    """Those on the way, and they can be scored; without a step to write them at, asking is refused."""
+    tiny = ["--data.corpus", "tinyworld", "--data.num_documents", 60, "--data.tokenizer", "byte", "--model.d_model", 16]
+    train = ["train", *tiny, "--train.steps", 6, "--quiet", "--scores", "none", "--keep", 2]
+    out = tmp_path / "run"
+    ran(*train, "--train.save_every", 2, "--out", out)
+    kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004"]  # the end is the final one
+    ran("eval", "--checkpoint", out / "checkpoints" / kept[0])
+    capsys.readouterr()
+    assert main([*map(str, train), "--out", str(tmp_path / "none")]) == 2
+    assert "--keep 2 waits for --train.save_every N" in capsys.readouterr().err
 
 
 def test_max_steps_cuts_the_warm_up_of_a_file_and_not_one_that_was_asked_for(tmp_path, capsys):

@@ -60,6 +60,13 @@ def add_train(
     p.add_argument(
         "--shard", action="store_true", help="under torchrun: each rank keeps its part of the model (FSDP2), not a copy"
     )
+    p.add_argument(
+        "--keep",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="numbered checkpoints that stay, of those --train.save_every writes (default: 1, gone when the run ends)",
+    )
     p.add_argument("--fresh", action="store_true", help="with --out: set aside what is there and start again")
     add_tracking(p)
     p.add_argument("--track-name", metavar="NAME", help="name of the run's page (default: its run_id)")
@@ -134,11 +141,8 @@ def _trained(args, run, options, scoring):
     return record, store.folder(run.run_id)
 
 
-def cmd_train(args):
-    from kimi_nb.model import check_shard, joined, rank_and_size
-    from kimi_nb.train import TrainOptions, pick_device
-
-    run, scoring = chosen_run(args), scorer(args)
+def _refuse_idle(args, run):
+    "Raises: KimiError for what would do nothing."
     if run.train.steps == 0:
         raise KimiError("train.steps 0 trains nothing: give --max-steps 1 or more")
     if args.fresh and not args.out:
@@ -146,6 +150,16 @@ def cmd_train(args):
             "--fresh needs --out DIR: records of the results folder are never replaced, "
             "use --repeat 1 for another run of the same"
         )
+    if args.keep > 1 and not run.train.save_every:
+        raise KimiError(f"--keep {args.keep} waits for --train.save_every N: without it no checkpoint is written")
+
+
+def cmd_train(args):
+    from kimi_nb.model import check_shard, joined, rank_and_size
+    from kimi_nb.train import TrainOptions, pick_device
+
+    run, scoring = chosen_run(args), scorer(args)
+    _refuse_idle(args, run)
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         rank, ranks = rank_and_size()
         pick_device(device)  # nothing is said of a run that cannot begin
@@ -160,6 +174,7 @@ def cmd_train(args):
             progress=not args.quiet,
             on_step=page,
             shard=args.shard,
+            keep=args.keep,
         )
         with page or contextlib.nullcontext():
             record, folder = _trained(args, run, options, scoring)
