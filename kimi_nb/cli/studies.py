@@ -174,12 +174,12 @@ def dry_run(
 
     studies = phase_studies(tuned(profile, store, run=False), args.only, args.seeds)
     every = [study for mine in studies.values() for study in mine]
-    runs = [planned.run for study in every for planned in distinct([study])]
+    planned = [one for study in every for one in distinct([study])]
     todo = pending(distinct(every), store)
     workers = (profile.workers if args.workers is None else args.workers) or default_workers()
-    seconds = predict_seconds(runs, workers)
-    minutes = sum(seconds[planned.run.run_id] for planned in todo) / workers / 60
-    table = plan_table(studies, store, seconds, expect_h100(runs))
+    seconds = predict_seconds(planned, workers)
+    minutes = sum(seconds[one.run_id] for one in todo) / workers / 60
+    table = plan_table(studies, store, seconds, expect_h100(planned))
     if args.json:
         rows = json.loads(table.to_json(orient="records"))
         told = dict(profile=profile.name, runs=len(todo), minutes=minutes, workers=workers, results=str(store.path))
@@ -354,13 +354,13 @@ def profile_facts(
 
     profile = load_profile(name)
     studies = phase_studies(profile)
-    runs = [planned.run for planned in distinct(study for mine in studies.values() for study in mine)]
-    seconds, h100 = predict_seconds(runs, workers), expect_h100(runs)
-    tokens = sum(run.train.steps * run.tokens_per_step for run in runs)
+    planned = distinct(study for mine in studies.values() for study in mine)
+    seconds, h100 = predict_seconds(planned, workers), expect_h100(planned)
+    tokens = sum(one.run.train.steps * one.run.tokens_per_step for one in planned)
     minutes = sum(seconds.values()) / workers / 60
     flops, gpu_seconds = (sum(column) for column in zip(*h100.values(), strict=True))
     numbers = dict(
-        runs=len(runs), tokens=tokens, minutes=minutes, workers=workers, budget_minutes=profile.budget_minutes
+        runs=len(planned), tokens=tokens, minutes=minutes, workers=workers, budget_minutes=profile.budget_minutes
     )
     table = plan_table(studies, None, seconds, h100).drop(columns="to_train")
     return dict(profile=name, **numbers, flops=flops, h100_hours=gpu_seconds / 3600, studies=table)
@@ -383,16 +383,19 @@ def profile_text(
 
 
 def cmd_profiles(args):
+    from tqdm.auto import tqdm
+
     from kimi_nb.runner import default_workers
 
-    workers = args.workers or default_workers()
-    found = (profile_facts(name, workers) for name in args.profile or profile_names())
+    workers, names = args.workers or default_workers(), args.profile or profile_names()
+    bar = tqdm(names, "reckoning", unit="profile", delay=1.0, leave=False, disable=None)
+    found = (profile_facts(name, workers) for name in bar)
     if args.json:
         listed = [facts | dict(studies=json.loads(facts["studies"].to_json(orient="records"))) for facts in found]
         print(json.dumps(listed, indent=1))
         return
     for facts in found:
-        print(profile_text(facts, terminal_width()))
+        tqdm.write(profile_text(facts, terminal_width()))
 
 # %% ../../nbs/cli/03_studies.ipynb #28af2e93
 def add_new_phase(commands, with_settings: bool = True):

@@ -156,6 +156,25 @@ class Results(dict):
                 rows.append(whole | dict(half=half, cut=None) | values)
         return pd.DataFrame(rows).reindex(columns=_COLUMNS)
 
+# %% ../../nbs/evals/04_harness.ipynb #5eed0b02
+@functools.lru_cache(maxsize=256)
+def _compiled(text):
+    from lm_eval.utils import env
+
+    return type(env).from_string(env, text)
+
+
+@contextlib.contextmanager
+def _each_template_once():
+    "The harness's templates, compiled by their text."
+    from lm_eval.utils import env
+
+    env.from_string = _compiled
+    try:
+        yield
+    finally:
+        vars(env).pop("from_string", None)
+
 # %% ../../nbs/evals/04_harness.ipynb #e44010c0
 def _rows_of(task, data_dir, limit, online):
     "Rows of a local file; None when the hub has them; a reason where neither does."
@@ -176,7 +195,7 @@ def _run_harness(lm, manager, task, rows, limit, bootstrap):
     from lm_eval.evaluator import evaluate
 
     try:
-        with _quiet():
+        with _quiet(), _each_template_once():
             loaded = manager.load(f"kimi_{task.name}")
             out = evaluate(lm, loaded, limit=None if rows else limit, bootstrap_iters=bootstrap, log_samples=True)
             return out, None

@@ -191,6 +191,17 @@ def cell_arm(
     return Arm(cell_name(on), rung.profile.base.differing(settings), words)
 
 
+def _declared(rung, name, question, **other):
+    "A study of a rung; `other` is of `Study`."
+    return Study(
+        name=f"{name}-{rung.name}",
+        phase="ladder",
+        question=question,
+        base=rung.profile.base,
+        **other,
+    )
+
+
 def rung_study(
     rung: Rung,
 ) -> Study:
@@ -200,11 +211,10 @@ def rung_study(
     arms.append(Arm(HEADS, heads, "MLA of equal size + Muon by heads"))
     if single := rung.profile.base.differing(rung.profile.optimizer("adamw-single")):
         arms.append(Arm(SINGLE, single, "AdamW with one rate"))
-    return Study(
-        name=f"ladder-{rung.name}",
-        phase="ladder",
-        question=f"What do the parts do at {rung.label} active parameters?",
-        base=rung.profile.base,
+    return _declared(
+        rung,
+        "ladder",
+        f"What do the parts do at {rung.label} active parameters?",
         arms=arms,
         baseline=cell_name(()),
         seeds=range(rung.seeds),
@@ -226,11 +236,10 @@ def rates_study(
         for times in TIMES:
             rate = {"train.lr": float(f"{settings['train.lr'] * times:.4g}")}
             arms.append(Arm(f"{name} x {times:g}", rung.profile.base.differing(settings | rate)))
-    return Study(
-        name=f"ladder-rates-{rung.name}",
-        phase="ladder",
-        question="How far off are rates that were carried by width?",
-        base=rung.profile.base,
+    return _declared(
+        rung,
+        "ladder-rates",
+        "How far off are rates that were carried by width?",
         arms=arms,
         baseline="adamw x 1",
         seeds=(1000,),
@@ -251,11 +260,10 @@ def budget_study(
             "train.warmup_steps": round(share * train.warmup_steps),
         }
         arms += [cell_arm(rung, on).within(block) for on in ((), ("optimizer",))]
-    return Study(
-        name=f"ladder-budget-{rung.name}",
-        phase="ladder",
-        question="Does a gain shrink with longer training?",
-        base=rung.profile.base,
+    return _declared(
+        rung,
+        "ladder-budget",
+        "Does a gain shrink with longer training?",
         arms=arms,
         blocks=blocks,
         baseline=cell_name(()),

@@ -158,8 +158,8 @@ def plan_table(
     for phase, group in studies.items():
         for study in group:
             plan = distinct([study])
-            new = [p for p in plan if p.run.run_id not in seen]
-            seen |= {p.run.run_id for p in plan}
+            new = [p for p in plan if p.run_id not in seen]
+            seen |= {p.run_id for p in plan}
             todo = pending(new, store) if store else new
             row = dict(
                 phase=phase,
@@ -172,10 +172,10 @@ def plan_table(
                 tokens=sum(p.run.train.steps * p.run.tokens_per_step for p in new),
             )
             if predicted:
-                row["minutes"] = sum(predicted[p.run.run_id] for p in todo) / 60
+                row["minutes"] = sum(predicted[p.run_id] for p in todo) / 60
             if h100:
-                row["PFLOPs"] = sum(h100[p.run.run_id][0] for p in new) / 1e15
-                row["H100_minutes"] = sum(h100[p.run.run_id][1] for p in todo) / 60
+                row["PFLOPs"] = sum(h100[p.run_id][0] for p in new) / 1e15
+                row["H100_minutes"] = sum(h100[p.run_id][1] for p in todo) / 60
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -496,7 +496,7 @@ def phase_key(
     data_dir: str | None = None,  # folder of local rows
 ) -> str:
     "Hash over everything that an executed phase notebook shows."
-    records = [(p.run.run_id, r.digest if (r := store.get(p.run.run_id)) else None) for p in distinct(studies)]
+    records = [(p.run_id, r.digest if (r := store.get(p.run_id)) else None) for p in distinct(studies)]
     own = notebook.stem.partition("_")[2]
     if reads_outcomes(phases((own,))[own]):
         names = [name for name, module in phases().items() if not reads_outcomes(module)]

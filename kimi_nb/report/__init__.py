@@ -53,7 +53,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     guide="""
         ANSWERS Advice CHAPTERS HOWTO Lesson VIRTUES advice_table advise answers_agree course
-        howto_pages lessons_table read_lesson wing_lines
+        howto_pages lessons_table read_lesson seeds_in_words wing_lines
     """,
     machines="""
         Agreement MACHINE_SETTINGS PARTED RESULTS TUNED_SETTINGS agree agreement_data

@@ -20,7 +20,7 @@ from .evidence import Evidence
 from .forms import pandoc, picture
 from .paper import UNTESTED, own_findings
 from .parts import parts_rows
-from ..stats import capital, counted, duration, listed
+from ..stats import counted, duration, listed
 from ..study import Finding
 
 # %% ../../nbs/report/13_card.ipynb #ac2c6262
@@ -73,22 +73,23 @@ def card_rows(
 # %% ../../nbs/report/13_card.ipynb #4f8a6c04
 def silent_phases(
     e: Evidence,
-) -> dict[str, int]:  # phase -> claims
+) -> dict[str, list[Finding]]:  # phase -> its claims
     "Phases that decided nothing."
     found = {phase: own_findings(e, phase) for phase in e.outcomes}
-    return {p: len(f) for p, f in found.items() if f and not any(one.word in ANSWERING for one in f)}
+    return {phase: own for phase, own in found.items() if own and not any(f.word in ANSWERING for f in own)}
 
 
 def open_words(
     e: Evidence,
+    silent: dict[str, list[Finding]],  # of `silent_phases`
 ) -> str:
     "What the runs do not decide, in a few sentences."
     undecided = [f.id.removeprefix("criterion ") for f in e.answers if f.word == "undecided"]
     untested = [f.id.removeprefix("criterion ") for f in e.answers if f.word in UNTESTED]
-    silent = [f"{phase} ({counted(n, 'claim')})" for phase, n in silent_phases(e).items()]
     told = []
     if silent:
-        told.append(f"{capital('phases' if len(silent) > 1 else 'phase')} without a decision: {listed(silent)}.")
+        named = listed(f"{phase} ({counted(len(own), 'claim')})" for phase, own in silent.items())
+        told.append(f"{'Phases' if len(silent) > 1 else 'Phase'} without a decision: {named}.")
     if undecided:
         told.append(f"Undecided: {listed(undecided)}.")
     if untested:
@@ -102,16 +103,17 @@ def open_words(
 # %% ../../nbs/report/13_card.ipynb #0652c1d2
 def next_lines(
     e: Evidence,
+    silent: dict[str, list[Finding]],  # of `silent_phases`
 ) -> list[str]:  # Markdown
     "Where more is, and which command would decide more."
     report = f"`{e.path}/research_report.md` has every claim with interval and figure"
     lines = [f"{report}; `{e.path}/notebooks` the pages."]
     lines.append("`kimi-nb report` writes the paper, its short form of four pages and the slides.")
-    silent = [p for p in silent_phases(e) if any(f.word == "undecided" for f in own_findings(e, p))]
+    undecided = [phase for phase, own in silent.items() if any(f.word == "undecided" for f in own)]
     names = profile_names()
-    if silent and e.profile in names:
-        seeds = 2 * max((len(study.seeds) for study in e.studies.values() if study.phase in silent), default=2)
-        command = f"kimi-nb plan --profile {e.profile} --only {' '.join(silent)} --seeds {seeds}"
+    if undecided and e.profile in names:
+        seeds = 2 * max((len(study.seeds) for study in e.studies.values() if study.phase in undecided), default=2)
+        command = f"kimi-nb plan --profile {e.profile} --only {' '.join(undecided)} --seeds {seeds}"
         lines.append(f"`{command}` adds seeds to what is open.")
     larger = names[names.index(e.profile) + 1 :] if e.profile in names else []
     if larger:
@@ -139,6 +141,7 @@ def card_of(
 ) -> ReportCard:
     "The card of a results folder."
     floor = floor_of(e.store, e.main, measure=True) if e.main else None
+    silent = silent_phases(e)
     main = unmarked(what_ran(e, [e.studies[e.main].phase])) if e.main else "no study"
     done = (e.runs["status"] == "done").sum()
     phases = f"{len(e.outcomes)} of {len(e.phases)} phases"
@@ -148,9 +151,9 @@ def card_of(
         floor=floor_in_words(floor) if floor else "",
         heads=("about", "difference (95% interval)", "in words"),
         rows=card_rows(e),
-        open=open_words(e),
+        open=open_words(e, silent),
         time=time_words(e, seconds),
-        next=next_lines(e),
+        next=next_lines(e, silent),
     )
 
 # %% ../../nbs/report/13_card.ipynb #77a5c186

@@ -250,13 +250,17 @@ class Evidence(Compared):
         self.phases = list(self.about)
         self.outcomes: dict[str, Outcome] = {phase: outcomes[phase] for phase in self.phases if phase in outcomes}
         self.studies = {name: self.studies[name] for name in sorted(self.studies, key=self._place)}
-        first = next(iter(self.studies), "")
-        self.main = "combined" if "combined" in self.studies else first  # the study that sizes are quoted from
+        self.main = self._main()  # the study that sizes are quoted from
 
     def _place(self, name):
         "Where a study stands: with its phase, and before its companions where it bears the phase's name."
         phase = self.studies[name].phase
         return self.phases.index(phase) if phase in self.phases else math.inf, name != phase, name
+
+    def _main(self):
+        "The first study with runs, the factorial before others, phases that have an outcome before all; '' for none."
+        names = sorted(self.studies, key=lambda n: (self.studies[n].phase not in self.outcomes, n != "combined"))
+        return next((name for name in names if self.frame(name) is not None), "")
 
     def findings(self, phase: str) -> tuple[Finding, ...]:
         "What a phase found."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'HOWTO', 'VIRTUES', 'ANSWERS', 'Lesson', 'read_lesson', 'course', 'howto_pages', 'lessons_table',
-           'wing_lines', 'Advice', 'advise', 'advice_table', 'answers_agree']
+           'wing_lines', 'seeds_in_words', 'Advice', 'advise', 'advice_table', 'answers_agree']
 
 # %% ../../nbs/report/09_guide.ipynb #071044b3
 import ast
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 
 import kimi_nb
+from ..config import Profile
 from .parts import LEVEL_NAMES, PART_COSTS, PartSeen, effect_in_numbers, parts_seen
 from ..stats import capital, in_two_words, listed, p_words, say, table
 from ..study import Finding, Store
@@ -129,6 +130,16 @@ def wing_lines(
         first = min((Path(folder) / wing).glob("[0-9]*.ipynb"))
         lines.append(f"- [`{wing}`]({first.as_posix()}) {about.splitlines()[0] if about else chapter}")
     return lines
+
+# %% ../../nbs/report/09_guide.ipynb #5eed0a02
+def seeds_in_words(
+    profile: Profile,
+) -> str:  # Markdown, '3, `contest` 5'
+    "Seeds per arm, and the phases that have their own number."
+    own = {phase: ", ".join(map(str, grid["seeds"])) for phase, grid in profile.grids.items() if "seeds" in grid}
+    if own and profile.only == tuple(own):
+        return "; ".join(own.values())
+    return ", ".join([f"{profile.seeds}", *(f"`{phase}` {seeds}" for phase, seeds in own.items())])
 
 # %% ../../nbs/report/09_guide.ipynb #c75f9cef
 VIRTUES = {

@@ -20,7 +20,8 @@ __getattr__, __dir__, __all__ = lazily(
         visible_gpus vocabulary_size weight
     """,
     pool="""
-        EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker run_studies run_study
+        EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock run_studies
+        run_study
     """,
     tuning="""
         BESIDE Choice MOST_GROWN TUNING_SEEDS Tuning descend first_tuning fixed grown line_search

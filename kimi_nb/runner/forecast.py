@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from ..config import RunConfig, write_file
 from .attempt import start_process
 from .clock import matrix_peak, settle
+from ..study import Planned
 
 # %% ../../nbs/runner/03_forecast.ipynb #f06ba902
 def share_of_cores(workers: int) -> int:
@@ -195,6 +196,7 @@ def _scored_tokens(run):
 def _step_seconds(runs, workers):
     "Configuration -> seconds of a step: timed where it is cheap, from FLOPs where not."
     import torch
+    from tqdm.auto import tqdm
 
     from kimi_nb.train import pick_device
 
@@ -202,7 +204,7 @@ def _step_seconds(runs, workers):
     known = read_timings(path)
     torch.set_num_threads(share_of_cores(workers))
     try:
-        for run in runs:
+        for run in tqdm(runs, "how long a step takes", unit="run", delay=1.0, leave=False, disable=None):
             key = shape_key(run, workers)
             if key not in flops:
                 flops[key] = step_flops(run)
@@ -219,16 +221,17 @@ def _step_seconds(runs, workers):
 
 
 def predict_seconds(
-    runs: Iterable[RunConfig],
+    planned: Iterable[Planned],
     workers: int | None = None,  # processes; none is the default number
 ) -> dict[str, float]:
     "run_id -> predicted seconds on one worker of this machine: start-up, steps, evaluations."
-    runs, workers = list(runs), workers or default_workers()
-    steps, found = _step_seconds(runs, workers), {}
-    for run in runs:
+    planned, workers = list(planned), workers or default_workers()
+    steps, found = _step_seconds([one.run for one in planned], workers), {}
+    for one in planned:
+        run = one.run
         step = steps[shape_key(run, workers)]
         scoring = step / 3 * _scored_tokens(run) / run.tokens_per_step
-        found[run.run_id] = 0.5 + 1.1 * run.train.steps * step + scoring
+        found[one.run_id] = 0.5 + 1.1 * run.train.steps * step + scoring
     return found
 
 # %% ../../nbs/runner/03_forecast.ipynb #db3a675b
@@ -236,18 +239,19 @@ H100 = dict(flops=989e12, utilisation=0.25, step=0.015)
 
 
 def expect_h100(
-    runs: Iterable[RunConfig],
+    planned: Iterable[Planned],
 ) -> dict[str, tuple[float, float]]:
     "run_id -> (training FLOPs, seconds expected on an H100): a reckoning from the figures in `H100`, no measurement."
     known, found = {}, {}
-    for run in runs:
+    for one in planned:
+        run = one.run
         shape = (run.model, run.train.batch_size, run.seq_len, run.data.tokenizer)
         if shape not in known:
             known[shape] = step_flops(run)
         flops = known[shape]
         seconds = max(flops / (H100["flops"] * H100["utilisation"]), H100["step"])
         scoring = seconds / 3 * _scored_tokens(run) / run.tokens_per_step
-        found[run.run_id] = flops * run.train.steps, run.train.steps * seconds + scoring
+        found[one.run_id] = flops * run.train.steps, run.train.steps * seconds + scoring
     return found
 
 # %% ../../nbs/runner/03_forecast.ipynb #81a3833c
