@@ -11,7 +11,7 @@ __all__ = ['ABOUT', 'KERNELS', 'KINDS', 'METRICS', 'TEXTS', 'kernel_arm', 'kind_
 from typing import NamedTuple
 
 from ..config import Profile
-from ..stats import FORMS, claim, comparisons, panels, styled, with_targets
+from ..stats import FORMS, analysed, claim, panels, styled
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study, factor_delta, not_testable
 
 # %% ../../nbs/phases/02_attention.ipynb #2f3d021c
@@ -257,8 +257,8 @@ def analyse(
     from kimi_nb.bench import speed_comparison
     from kimi_nb.stats import compare
 
-    frame = with_targets(with_measured_speed(store.frame(study.name), costs), store.curves(study.name), study.baseline)
-    found = comparisons(frame, METRICS, study)
+    timed = with_measured_speed(store.frame(study.name), costs)
+    frame, found = analysed(timed, store.curves(study.name), study, METRICS)
     plain = (
         frame[frame["block"].isin(frame.loc[frame["arm"] == "eager", "block"])]
         if "eager" in set(frame["arm"])
