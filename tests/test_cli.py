@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import kimi_nb.cli.machine
-from kimi_nb.cli import lab_command, main
+from kimi_nb.cli import lab_command, main, print_pieces
 from kimi_nb.config import RunConfig
 from kimi_nb.lab import settings_of, typed_value
 from kimi_nb.study import Record, Store
@@ -59,6 +59,26 @@ def test_a_closed_pipe_ends_without_a_word():
     shell = f'"{sys.executable}" -u -c "{code}" --help | head -n 1'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("usage: kimi-nb") and done.stderr == ""
+
+
+def test_an_output_that_is_closed_or_full_is_no_fault_of_the_program(tmp_path):
+    """A scheduler that closes streams, and a disk with no room left, which is one line."""
+    command = f'"{sys.executable}" -c "import sys; from kimi_nb.cli import main; sys.exit(main(sys.argv[1:]))"'
+    listed = f"{command} records list --results {shlex.quote(str(tmp_path))}"
+    done = subprocess.run(["bash", "-c", f"{listed} <&- >&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(["bash", "-c", f"{listed} >/dev/full"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "No space left on device: make room" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_a_model_writes_does_not_steer_a_terminal(monkeypatch, capsys):
+    """Bytes of its vocabulary are escape sequences too; a file gets them as they are."""
+    print_pieces(["a\x1b[2Jb", "\n"])
+    assert capsys.readouterr().out == "a\x1b[2Jb\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    print_pieces(["a\x1b[2Jb", "\n"])
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n\n"
 
 
 def test_a_module_beside_the_notebooks_is_none_of_the_lab(tmp_path):

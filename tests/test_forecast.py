@@ -16,7 +16,20 @@ pytest.importorskip("torch")
 
 import torch
 
-from kimi_nb.runner import Crowded, forecast, measure_sharing, pick_workers, run_one, run_studies, visible_gpus
+from kimi_nb.config import RunConfig
+from kimi_nb.plan import plan_table
+from kimi_nb.runner import (
+    Crowded,
+    distinct,
+    expect_h100,
+    forecast,
+    measure_sharing,
+    pick_workers,
+    predict_seconds,
+    run_one,
+    run_studies,
+    visible_gpus,
+)
 from kimi_nb.runner import pool as runner
 from kimi_nb.study import Arm, Record, Store, Study
 from kimi_nb.train import Trainer
@@ -256,3 +269,18 @@ def test_times_are_kept_by_what_is_in_force():
     assert forecast.shape_key(run.override({"train.precision": "fp32"}), 2) == key  # what auto is here
     for change in ({"train.precision": "bf16"}, {"train.compile": True}, {"train.grad_clip": 0.5}):
         assert forecast.shape_key(run.override(change), 2) != key
+
+
+def test_a_forecast_asks_no_run_who_it_is_and_needs_no_cache(tmp_path, monkeypatch):
+    """Identities read the data, and a plan of hundreds of runs has them already; times are only kept to save time."""
+    arms = [Arm("as it is"), Arm("other", {"model.norm.kind": "rmsnorm"})]
+    study = Study(name="tiny", phase="norm", base=tiny_run(), arms=arms, baseline="as it is", seeds=(0, 1))
+    planned = distinct([study])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KIMI_NB_CACHE", str(tmp_path / "file" / "cache"))
+    with monkeypatch.context() as asked:
+        asked.setattr(RunConfig, "run_id", property(lambda self: pytest.fail("a run was asked for its identity")))
+        seconds, h100 = predict_seconds(planned, 1), expect_h100(planned)
+    assert set(seconds) == set(h100) == {one.run_id for one in planned} and min(seconds.values()) > 0
+    table = plan_table({"norm": [study]}, None, seconds, h100)
+    assert table["runs"].tolist() == [4] and table["minutes"][0] == pytest.approx(sum(seconds.values()) / 60)

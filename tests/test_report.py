@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from kimi_nb.config import load_profile
+from kimi_nb.config import RunConfig, load_profile
 from kimi_nb.phases import combined, norm
 from kimi_nb.report import (
     Evidence,
@@ -583,3 +583,19 @@ def test_the_card_is_one_page_and_says_what_is_open(tmp_path, invented):
     ]
     assert left and all(id in card.open for id in left)
     assert "1 min 30 s (training 1 min 30 s)" in card.time
+
+
+def test_the_main_study_is_one_that_ran(tmp_path):
+    """A folder where another phase was declared and never trained is quoted from what is there."""
+    store = Store(tmp_path / "results")
+    base = RunConfig().override({"data.corpus": "tinyworld", "data.tokenizer": "byte"})
+    arms = [Arm("a"), Arm("b", {"model.norm.kind": "rmsnorm"})]
+    made = {
+        phase: Study(name=phase, phase=phase, base=base.override({"train.steps": steps}), arms=arms, baseline="a")
+        for steps, phase in enumerate(("norm", "rope"), 50)
+    }
+    for study in made.values():
+        store.record_study(study)
+    for point in made["rope"].expand():
+        store.put(Record.of(point.run, "done", dict(test_bpb=3.0, training_seconds=1.0), {}), "rope")
+    assert Evidence(store).main == "rope" and "no runs of" not in card_of(Evidence(store)).ran

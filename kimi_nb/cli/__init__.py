@@ -7,8 +7,8 @@ __getattr__, __dir__, __all__ = lazily(
     shared="""
         ASKED Parser TOLD add_command add_json add_scores add_setting add_settings add_tracking
         add_yes at_least_one begin_long cell_text chosen_run given_settings print_table
-        results_store scorer starting_run table_text terminal_width tracking_asked with_short_warmup
-        without_controls
+        results_store scorer shown starting_run table_text terminal_width tracking_asked
+        with_short_warmup without_controls
     """,
     one_run="""
         SAMPLING SHOWN_METRICS add_data add_eval add_generate add_setting_named add_trace add_train
@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     entry="""
         FAMILIES STOPPED build_parser call ended_by_sigterm error_line main traceback_file
+        with_streams
     """,
     verdicts="""
         add_judge add_noise add_reading cmd_judge cmd_noise margins_of named_settings noise_frame

@@ -30,6 +30,7 @@ from kimi_nb.cli.shared import (
     given_settings,
     results_store,
     scorer,
+    shown,
     table_text,
     tracking_asked,
 )
@@ -382,7 +383,7 @@ def print_pieces(
 ):
     "Text as it comes, and a line's end."
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 
@@ -420,10 +421,10 @@ def cmd_generate(args):
         raise KimiError("--prompt is missing: kimi-nb generate --checkpoint DIR --prompt TEXT, or --interactive")
     if args.stream:
         pieces = generator.stream(args.prompt, **options)  # refuses what is not allowed before anything is printed
-        print(args.prompt, end="", flush=True)
+        print(shown(args.prompt), end="", flush=True)
         print_pieces(pieces)
     else:
-        print(generator.generate_text(args.prompt, echo=True, **options))
+        print(shown(generator.generate_text(args.prompt, echo=True, **options)))
 
 # %% ../../nbs/cli/02_one_run.ipynb #6638b755
 def add_data(commands, with_settings: bool = True):
@@ -448,4 +449,4 @@ def cmd_data(args):
         )
     overlap = ", ".join(f"{name} {100 * share:.1f}%" for name, share in told["overlap"].items())
     print(f"  in {told['folder']}\n  held-out text that stands in the training text too: {overlap}")
-    print(textwrap.indent(told["sample"], "  | ", lambda line: True))
+    print(textwrap.indent(shown(told["sample"]), "  | ", lambda line: True))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLD', 'ASKED', 'Parser', 'add_command', 'at_least_one', 'add_json', 'add_setting', 'add_settings',
            'given_settings', 'starting_run', 'with_short_warmup', 'chosen_run', 'results_store', 'without_controls',
-           'cell_text', 'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_tracking',
+           'shown', 'cell_text', 'terminal_width', 'table_text', 'print_table', 'begin_long', 'add_yes', 'add_tracking',
            'tracking_asked', 'add_scores', 'scorer']
 
 # %% ../../nbs/cli/01_shared.ipynb #e92bdfb6
@@ -208,6 +208,13 @@ def without_controls(
 ) -> str:
     "The text with what would steer a terminal spelled out."
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: ascii(m[0])[1:-1], text)
+
+
+def shown(
+    text: str,  # of a model or a corpus
+) -> str:
+    "The text as a terminal may get it; a file or a pipe gets it as it is."
+    return without_controls(text) if sys.stdout.isatty() else text
 
 
 def cell_text(

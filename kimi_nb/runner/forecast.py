@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from ..config import RunConfig, write_file
+from ..config import FileError, RunConfig, write_file
 from .attempt import start_process
 from .clock import matrix_peak, settle
 from ..study import Planned
@@ -216,7 +216,8 @@ def _step_seconds(runs, workers):
             rates.append(0.6 * matrix_peak(pick_device(), seconds=0.1, sizes=(1024,)))
     finally:
         torch.set_num_threads(threads)
-    write_file(path, json.dumps(known), parents=True)
+    with contextlib.suppress(FileError):  # the next forecast times again
+        write_file(path, json.dumps(known), parents=True)
     return {key: known.get(key, amount / max(rates)) for key, amount in flops.items()}
 
 
