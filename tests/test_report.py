@@ -281,6 +281,16 @@ def test_a_phase_of_ones_own_has_a_section(tmp_path, invented):
     assert "**undecided**" in (tmp_path / "out" / "research_report.md").read_text()
 
 
+def test_a_folder_of_ones_own_phases_has_slides(tmp_path, invented):
+    """Where only the base run has findings and no phase checks the methods, the slide of trust takes its figure."""
+    store = Store(shutil.copytree(invented.path, tmp_path / "a"))
+    finding = Finding(id="RQ0", claim="It runs.", word="supported", reason="It ran.")
+    record_outcome(store, "baseline", tiny_profile(), [finding])
+    e = Evidence(store)
+    e.phases = tuple(phase for phase in e.phases if phase != "stats")
+    assert "It runs" in "".join(slide.text for slide in build_slides(e, {}))
+
+
 ODD = "<script>alert(1)</script> ![x](/etc/hostname) **b** | `c` [@nobody] {tab:none} &lt;"
 
 
