@@ -4445,6 +4445,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'kimi_nb/study/folder.py'),
                                       'kimi_nb.study.folder.RunFolder.tidy': ( 'study/folder.html#runfolder.tidy',
                                                                                'kimi_nb/study/folder.py'),
+                                      'kimi_nb.study.folder.RunFolder.write_result': ( 'study/folder.html#runfolder.write_result',
+                                                                                       'kimi_nb/study/folder.py'),
                                       'kimi_nb.study.folder.RunFolder.written': ( 'study/folder.html#runfolder.written',
                                                                                   'kimi_nb/study/folder.py'),
                                       'kimi_nb.study.folder.RunPlace': ('study/folder.html#runplace', 'kimi_nb/study/folder.py'),

@@ -14,7 +14,7 @@ from tiny import RUN, Workplace, start, tiny_run, wait_until
 
 from kimi_nb.plan import phase_studies
 from kimi_nb.runner import distinct, run_studies
-from kimi_nb.study import Arm, Store, Study
+from kimi_nb.study import Arm, RunFolder, Store, Study
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 
@@ -363,3 +363,35 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         fit(run, tmp_path / "run", progress=False)
     process.kill()
     process.join()
+
+
+class Killed(BaseException):
+    """What no handler expects."""
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_of_a_run_killed_after_its_record_are_removed(tmp_path, monkeypatch, keep):
+    """Its record is there, its last checkpoint half removed: the next write to the store removes the rest.
+
+    What a study keeps on purpose stays.
+    """
+    from kimi_nb.runner import run_one
+
+    write, run = RunFolder.write_result, tiny_run()
+
+    def write_and_die(folder, record):
+        write(folder, record)
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(RunFolder, "write_result", write_and_die)
+        run_one(run, Store(tmp_path), keep=keep)
+    folder = Store(tmp_path).run_folder(run.run_id)
+    old = max(folder.checkpoints.glob("step_*"))
+    assert folder.finished
+    if keep == 1:
+        (old / "state.json").unlink()
+    Store(tmp_path).rebuild()
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert names == (["final"] if keep == 1 else ["final", "step_00000006", "step_00000009"])
+    assert not any(folder.path.glob(".*.tmp")) and run_one(run, Store(tmp_path)).status == "done"

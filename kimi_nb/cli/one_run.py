@@ -130,15 +130,19 @@ def _trained(args, run, options, scoring):
     from kimi_nb.train import fit
 
     if args.out:
-        place = ScoredFolder(Path(args.out), scorer=scoring, device=options.device)
-        return fit(run, place, options, resume=not args.fresh), Path(args.out)
+        place = ScoredFolder(Path(args.out), scorer=scoring, options=options)
+        record = fit(run, place, options, resume=not args.fresh)
+        place.tidy()
+        return record, Path(args.out)
     store = results_store(args)
     if rank_and_size()[1] == 1:
         record = run_one(run, store, args.name, options, scorer=scoring)
     else:
         with first_rank_first():
             place = store.begin(run, args.name)
-        record = fit(run, ScoredFolder(place, scorer=scoring, device=options.device), options)
+        place = ScoredFolder(place, scorer=scoring, options=options)
+        record = fit(run, place, options)
+        place.tidy()
     return record, store.folder(run.run_id)
 
 

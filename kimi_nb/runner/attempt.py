@@ -147,9 +147,10 @@ def _reason(error) -> str:
 class ScoredFolder(RunFolder):
     "A run's folder whose record gets scores before it is written."
 
-    def __init__(self, path, shares=None, scorer=None, device=None):
+    def __init__(self, path, shares=None, scorer=None, options=None):  # options: TrainOptions, none is as usual
         super().__init__(path, shares=shares)
-        self.scorer, self.device = scorer, device
+        self.scorer, self.device = scorer, getattr(options, "device", None)
+        self.clears = getattr(options, "keep", 1) == 1
 
     def write_result(self, record):
         if self.scorer is not None and record.ok:
@@ -201,7 +202,7 @@ def run_one(
             raise RunnerError(f"threads {options.threads} is out of range: at least 1")
         pick_device(options.device)
         _get_data(run)
-        folder = ScoredFolder(store.begin(run, name), shares=held, scorer=scorer, device=options.device)
+        folder = ScoredFolder(store.begin(run, name), held, scorer, options)
         with _time_limit(store, run_id, hours):
             return _trained(run, store, folder, options, shared)
 
@@ -219,6 +220,7 @@ def _trained(run, store, folder, options, shared):
 
     try:
         record = fit(run, folder, options)
+        folder.tidy()
         return record if folder.scorer is None else folder.read_result()
     except (Interrupted, CheckpointError, DiskError):
         raise
@@ -318,9 +320,7 @@ def run_stack(
         if left:
             pick_device(options.device)
             _get_data(runs[0])
-            folders = [
-                ScoredFolder(store.begin(run, name), places[run.run_id], scorer, options.device) for run, name in left
-            ]
+            folders = [ScoredFolder(store.begin(run, name), places[run.run_id], scorer, options) for run, name in left]
             with _time_limit(store, runs[0].run_id, hours):
                 _train_stack([run for run, _ in left], store, folders, options, shared)
         return [store.get(run.run_id) for run in runs]
@@ -332,6 +332,8 @@ def _train_stack(runs, store, folders, options, shared):
 
     try:
         fit_stacked(runs, folders, options)
+        for folder in folders:
+            folder.tidy()
     except (Interrupted, CheckpointError, DiskError):
         raise
     except Exception as e:  # the records say so, and the other runs go on

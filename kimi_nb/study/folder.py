@@ -243,6 +243,7 @@ class RunPlace(os.PathLike):
         self.code_file = self.path / ".code_hash"
         self.tracked_file = self.path / "tracked.json"  # what trackers have of it
         self.checkpoints = self.path / "checkpoints"
+        self.clearing_file = self.path / ".checkpoints.tmp"  # while a record is there and old checkpoints still are
         parts = RUN_FOLDER.fullmatch(self.path.name)
         self.in_store = bool(parts) and self.path.parent.name == EXPERIMENTS
         self.name, self.run_id, aside = parts.group("name", "id", "aside") if parts else (self.path.name, None, None)
@@ -368,6 +369,13 @@ def _free(folder, name):
 class RunFolder(RunFiles):
     "The folder of one run: its files, its lock, its journal, how far it is, and what becomes of old ones."
 
+    clears = False  # whether numbered checkpoints make way for the model of a run that ended well
+
+    def write_result(self, record):
+        if self.clears and record.ok:
+            write_file(self.clearing_file, "", sync=False)
+        super().write_result(record)
+
     def journal(
         self,
         start: int = 0,  # bytes to leave out
@@ -415,7 +423,10 @@ class RunFolder(RunFiles):
         return "unfinished" if self.config_file.exists() or self.metrics_file.exists() else "none"
 
     def tidy(self):
-        "Remove what a killed writer left half written; for who holds the lock."
+        "Remove what a killed writer left half written or half removed; for who holds the lock."
+        if self.finished and self.clearing_file.exists():
+            for old in self.checkpoints.glob("step_*"):
+                shutil.rmtree(old, ignore_errors=True)
         for left in self.path.glob(".*.tmp"):
             with suppress(OSError):
                 left.unlink()
