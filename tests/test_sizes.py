@@ -12,7 +12,8 @@ from kimi_nb.bench import batch, bisected, largest_batch
 from kimi_nb.bench.batch import BatchTry
 from kimi_nb.cli import main
 from kimi_nb.config import KimiError
-from kimi_nb.study import read_sealed
+from kimi_nb.runner import RunnerError, run_one, run_studies
+from kimi_nb.study import Arm, Store, Study, read_sealed
 
 
 @given(st.integers(0, 300), st.integers(1, 300), st.sampled_from([0.0, 0.1, 0.5]))
@@ -70,3 +71,32 @@ def test_a_study_that_nobody_declares_is_refused(capsys):
     for command in (["memory", "nrom"], ["batch", "--arms", "nrom"]):
         assert main(command) == 2
         assert "study 'nrom' is unknown: did you mean norm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.d_model": 1_000_000}, "make model.d_model, n_layers, d_ff or the experts smaller"),
+        ({"model.n_layers": 300, "model.d_ff": 10_000_000}, "make model.d_model, n_layers, d_ff"),
+        ({"model.vocab_size": 10_000_000, "model.d_model": 100_000}, "a network of 1,"),
+        (
+            {"train.batch_size": 10_000_000, "model.max_seq_len": 100_000},
+            "make train.batch_size or train.seq_len smaller",
+        ),
+        ({"data.num_documents": 1_000_000_000}, "make data.num_documents smaller"),
+        ({"data.num_documents": None, "data.max_tokens": 10**12}, "make data.max_tokens smaller"),
+    ],
+)
+def test_a_run_that_no_memory_holds_is_refused_before_it_begins(changes, words, tmp_path):
+    """By itself and within a study, with a line that says how much it needs; no folder is begun, no text read."""
+    store, run = Store(tmp_path), tiny_run().override(changes)
+    for work in (
+        lambda: run_one(run, store),
+        lambda: run_studies([Study(name="one", base=run, baseline="a", arms=[Arm("a")])], store, progress=False),
+    ):
+        with pytest.raises(
+            RunnerError, match=r"needs at least [\d,]+ GB of memory, and this (machine|GPU) has "
+        ) as told:
+            work()
+        assert words in str(told.value)
+    assert not (tmp_path / "experiments").exists()

@@ -161,13 +161,14 @@ def _refuse_idle(args, run):
 
 def cmd_train(args):
     from kimi_nb.model import check_shard, joined, rank_and_size
-    from kimi_nb.train import TrainOptions, pick_device
+    from kimi_nb.runner import refuse_too_large
+    from kimi_nb.train import TrainOptions
 
     run, scoring = chosen_run(args), scorer(args)
     _refuse_idle(args, run)
     with joined(args.device) as device:  # with the other ranks, if torchrun started this
         rank, ranks = rank_and_size()
-        pick_device(device)  # nothing is said of a run that cannot begin
+        refuse_too_large(run, device, ranks if args.shard else 1)  # nothing is said of a run that cannot begin
         if ranks == 1:
             _tell_cost(run, args)
         if args.shard:
@@ -210,8 +211,11 @@ def add_trace(commands, with_settings: bool = True):
 
 def cmd_trace(args):
     from kimi_nb.bench import profile_steps
+    from kimi_nb.runner import refuse_too_large
 
-    seen = profile_steps(chosen_run(args), args.steps, args.warmup, args.device, args.threads, args.out)
+    run = chosen_run(args)
+    refuse_too_large(run, args.device)
+    seen = profile_steps(run, args.steps, args.warmup, args.device, args.threads, args.out)
     print(seen.text(args.rows))
     if seen.trace:
         print(f"\ntrace in {seen.trace}: open it at ui.perfetto.dev")

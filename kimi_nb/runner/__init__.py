@@ -8,8 +8,8 @@ __getattr__, __dir__, __all__ = lazily(
         matrix_peak seconds_of settle
     """,
     attempt="""
-        Crowded PlanInterrupted RunnerError ScoredFolder Unit distinct pending run_one run_stack
-        start_process units_of usable
+        Crowded Need PlanInterrupted RunnerError ScoredFolder Unit distinct least_memory pending
+        refuse_too_large run_one run_stack start_process units_of usable vocabulary_size
     """,
     cluster="""
         ClusterError connected has_gpus room spread
@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazily(
     forecast="""
         H100 SHARING StepTimer default_workers expect_h100 measure_sharing pick_sharing pick_workers
         predict_seconds read_sharing read_timings shape_key share_of_cores step_flops time_step
-        visible_gpus vocabulary_size weight
+        visible_gpus weight
     """,
     pool="""
         EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock run_studies

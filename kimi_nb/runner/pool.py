@@ -32,6 +32,7 @@ from kimi_nb.runner.attempt import (
     _seconds,
     distinct,
     pending,
+    refuse_too_large,
     run_one,
     run_stack,
     start_process,
@@ -726,6 +727,9 @@ def _stacks(options) -> bool:
 def _train_all(todo, studies, store, options) -> dict[str, float]:
     "Train what is missing; where the time went.  Raises: as `run_studies`."
     begin, used, team = time.perf_counter(), Counter(), None
+    if options.executor != "ray":  # whose nodes are other machines
+        for run in {(p.run.model, p.run.train, p.run.data): p.run for p in todo}.values():
+            refuse_too_large(run, options.device)
     units = units_of(todo, studies, store, _stacks(options), Progress({}, {}, options.progress).tell)
     workers = min(_pick(todo, options), len(units))
     try:
