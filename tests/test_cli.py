@@ -40,6 +40,16 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(tmp_path, monkeypatch, cap
     assert str(log) in line and "def broken" in log.read_text() or "in broken" in log.read_text()
 
 
+def test_an_error_is_a_line_that_a_person_reads(tmp_path, capsys):
+    """A name of thousands of letters loses its middle, a list of all settings its end."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{'x' * 5000}: 1\n")
+    for argv in (["train", "--config", file], ["plan", "--dry-run", "--set", f"{'y ' * 3000}=1"]):
+        assert main([str(word) for word in argv]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and len(line) < 1300
+
+
 def test_an_unknown_study_is_refused_before_anything_is_tuned(tmp_path, capsys):
     assert main(["--results", str(tmp_path / "results"), "run", "nrom", "--profile", "quick"]) == 2
     assert "study 'nrom' is unknown: did you mean norm" in capsys.readouterr().err

@@ -9,6 +9,7 @@ __all__ = ['FAMILIES', 'STOPPED', 'build_parser', 'traceback_file', 'error_line'
 # %% ../../nbs/cli/06_entry.ipynb #3dbb2bce
 import errno
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -76,6 +77,15 @@ def traceback_file() -> str:
     return f.name
 
 
+_WORD, _LINE = 300, 1200  # characters of an error's longest word, and of all of it
+
+
+def _short(text):
+    "A text whose very long words lose their middle, and which ends where a person stops reading."
+    text = re.sub(rf"\S{{{_WORD},}}", lambda word: f"{word[0][:120]}…{word[0][-60:]}", text)
+    return text if len(text) <= _LINE else f"{text[:_LINE]} …"
+
+
 def error_line(
     error: Exception,
 ) -> tuple[str, int]:  # the line, and the exit status
@@ -83,7 +93,7 @@ def error_line(
     from kimi_nb.cli.shared import without_controls
     from kimi_nb.config import KimiError
 
-    text = without_controls(" ".join(str(error).split()))
+    text = _short(without_controls(" ".join(str(error).split())))
     if isinstance(error, KimiError):
         stopped = type(error).__name__ in STOPPED
         return f"kimi-nb: {'stopped: ' if stopped else 'error: '}{text.removeprefix('stopped ')}", 130 if stopped else 2
