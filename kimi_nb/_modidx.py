@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kimi_nb/cli/shared.py'),
                                     'kimi_nb.cli.shared.Parser.parse_args': ('cli/shared.html#parser.parse_args', 'kimi_nb/cli/shared.py'),
                                     'kimi_nb.cli.shared.Parser.refuse': ('cli/shared.html#parser.refuse', 'kimi_nb/cli/shared.py'),
+                                    'kimi_nb.cli.shared.Parser.take_late': ('cli/shared.html#parser.take_late', 'kimi_nb/cli/shared.py'),
                                     'kimi_nb.cli.shared._cut': ('cli/shared.html#_cut', 'kimi_nb/cli/shared.py'),
                                     'kimi_nb.cli.shared._fitting': ('cli/shared.html#_fitting', 'kimi_nb/cli/shared.py'),
                                     'kimi_nb.cli.shared._help_of': ('cli/shared.html#_help_of', 'kimi_nb/cli/shared.py'),

@@ -138,6 +138,15 @@ def test_what_is_misspelt_is_answered_by_the_command_that_was_typed(typed, answe
     assert "--workers" not in said, "an option of another command"
 
 
+def test_a_file_may_stand_behind_an_option(tmp_path, capsys):
+    Store(tmp_path / "results").put(Record.of(RunConfig(), "done", dict(test_bpb=2.5)))
+    file = tmp_path / "all.jsonl.gz"
+    assert main(["records", "export", "--results", str(tmp_path / "results"), str(file)]) == 0 and file.is_file()
+    with pytest.raises(SystemExit):
+        main(["records", "export", str(file), "--results", str(tmp_path / "results"), "another"])
+    assert "unrecognized arguments: another" in capsys.readouterr().err
+
+
 def test_lists_for_programs_are_json(tmp_path, capsys):
     store = Store(tmp_path)
     record = Record.of(RunConfig(), "done", dict(test_bpb=2.5, val_loss=float("nan")))

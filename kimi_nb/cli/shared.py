@@ -25,9 +25,22 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         "As argparse, but what is left over is refused by the command that was typed."
         found, left = self.parse_known_args(args, namespace)
-        if left:
-            getattr(found, "parser", self).refuse(left)
+        parser = getattr(found, "parser", self)
+        if left and not parser.take_late(found, left):
+            parser.refuse(left)
         return found
+
+    def take_late(
+        self,
+        found,  # parsed so far
+        left,  # words that argparse had no place for
+    ) -> bool:
+        "Give a list of words that stands behind an option, as in `export --results DIR FILE`, to its argument."
+        lists = [action.dest for action in self._actions if not action.option_strings and action.nargs == "*"]
+        if not lists or getattr(found, lists[0]) or any(word.startswith("-") for word in left):
+            return False
+        setattr(found, lists[0], left)
+        return True
 
     def refuse(
         self,

@@ -34,11 +34,11 @@ __getattr__, __dir__, __all__ = lazily(
         with_other_text
     """,
     across="""
-        ANSWERING Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown
-        claims_of claims_table claims_words compared counts_words draw_scores draw_sizes
-        effect_changes effect_text how_large main_figures names_of others scores_markdown
-        scores_section scores_words settings_apart shared_phases sizes_appendix sizes_figure
-        sizes_section sizes_words what_ran
+        Claim TESTED agreement at_size changes_words claim_name claims_at claims_markdown claims_of
+        claims_table claims_words compared counts_words draw_scores draw_sizes effect_changes
+        effect_text how_large main_figures names_of others scores_markdown scores_section
+        scores_words settings_apart shared_phases sizes_appendix sizes_figure sizes_section
+        sizes_words what_ran
     """,
     paper="""
         LEAD LONGEST METHOD_CHECKS TITLE UNTESTED abstract all_comparisons answers answers_like

@@ -14,13 +14,13 @@ from textwrap import wrap
 
 from ..config import profile_names, write_file
 from ..evals import floor_in_words, floor_of
-from .across import ANSWERING, main_figures, what_ran
+from .across import main_figures, what_ran
 from .document import TEMPLATES, DocumentError, render
 from .evidence import Evidence
 from .forms import pandoc, picture
 from .paper import UNTESTED, own_findings
 from .parts import parts_rows
-from ..stats import counted, duration, listed
+from ..stats import ANSWERING, counted, duration, listed
 from ..study import Finding
 
 # %% ../../nbs/report/13_card.ipynb #ac2c6262

@@ -16,7 +16,6 @@ from types import MappingProxyType
 
 from ..plan import headline
 from kimi_nb.report.across import (
-    ANSWERING,
     at_size,
     compared,
     counts_words,
@@ -61,7 +60,7 @@ from kimi_nb.report.tables import (
     study_table,
     tuning_table,
 )
-from ..stats import amount, capital, counted, listed, number, save
+from ..stats import ANSWERING, amount, capital, counted, listed, number, save
 from ..study import NOT_RUN, WORDS, FigureAbout, Finding, metric_info
 
 # %% ../../nbs/report/07_paper.ipynb #2b723791

@@ -42,7 +42,7 @@ __getattr__, __dir__, __all__ = lazily(
         power_curve scaling_fit spectra
     """,
     answer="""
-        AGAINST_MARGIN AnswerBox AnswerRow BADGES DECIDED HEIGHT SHOWN_AT_ONCE WIDTH answer_box
+        AGAINST_MARGIN ANSWERING AnswerBox AnswerRow BADGES HEIGHT SHOWN_AT_ONCE WIDTH answer_box
         answer_markdown answer_rows banner decides_nothing effect_with_interval interval_picture
         reach_of size_words
     """,
