@@ -1895,6 +1895,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'kimi_nb/model/experts.py'),
                                        'kimi_nb.model.experts.expert_counts': ( 'model/experts.html#expert_counts',
                                                                                 'kimi_nb/model/experts.py'),
+                                       'kimi_nb.model.experts.lengthened': ('model/experts.html#lengthened', 'kimi_nb/model/experts.py'),
                                        'kimi_nb.model.experts.padded_plan': ('model/experts.html#padded_plan', 'kimi_nb/model/experts.py'),
                                        'kimi_nb.model.experts.run_experts': ('model/experts.html#run_experts', 'kimi_nb/model/experts.py')},
             'kimi_nb.model.feedforward': { 'kimi_nb.model.feedforward.build_feed_forward': ( 'model/feedforward.html#build_feed_forward',

@@ -716,3 +716,16 @@ def test_qk_clip_takes_the_maximum_over_ranks(tmp_path, repo):
     assert all(p.returncode == 0 for p in ranks), outs[0][1] + outs[1][1]
     assert outs[0][0] == outs[1][0]
     assert outs[0][0].startswith("2 200.0 0.5 1 1 ")
+
+
+def test_every_shape_of_matrices_has_its_graph(monkeypatch):
+    """Dynamo by itself stops after eight: a network of Kimi K3's parts has more, and would go on uncompiled."""
+    real = torch.compile
+    torch._dynamo.reset()
+    muon._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, backend="eager", fullgraph=True))
+    for n in range(1, 10):
+        G = torch.randn(n, 4, 6, generator=torch.Generator().manual_seed(n))
+        torch.testing.assert_close(muon.compiled_newton_schulz(G), muon.newton_schulz(G, dtype=muon.ns_dtype(G)))
+    muon._compiled.cache_clear()
+    torch._dynamo.reset()

@@ -86,7 +86,8 @@ __getattr__, __dir__, __all__ = lazily(
         ACTIVATIONS FeedForward GATED activate gated is_gated
     """,
     experts="""
-        DispatchPlan Experts dispatch_plan expert_backend expert_counts padded_plan run_experts
+        DispatchPlan Experts dispatch_plan expert_backend expert_counts lengthened padded_plan
+        run_experts
     """,
     routing="""
         Route Router group_limited_topk load_statistics max_violation scale_weights sequence_loss

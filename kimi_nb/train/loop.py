@@ -482,7 +482,7 @@ def run_provenance(session: Session) -> dict:
     config, dtype = trainer.model.config, DTYPES[trainer.precision]
     experts = None
     if trainer.moe:
-        experts = expert_backend(trainer.device, dtype, config.d_model, config.expert_width)
+        experts = expert_backend(trainer.device, dtype, config.d_model, config.expert_width, lengthens=True)
     return dict(
         environment(trainer.device),
         ranks=trainer.ranks,

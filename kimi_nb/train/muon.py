@@ -97,8 +97,12 @@ def newton_schulz(
     return (X.mT if tall else X).reshape(G.shape)
 
 # %% ../../nbs/train/01_muon.ipynb #4655ee08
+_SHAPES = 64  # of stacked matrices, each a graph; Dynamo alone allows eight and computes the others uncompiled
+
+
 @functools.cache
 def _compiled():
+    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(newton_schulz, dynamic=False)
 
 
