@@ -24,9 +24,9 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     tables="""
         BOUND COMPUTED REPEATED RUN_COLUMNS RUN_METRICS SIZES WHOLE_LENGTH WHOLE_TABLES WIDEST
-        answer_table benchmark_table bold cells_table chance comparison_table could_have_seen
-        effects_table environment_table every_run figure finding_table heading inside_table interval
-        kept_tables mean_sd measured reached runs_table size_table study_table tuning_table
+        answer_table benchmark_table bold cells_table comparison_table could_have_seen effects_table
+        environment_table every_run figure finding_table heading inside_table interval kept_tables
+        mean_sd measured p_cell reached runs_table size_table study_table tuning_table
     """,
     sentences="""
         LEVELS PARTS agreement_told compute_words effect_words floor_words kept_agreements

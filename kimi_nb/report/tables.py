@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE_LENGTH', 'BOUND', 'RUN_METRICS', 'REPEATED', 'WHOLE_TABLES', 'WIDEST', 'COMPUTED', 'SIZES',
-           'RUN_COLUMNS', 'measured', 'heading', 'interval', 'chance', 'mean_sd', 'reached', 'runs_table',
+           'RUN_COLUMNS', 'measured', 'heading', 'interval', 'p_cell', 'mean_sd', 'reached', 'runs_table',
            'comparison_table', 'inside_table', 'cells_table', 'effects_table', 'bold', 'finding_table',
            'could_have_seen', 'answer_table', 'kept_tables', 'figure', 'study_table', 'size_table', 'tuning_table',
            'benchmark_table', 'environment_table', 'every_run']
@@ -62,7 +62,7 @@ def interval(
     return f"{measured(low, metric)} to {measured(high, metric)}" if math.isfinite(low) else "—"
 
 
-def chance(
+def p_cell(
     p: float,
 ) -> str:  # '0.012', '< 0.001'
     "A p value as the cell of a column of them."
@@ -154,7 +154,7 @@ def _compared_cells(row):
     metric = row["metric"]
     seen = measured(row["detectable_adj"], metric)
     diff = measured(row["diff"], metric)
-    return [int(row["n"]), diff, interval(row, metric), chance(row["p_adj"]), seen, row["verdict"]]
+    return [int(row["n"]), diff, interval(row, metric), p_cell(row["p_adj"]), seen, row["verdict"]]
 
 
 def _late(frame, metrics):
@@ -244,7 +244,7 @@ def cells_table(
     for row in ranked.to_dict("records"):
         numbers = [measured(float(row["mean"]), "test_bpb"), "—", "—", "—"]
         if row["arm"] != ranked["arm"].iloc[0]:
-            tested = [interval(row, "test_bpb"), chance(row["p_hsu"])]
+            tested = [interval(row, "test_bpb"), p_cell(row["p_hsu"])]
             numbers = [numbers[0], measured(row["diff"], "test_bpb"), *tested]
         on = cell_factors(row["arm"])
         name = " + ".join(PART_NAMES[factor] for factor in on) if on else "baseline"
@@ -265,7 +265,7 @@ def effects_table(
     "Effects with intervals."
     metric, cells = rows["metric"].iloc[0], []
     for row in rows.to_dict("records"):
-        numbers = [measured(row["diff"], metric), interval(row, metric), chance(row["p"]), chance(row["p_adj"])]
+        numbers = [measured(row["diff"], metric), interval(row, metric), p_cell(row["p"]), p_cell(row["p_adj"])]
         seen = measured(row["detectable_adj"], metric)
         cells.append([row["term"].replace(":", " × "), *numbers, seen, row["verdict"]])
     difference = f"Difference ({metric_info(metric).unit})"

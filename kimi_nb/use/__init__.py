@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazily(
     deepseek="""
         HubError LATENT_NORM_EPS PUBLISHED attention_settings config_from_deepseek_v3
         deepseek_obstacles deepseek_settings exported_tensors from_deepseek_v3 later_parts
-        model_type_of moved_eps opened_model to_deepseek_v3 unlike with_weights_of
+        model_type_of moved_eps opened_model routing_settings to_deepseek_v3 unlike with_weights_of
     """,
     kimi_linear="""
         config_from_kimi_linear from_kimi_linear kimi_linear_obstacles kimi_linear_settings

@@ -20,6 +20,7 @@ from kimi_nb.use.deepseek import (
     exported_tensors,
     later_parts,
     opened_model,
+    routing_settings,
     unlike,
     with_weights_of,
 )
@@ -63,24 +64,13 @@ def kimi_linear_obstacles(
 # %% ../../nbs/use/03_kimi_linear.ipynb #ce388a75
 def _expert_settings(config):
     "The layers of experts; where there are none, the smallest that Kimi Linear can be told of."
-    m = config.moe
     sparse = config.ffn.kind == "moe" and config.first_dense_layers < config.n_layers
     dense = config.first_dense_layers if sparse else config.n_layers
     kinds = ["dense"] * dense + ["sparse"] * (config.n_layers - dense)
     if not sparse:
         smallest = dict(num_local_experts=2, num_experts_per_tok=1, moe_intermediate_size=1, n_shared_experts=0)
         return smallest | dict(n_group=1, topk_group=1, mlp_layer_types=kinds)
-    return dict(
-        num_local_experts=m.n_experts,
-        num_experts_per_tok=m.top_k,
-        moe_intermediate_size=config.expert_width,
-        n_shared_experts=m.n_shared_experts,
-        n_group=m.n_group,
-        topk_group=m.topk_group,
-        routed_scaling_factor=m.routed_scaling_factor,
-        norm_topk_prob=m.norm_topk_prob,
-        mlp_layer_types=kinds,
-    )
+    return dict(num_local_experts=config.moe.n_experts, mlp_layer_types=kinds) | routing_settings(config)
 
 
 def kimi_linear_settings(
