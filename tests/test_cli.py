@@ -56,6 +56,18 @@ def test_an_unknown_study_is_refused_before_anything_is_tuned(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_study_tells_its_cost_and_can_be_declined(tmp_path, monkeypatch, capsys):
+    """As a plan and a single run do, before anything is tuned."""
+    terminal = SimpleNamespace(isatty=lambda: True, readline=lambda: "n\n")
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    monkeypatch.setattr("kimi_nb.runner.pool._train_all", lambda *_, **__: pytest.fail("something is trained"))
+    assert main(["--results", str(tmp_path / "results"), "run", "norm", "--profile", "paper"]) == 2
+    told = capsys.readouterr().err
+    assert "36 runs to train" in told and "not begun: --yes begins without a question" in told
+
+
 def test_a_terminal_that_cannot_write_a_character_gets_an_escape(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("naïve café — “quoted” 漢字\n" * 200, encoding="utf-8")

@@ -204,18 +204,15 @@ def sequential_plan(
     return 0 if report.ok else 1
 
 
-def _tell_cost(args, profile, store):
-    "How many runs a plan would train and about how long, from their sizes alone, before it begins."
-    from kimi_nb.plan import phase_studies
-    from kimi_nb.runner import default_workers, distinct, pending, tuned, weight
+def _tell_cost(studies, args, profile, store, more=""):
+    "How many runs would be trained and about how long, from their sizes alone, before they begin."
+    from kimi_nb.runner import default_workers, distinct, pending, weight
 
-    studies = phase_studies(tuned(profile, store, run=False), args.only, args.seeds)
-    todo = pending(distinct(study for mine in studies.values() for study in mine), store)
+    todo = pending(distinct(studies), store)
     workers = (profile.workers if args.workers is None else args.workers) or default_workers()
     seconds = sum(weight(planned.run) for planned in todo) / workers
     hands = f"{workers} worker{'s' * (workers > 1)}"
-    how = "by their sizes alone, the notebooks come on top; --dry-run measures"
-    begin_long(f"{len(todo)} runs to train with {hands} ({how})", seconds, args)
+    begin_long(f"{len(todo)} runs to train with {hands} (by their sizes alone{more})", seconds, args)
 
 
 def print_card(
@@ -248,7 +245,8 @@ def plan_of(
     store,  # Store
 ) -> int | None:  # exit status
     "What was asked of a profile: a look ahead, rounds, or the plan."
-    from kimi_nb.plan import run_plan, summary, timing
+    from kimi_nb.plan import phase_studies, run_plan, summary, timing
+    from kimi_nb.runner import tuned
     from kimi_nb.use import mirrored
 
     tracking = tracking_asked(args)
@@ -262,7 +260,9 @@ def plan_of(
         with mirrored(store, tracking, profile.name):
             return sequential_plan(args, profile, store)
     if args.executor != "none":
-        _tell_cost(args, profile, store)
+        asked = phase_studies(tuned(profile, store, run=False), args.only, args.seeds)
+        every = [study for mine in asked.values() for study in mine]
+        _tell_cost(every, args, profile, store, ", the notebooks come on top; --dry-run measures")
     with mirrored(store, tracking, profile.name):
         report = run_plan(profile, store, args.only, args.seeds, **runner_options(args, profile))
     print("\n" + summary(report, store))
@@ -282,6 +282,7 @@ def add_run(commands, with_settings: bool = True):
     p = add_command(commands, "run", cmd_run, "run one study and compare its arms")
     p.add_argument("study", metavar="STUDY", help="its name, as kimi-nb profiles shows it")
     add_study_options(p)
+    add_yes(p)
 
 
 def declared(
@@ -317,6 +318,9 @@ def run_declared(
     if args.study not in known:
         raise KimiError(f"study {args.study!r} is unknown: {near(args.study, known)}")
     how = runner_options(args, profile) | dict(max_epochs=profile.max_epochs)
+    if args.executor != "none":
+        asked = declared(tuned(profile, store, run=False), args.seeds)[args.study]
+        _tell_cost([asked], args, profile, store)
     with mirrored(store, tracking, profile.name):
         study = declared(tuned(profile, store, **how), args.seeds)[args.study]
         run_study(study, store, **how)
