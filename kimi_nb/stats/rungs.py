@@ -176,6 +176,8 @@ def effect_ladder(
     metric: str = "test_bpb",
 ):  # matplotlib Figure
     "Effect against compute, one panel a part."
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullLocator
+
     names, labels = list(dict.fromkeys(effects["part"])), labels or {}
     fig, axes = panels(len(names), size=(5.6, 3.6))
     for i, (ax, part) in enumerate(zip(axes, names)):
@@ -184,6 +186,9 @@ def effect_ladder(
         title = textwrap.fill(capital(labels.get(part, part)), 30)
         ax.set(xscale="log", xlabel="training compute of a run (FLOPs)", title=title)
         ax.margins(x=0.18, y=0.28)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # within a decade or two, each label has room
+        ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
+        ax.xaxis.set_minor_locator(NullLocator())
         if i % 3 == 0:
             ax.set_ylabel(f"effect on {axis_label(metric)},\nbelow 0 is better")
     return fig
