@@ -115,7 +115,7 @@ def test_active_experts_cost_what_dense_layers_of_their_width_cost():
 def test_the_active_flops_of_experts_as_counted_with_batched_products(monkeypatch):
     from kimi_nb.model import experts
 
-    monkeypatch.setattr(experts, "expert_backend", lambda *a: "batched")
+    monkeypatch.setattr(experts, "expert_backend", lambda *a, **how: "batched")
     model = KimiModel(
         ModelConfig(
             vocab_size=50,
