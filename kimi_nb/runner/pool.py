@@ -325,10 +325,12 @@ def _reporter(pipe):
 
 
 def bars_with_own_lock():
-    "tqdm's usual lock is shared between processes, and is left behind by one that is killed; every bar inherits this."
-    from tqdm import tqdm
+    "tqdm's usual lock is shared between processes, and is left behind by one that is killed."
+    import tqdm.auto
 
-    tqdm.set_lock(threading.RLock())
+    lock = threading.RLock()
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # a kind that drew a bar already has a lock of its own
+        bar.set_lock(lock)
 
 
 def _worker(pipe, store, threads, device, how, gpu, parent):
