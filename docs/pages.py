@@ -140,7 +140,7 @@ def largest_first(boxes: dict[str, Markup], shown: str) -> Markup:
 def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Markup | None, ladder="") -> list[dict]:
     """The first page: one screen with the question, the figure, four lines of answer and three doors.
 
-    `ladder` is the figure of effects against compute, where a ladder is published.
+    `ladder` is the figure of effects against compute, where a ladder is published: it stands below that screen.
     """
     parts = {}
     for size, evidence in sizes.items():
@@ -194,7 +194,7 @@ def landing(question: str, sizes: dict[str, Evidence], picture: str, links: Mark
         " has every claim with its verdict.",
         cls="knb-fine",
     )
-    body = tag("div", hero, climb, tag("div", *cards, cls="knb-doors"), more, links, cls="knb-landing")
+    body = tag("div", hero, tag("div", *cards, cls="knb-doors"), climb, more, links, cls="knb-landing")
     return [markdown_cell("title", "# kimi_nb"), html_cell("landing", body)]
 
 

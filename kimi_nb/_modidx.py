@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kimi_nb.bench.speed._Team.end': ('bench/speed.html#_team.end', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._Team.take_turns': ( 'bench/speed.html#_team.take_turns',
                                                                                'kimi_nb/bench/speed.py'),
+                                     'kimi_nb.bench.speed._by_equal_code': ('bench/speed.html#_by_equal_code', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._clock': ('bench/speed.html#_clock', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._measured': ('bench/speed.html#_measured', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._obeyed': ('bench/speed.html#_obeyed', 'kimi_nb/bench/speed.py'),

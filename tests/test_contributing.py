@@ -54,7 +54,7 @@ class Copy:
     def __init__(self, folder: Path):
         self.root = folder / "kimi_nb_copy"
         skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.egg-info", "cache")
-        for name in ("nbs", "kimi_nb", "docs", "data", "figures", "tests"):
+        for name in ("nbs", "kimi_nb", "docs", "data", "figures", "examples", "tests"):
             if (REPO / name).is_dir():
                 shutil.copytree(REPO / name, self.root / name, ignore=skip)
         for path in REPO.iterdir():
