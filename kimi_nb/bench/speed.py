@@ -47,16 +47,17 @@ def cost_shape(
 
 # %% ../../nbs/bench/01_speed.ipynb #2b912584
 def _by_equal_code(folder, asked):
-    "What the folder keeps under an identity that differs in its code alone, where that was shown equal; else None."
-    for file in sorted(folder.glob("*.json")) if isinstance(asked, dict) and "code" in asked else ():
+    "The latest that the folder keeps under an identity that differs in its code alone, where that was shown equal."
+    kept = []
+    for file in folder.glob("*.json") if isinstance(asked, dict) and "code" in asked else ():
         with contextlib.suppress(KimiError):
             found = read_sealed(file)
             there = found.get("identity") or {}
             if {**there, "code": 0} == json.loads(json.dumps({**asked, "code": 0})) and "value" in found:
                 olds = there.get("code", ())
                 if all(any(shown_equal(old, new) is not None for old in olds) for new in asked["code"]):
-                    return found
-    return None
+                    kept.append(found)
+    return max(kept, key=lambda found: str(found.get("made", "")), default=None)
 
 
 def remembered(
