@@ -75,6 +75,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kimi_nb.bench.speed._refuse_measurement': ( 'bench/speed.html#_refuse_measurement',
                                                                                   'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._row_of': ('bench/speed.html#_row_of', 'kimi_nb/bench/speed.py'),
+                                     'kimi_nb.bench.speed._same_but_for_code': ( 'bench/speed.html#_same_but_for_code',
+                                                                                 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._serve': ('bench/speed.html#_serve', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._subject': ('bench/speed.html#_subject', 'kimi_nb/bench/speed.py'),
                                      'kimi_nb.bench.speed._take_turns': ('bench/speed.html#_take_turns', 'kimi_nb/bench/speed.py'),

@@ -46,17 +46,21 @@ def cost_shape(
     )
 
 # %% ../../nbs/bench/01_speed.ipynb #2b912584
+def _same_but_for_code(there, asked):
+    "Whether two identities differ in their code alone, each state of which was shown equal to one of the other."
+    if {**there, "code": 0} != {**asked, "code": 0}:
+        return False
+    return all(any(shown_equal(old, new) is not None for old in there.get("code", ())) for new in asked["code"])
+
+
 def _by_equal_code(folder, asked):
-    "The latest that the folder keeps under an identity that differs in its code alone, where that was shown equal."
+    "The latest that the folder keeps of code that was shown equal to what is asked for; None where there is none."
     kept = []
-    for file in folder.glob("*.json") if isinstance(asked, dict) and "code" in asked else ():
-        with contextlib.suppress(KimiError):
+    for file in folder.glob("*.json") if "code" in asked else ():
+        with contextlib.suppress(KimiError):  # altered
             found = read_sealed(file)
-            there = found.get("identity") or {}
-            if {**there, "code": 0} == json.loads(json.dumps({**asked, "code": 0})) and "value" in found:
-                olds = there.get("code", ())
-                if all(any(shown_equal(old, new) is not None for old in olds) for new in asked["code"]):
-                    kept.append(found)
+            if "value" in found and _same_but_for_code(found.get("identity") or {}, asked):
+                kept.append(found)
     return max(kept, key=lambda found: str(found.get("made", "")), default=None)
 
 
@@ -76,16 +80,16 @@ def remembered(
         return make()
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     file, lock = Path(store.path) / folder / f"{key}.json", Path(store.path) / ".locks" / f"{folder}.lock"
+    asked = json.loads(json.dumps(identity))
 
     def kept():
         try:
             found = read_sealed(file)
         except KimiError:  # none, or altered: it is measured again
             return None
-        asked = json.loads(json.dumps(identity))
         return found if found.get("identity") == asked and "value" in found else None
 
-    if found := kept() or _by_equal_code(file.parent, identity):
+    if found := kept() or _by_equal_code(file.parent, asked):
         return found["value"]
     with writing(file):
         for place in (file.parent, lock.parent):
