@@ -4847,6 +4847,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'kimi_nb/train/hardware.py'),
                                         'kimi_nb.train.hardware._put_back': ('train/hardware.html#_put_back', 'kimi_nb/train/hardware.py'),
                                         'kimi_nb.train.hardware._switches': ('train/hardware.html#_switches', 'kimi_nb/train/hardware.py'),
+                                        'kimi_nb.train.hardware._told': ('train/hardware.html#_told', 'kimi_nb/train/hardware.py'),
                                         'kimi_nb.train.hardware.deterministic_asked': ( 'train/hardware.html#deterministic_asked',
                                                                                         'kimi_nb/train/hardware.py'),
                                         'kimi_nb.train.hardware.deterministically': ( 'train/hardware.html#deterministically',

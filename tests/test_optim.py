@@ -267,6 +267,14 @@ def test_large_matrices_take_bf16_only_where_the_processor_has_units_for_it(monk
         assert (newton_schulz(large).double() - orthogonalised(large.double())).norm() / 16 < 0.03
 
 
+@pytest.mark.parametrize("units", [(), ("_is_amx_tile_supported",), ("_is_avx512_bf16_supported",)], ids=str)
+def test_a_processor_multiplies_in_bf16_by_either_of_two_units(units, monkeypatch):
+    """Tiles as Intel has them, or the AVX-512 instructions that AMD has too; without either, bf16 is slow."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in units, raising=False)
+    assert muon.has_bf16_units.__wrapped__("cpu") == bool(units)
+
+
 @pytest.mark.parametrize("steps", [6, 12, 20])
 def test_many_steps_on_low_rank_stay_bounded(steps):
     """Where rounding in the null space has grown to size, a singular value is still in the polynomial's band."""

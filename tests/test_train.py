@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -18,6 +19,7 @@ from kimi_nb.train import (
     TrainError,
     TrainOptions,
     checkpoints,
+    environment,
     eval_batch,
     fit,
     hardware,
@@ -229,6 +231,17 @@ def test_the_record_and_the_folder(tmp_path):
     assert fit(run, tmp_path, progress=False) == record  # it is there already
     with pytest.raises(TrainError, match="another run"):
         fit(run.override({"seed": 1}), tmp_path, progress=False)
+
+
+def test_a_record_says_which_variables_choose_its_kernels(monkeypatch):
+    """A preloaded library by its name alone: folders are nobody's business."""
+    for name in [name for name in os.environ if name.startswith(("MKL_", "MALLOC_", "LD_PRELOAD"))]:
+        monkeypatch.delenv(name)
+    assert environment(pick_device("cpu"))["variables"] == ""
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("LD_PRELOAD", "/home/someone/first.so /opt/second.so")
+    monkeypatch.setenv("SOMEONES_KEY", "secret")
+    assert environment(pick_device("cpu"))["variables"] == "LD_PRELOAD=first.so:second.so MKL_CBWR=COMPATIBLE"
 
 
 def test_bits_per_byte_of_bytes_is_loss_in_bits(tmp_path):

@@ -548,7 +548,7 @@ def _provenance(records, *keys):
         value = record.provenance
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
+        if value not in (None, ""):
             values.append(str(value))
     return sorted(set(values), key=lambda v: -values.count(v))
 
@@ -562,6 +562,7 @@ _STATED = {  # row -> where it stands in a record
     "Precision": ("precision",),
     "Attention kernels": ("kernel",),
     "Threads per run": ("threads",),
+    "Environment variables": ("variables",),
     "Training code (hash)": ("code_hash",),
     "Data fingerprints": ("data", "fingerprint"),
 }

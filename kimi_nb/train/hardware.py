@@ -143,10 +143,21 @@ def _cpu_model():
     return platform.processor() or platform.machine()
 
 # %% ../../nbs/train/03_hardware.ipynb #a7b4afaa
+_TELLING = ("ATEN_CPU_CAPABILITY", "DNNL_", "GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_", "MKL_", "ONEDNN_")
+
+
+def _told() -> str:
+    "What the environment says of kernels and memory; of a library that is loaded before others, its file's name."
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)}
+    if "LD_PRELOAD" in found:
+        found["LD_PRELOAD"] = ":".join(Path(file).name for file in re.split("[ :]+", found["LD_PRELOAD"]) if file)
+    return " ".join(f"{name}={value}" for name, value in found.items())
+
+
 def environment(
     device: torch.device,
 ) -> dict:
-    "Hardware and versions, as a record keeps them."
+    "Hardware and versions, and what the environment says of kernels and memory, as a record keeps them."
     import tokenizers
 
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
@@ -157,6 +168,7 @@ def environment(
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         platform=platform.platform(),
+        variables=_told(),
         versions=versions | dict(tokenizers=tokenizers.__version__),
         git=_git(),
     )

@@ -60,10 +60,11 @@ def has_bf16_units(
     kind: str,  # cpu or cuda
     index: int | None = None,  # which GPU
 ) -> bool:
-    "Does the device multiply matrices in bf16 faster than in fp32? A CPU needs AMX tiles for it."
+    "Does the device multiply matrices in bf16 faster than in fp32? A CPU needs AMX tiles or AVX512_BF16 for it."
     if kind == "cuda":
         return torch.cuda.get_device_capability(index) >= (8, 0)
-    return kind == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 def ns_dtype(
