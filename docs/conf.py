@@ -563,6 +563,7 @@ QUESTIONS = (
     "someone_elses_claim",
     "own_component",
     "benchmarking",
+    "cpu",
     "gpu",
     "cluster",
     "command_line",

@@ -155,6 +155,15 @@ def test_a_climb(tiny):
     effects = ladder.ladder_effects(store, climbed)
     assert set(ladder.PARTS) < set(effects["part"]) and set(effects["rung"]) == {first.label}
     assert ladder.next_rung(store, climbed).name == second.name
+    assert ladder.judge_longer(ladder.budget_effects(store, first), first).word == "not testable here"
+    run_study(ladder.budget_study(first), store, "inprocess", progress=False)
+    budgets = ladder.budget_effects(store, first)
+    gains = dict(zip(budgets["block"], budgets["diff"], strict=True))
+    by_arm = ladder.finished_runs(store, first).groupby("arm")["test_bpb"].mean()
+    own, longest = ladder.budget_words(first, 1.0), ladder.budget_words(first, 3.0)
+    assert gains[own] == pytest.approx(by_arm["optimizer"] - by_arm["base"])
+    assert gains[ladder.LESS] == pytest.approx(gains[own] - gains[longest])  # both have the same two seeds
+    assert ladder.judge_longer(budgets, first).n == 2
     said = ladder.seal_forecast(store, climbed, second)
     assert said["rests_on"] == {first.name: 2} and len(said["parts"]) == len(effects)
     run_study(ladder.rung_study(second), store, "inprocess", progress=False)

@@ -16,11 +16,11 @@ __getattr__, __dir__, __all__ = lazily(
         Comparison NanoGPTComparison nanogpt_equal
     """,
     suite="""
-        BENCHES GPT2 bench_decode bench_example bench_kernels bench_linear bench_long_decode
-        bench_moe bench_muon bench_nanogpt_loss bench_nanogpt_speed bench_plan_run bench_repeats
-        bench_stacked bench_start bench_tokenizers bench_training_step bench_utilisation example_run
-        kept_for_backward looped_experts nanogpt_run precisions ratio_row row run_bench shakespeare
-        side_by_side
+        BENCHES GPT2 KEPT bench_decode bench_example bench_kept_memory bench_kernels bench_linear
+        bench_long_decode bench_moe bench_muon bench_nanogpt_loss bench_nanogpt_speed bench_plan_run
+        bench_repeats bench_stacked bench_start bench_tokenizers bench_training_step
+        bench_utilisation example_run kept_for_backward looped_experts nanogpt_run precisions
+        ratio_row row run_bench shakespeare side_by_side
     """,
     stages="""
         ARMS Place STAGES Stage attention_and_maxima causal_blocks kernel_maxima_ of_each place_at

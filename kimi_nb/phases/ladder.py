@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'SHAPE', 'PARTS', 'LABELS', 'HEADS', 'SINGLE', 'TIMES', 'BUDGETS', 'NETWORK', 'BELOW', 'CONTRASTS',
-           'HELD', 'Rung', 'size_word', 'carried', 'rungs', 'part_settings', 'cell_arm', 'rung_study', 'rates_study',
-           'budget_study', 'studies', 'compute_of', 'finished_runs', 'rung_states', 'gates', 'held_back', 'weights_of',
-           'rung_effects', 'ladder_effects', 'LateForecast', 'forecast_file', 'begun', 'arm_differences',
-           'make_forecast', 'seal_forecast', 'next_rung', 'was_before', 'arm_means', 'Scores', 'scored', 'worth',
-           'rates_off', 'budget_effects', 'judge', 'judge_forecasts']
+           'LESS', 'UNTRAINED', 'HELD', 'Rung', 'size_word', 'carried', 'rungs', 'part_settings', 'cell_arm',
+           'rung_study', 'rates_study', 'budget_words', 'budget_study', 'studies', 'compute_of', 'finished_runs',
+           'rung_states', 'gates', 'held_back', 'weights_of', 'rung_effects', 'ladder_effects', 'LateForecast',
+           'forecast_file', 'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung', 'was_before',
+           'arm_means', 'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'judge', 'judge_longer',
+           'judge_forecasts']
 
 # %% ../../nbs/phases/18_ladder.ipynb #ad8e7075
 import itertools
@@ -73,6 +74,7 @@ ABOUT = PhaseAbout(
         "ladder attention": "What does latent attention of equal size do as compute grows?",
         "ladder routing": "What does Kimi's router do as compute grows?",
         "ladder optimizer": "What does Muon do as compute grows?",
+        "ladder longer": "Does Muon give less after a longer training?",
         "ladder forecast": "Were the forecasts of the next rung any good?",
     },
     by_request=True,
@@ -247,14 +249,22 @@ def rates_study(
     )
 
 
+def budget_words(
+    rung: Rung,
+    share: float,  # of the rung's tokens
+) -> str:  # block of `budget_study`
+    "A number of tokens as tokens for each active parameter."
+    tokens = share * rung.profile.base.train.steps * rung.profile.base.tokens_per_step
+    return f"{tokens / rung.size:.2g} tokens a parameter"
+
+
 def budget_study(
     rung: Rung,
 ) -> Study:
     "Base and Muon after other numbers of tokens, each with a whole schedule."
     train, arms, blocks = rung.profile.base.train, [], {}
-    per_size = train.steps * rung.profile.base.tokens_per_step / rung.size
     for share in BUDGETS:
-        block = f"{share * per_size:.2g} tokens a parameter"
+        block = budget_words(rung, share)
         blocks[block] = {
             "train.steps": max(1, round(share * train.steps)),
             "train.warmup_steps": round(share * train.warmup_steps),
@@ -590,20 +600,32 @@ def rates_off(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/phases/18_ladder.ipynb #aeb4423e
+LESS = "less"  # the block of the last row of `budget_effects`
+
+
 def budget_effects(
     store,
     rung: Rung,  # the first
 ) -> pd.DataFrame:  # block, and a row as of `contrast_row`
-    "What Muon gives after each budget."
-    name, rows = f"ladder-budget-{rung.name}", []
-    frame = store.frame(name, stale=True) if name in store.studies() else pd.DataFrame()
-    for block, part in frame.groupby("block", sort=False) if len(frame) else ():
-        if {cell_name(()), "optimizer"} <= set(part.loc[part["status"] == "done", "arm"]):
-            values = seed_contrast(part, {"optimizer": 1.0, cell_name(()): -1.0})
-            rows.append(contrast_row(values, f"Muon after {block}") | dict(block=block))
-    return family_statistics(pd.DataFrame(rows)) if rows else pd.DataFrame()
+    "What Muon gives after each budget, the rung's own among them; last, by how much less after the longest."
+    study, gains = f"ladder-budget-{rung.name}", {}
+    if study not in store.studies():
+        return pd.DataFrame()
+    frame = store.frame(study, stale=True)
+    own, longest = budget_words(rung, 1.0), budget_words(rung, max(BUDGETS))
+    for share in sorted((*BUDGETS, 1.0)):
+        block = budget_words(rung, share)
+        part = finished_runs(store, rung) if block == own else frame[frame["block"] == block]
+        if len(part) and {cell_name(()), "optimizer"} <= set(part.loc[part["status"] == "done", "arm"]):
+            gains[block] = seed_contrast(part, {"optimizer": 1.0, cell_name(()): -1.0})
+    rows = [contrast_row(values, f"Muon after {block}") | dict(block=block) for block, values in gains.items()]
+    if {own, longest} <= set(gains):
+        less = (gains[own] - gains[longest]).dropna()
+        rows.append(contrast_row(less, f"Muon after {own}, beyond Muon after {longest},") | dict(block=LESS))
+    return family_statistics(pd.DataFrame(rows)) if len(rows) > 1 else pd.DataFrame()
 
 # %% ../../nbs/phases/18_ladder.ipynb #850bd24e
+UNTRAINED = "No other budget was trained yet."
 HELD = "The sealed forecasts held: nine of ten 95% intervals contained the effect, and nine of ten signs were right."
 
 
@@ -625,6 +647,17 @@ def judge(
             about = f"ladder {part}" + (f" {rung.name}" if i else ""), _claim(part, rung)
             found.append(not_testable(*about, reason) if reason else claim(*about, mine.iloc[[i]]))
     return [*found, judge_forecasts(scores)]
+
+
+def judge_longer(
+    budgets: pd.DataFrame,  # of `budget_effects`
+    rung: Rung,  # the first
+) -> Finding:
+    "Is there less of Muon's gain after a longer training?"
+    own, longest = (budget_words(rung, share) for share in (1.0, max(BUDGETS)))
+    text = f"At {rung.label} active parameters Muon gives less after {longest} than after {own.split()[0]}."
+    less = budgets[budgets["block"] == LESS] if len(budgets) else budgets
+    return claim("ladder longer", text, less) if len(less) else not_testable("ladder longer", text, UNTRAINED)
 
 
 def judge_forecasts(

@@ -87,6 +87,7 @@ HOWTO = (
     "the_trap",
     "decision_guide",
     "published_claims",
+    "cpu",
     "gpu",
     "cluster",
     "measured",
