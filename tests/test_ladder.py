@@ -143,6 +143,19 @@ def test_a_ladder_of_unequal_lists_is_refused(tiny, tmp_path):
         ladder.rungs(load_profile("tiny"))
 
 
+@pytest.mark.parametrize(("less", "word"), [(-0.05, "supported"), (0.05, "contradicted"), (0.0, "no difference")])
+def test_less_of_a_gain_after_a_longer_training_has_a_word(tiny, less, word):
+    """Below zero the shorter training's gain is the larger one; without such a row nothing is said."""
+    (first, *_), seeds = ladder.rungs(tiny[0]), pd.Series([0.001, -0.001, 0.0, 0.002, -0.002])
+    rows = [
+        ladder.contrast_row(seeds + diff, "Muon") | dict(block=block, margin=0.02)
+        for block, diff in (("a", -0.1), (ladder.LESS, less))
+    ]
+    budgets = ladder.family_statistics(pd.DataFrame(rows))
+    assert ladder.judge_longer(budgets, first).word == word
+    assert ladder.judge_longer(budgets.iloc[:1], first).word == "not testable here"
+
+
 @pytest.mark.slow
 def test_a_climb(tiny):
     """A rung, a sealed forecast, the next rung, a score; no forecast of what has begun, none altered."""

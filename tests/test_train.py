@@ -234,14 +234,16 @@ def test_the_record_and_the_folder(tmp_path):
 
 
 def test_a_record_says_which_variables_choose_its_kernels(monkeypatch):
-    """A preloaded library by its name alone: folders are nobody's business."""
-    for name in [name for name in os.environ if name.startswith(("MKL_", "MALLOC_", "LD_PRELOAD"))]:
+    """A path by its last part alone: folders are nobody's business."""
+    for name in [name for name in os.environ if name.startswith(hardware.TELLING)]:
         monkeypatch.delenv(name)
     assert environment(pick_device("cpu"))["variables"] == ""
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    monkeypatch.setenv("LD_PRELOAD", "/home/someone/first.so /opt/second.so")
+    monkeypatch.setenv("LD_PRELOAD", "/home/someone/first.so:/opt/second.so")
+    monkeypatch.setenv("MALLOC_CONF", "narenas:1,prof_prefix:/home/someone/heap")
     monkeypatch.setenv("SOMEONES_KEY", "secret")
-    assert environment(pick_device("cpu"))["variables"] == "LD_PRELOAD=first.so:second.so MKL_CBWR=COMPATIBLE"
+    told = "LD_PRELOAD=first.so:second.so MALLOC_CONF=narenas:1,prof_prefix:heap MKL_CBWR=COMPATIBLE"
+    assert environment(pick_device("cpu"))["variables"] == told
 
 
 def test_bits_per_byte_of_bytes_is_loss_in_bits(tmp_path):

@@ -388,6 +388,7 @@ def measure(
     e = environment(pick_device(device))
     machine = {name: e[name] for name in ("device", "device_name", "cores")}
     machine |= dict(threads=threads, torch=e["versions"]["torch"], python=e["versions"]["python"])
+    machine |= dict(variables=e["variables"]) if e["variables"] else {}
     identity = dict(
         format=1,
         machine=machine,

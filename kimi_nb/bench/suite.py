@@ -599,20 +599,27 @@ def bench_long_decode(short: int = 64, long: int = 4096, tokens: int = 32, round
 # %% ../../nbs/bench/04_suite.ipynb #7e3d5a02
 KEPT = {"MALLOC_MMAP_THRESHOLD_": 2**32, "MALLOC_TRIM_THRESHOLD_": 2**33, "MALLOC_TOP_PAD_": 2**28}  # glibc keeps all
 _STEP_APART = """
-import json, torch
-from kimi_nb.bench import utilisation
+import json, statistics, torch
+from kimi_nb.bench import stepping
 from kimi_nb.config import load_profile
+from kimi_nb.data import prepare
+from kimi_nb.runner import seconds_of
+from kimi_nb.train import PeakMemory, Trainer
 torch.set_num_threads(1)
-u = utilisation(load_profile("standard").base, 1.0, steps=8, device=torch.device("cpu"))
-print(json.dumps([u.step_seconds, u.peak_memory_mb]))
+run, cpu = load_profile("standard").base, torch.device("cpu")
+peak, trainer = PeakMemory(cpu), Trainer(run, prepare(run.data, run.seq_len), cpu)
+seconds = statistics.median(seconds_of(stepping(trainer), 8, 3))
+print(json.dumps([seconds, peak(), trainer.step(11)["train_loss"]]))
 """
 
 
 def _step_apart(variables):
-    "(seconds, peak in MB) of a step of the standard profile's base in a process with these variables."
+    "(seconds, peak in MB, loss) of a step of the standard profile's base in a process with these variables."
     plain = {name: value for name, value in os.environ.items() if name not in KEPT}
     told = plain | {name: str(value) for name, value in variables.items()}
-    child = subprocess.run([sys.executable, "-c", _STEP_APART], env=told, capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", _STEP_APART], env=told, capture_output=True, text=True)
+    if child.returncode:
+        raise KimiError(f"a step in a process of its own failed: {(child.stderr.splitlines() or ['no word'])[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -620,15 +627,19 @@ def bench_kept_memory(rounds: int = 3):
     "A step of training with freed memory given back to the system, as is usual, and kept; on a CPU, where glibc is."
     if pick_device().type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
-    turns = [(_step_apart({}), _step_apart(KEPT)) for _ in range(rounds)]
-    plain, kept = (statistics.median(seconds) for seconds in zip(*((a[0], b[0]) for a, b in turns)))
-    times = f"a step, {1e3 * plain:.3g} against {1e3 * kept:.3g} ms"
-    ratio = statistics.median(a[0] / b[0] for a, b in turns)
-    note = f"base of the standard profile, one thread, {times}"
-    yield row("training step: freed memory given back over kept", ratio, "×", "at least", None, note)
-    more = statistics.median(b[1] / a[1] for a, b in turns)
-    megabytes = " against ".join(f"{statistics.median(of):,.0f}" for of in zip(*((b[1], a[1]) for a, b in turns)))
-    yield row("its peak memory: kept over given back", more, "×", "at most", None, f"{megabytes} MiB")
+    given = kept = ()
+    for _ in range(rounds):
+        given, kept = (*given, _step_apart({})), (*kept, _step_apart(KEPT))
+    middle = lambda turns, i: statistics.median(turn[i] for turn in turns)
+    same = "equal losses" if {turn[2] for turn in given} == {turn[2] for turn in kept} else "losses differ"
+    r = dict(ours=middle(given, 0), theirs=middle(kept, 0))
+    r["ratio"] = statistics.median(one[0] / other[0] for one, other in zip(given, kept))
+    note = f"base of the standard profile, one thread, {same}, a step"
+    yield ratio_row("training step: freed memory given back over kept", r, "at least", None, note)
+    more = statistics.median(other[1] / one[1] for one, other in zip(given, kept))
+    megabytes = f"{middle(kept, 1):,.0f} against {middle(given, 1):,.0f} MiB"
+    yield row("peak memory of a training step: freed memory kept over given back", more, "×", "at most", None, megabytes)
+
 
 # %% ../../nbs/bench/04_suite.ipynb #3c8c1356
 _PLAIN = {"model.attention.kind": "mha", "train.optimizer.name": "adamw"}  # what a utilisation is counted for
@@ -718,7 +729,7 @@ BENCHES = dict(
 )
 
 # %% ../../nbs/bench/04_suite.ipynb #4c41c56c
-_SAME = ("device_name", "threads", "versions", "git")  # what two calls must share
+_SAME = ("device_name", "threads", "variables", "versions", "git")  # what two calls must share
 
 
 def _measured_before(out, here):

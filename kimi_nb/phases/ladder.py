@@ -618,14 +618,16 @@ def budget_effects(
         part = finished_runs(store, rung) if block == own else frame[frame["block"] == block]
         if len(part) and {cell_name(()), "optimizer"} <= set(part.loc[part["status"] == "done", "arm"]):
             gains[block] = seed_contrast(part, {"optimizer": 1.0, cell_name(()): -1.0})
-    rows = [contrast_row(values, f"Muon after {block}") | dict(block=block) for block, values in gains.items()]
+    told = dict(margin=0.02)
+    rows = [contrast_row(values, f"Muon after {block}") | dict(told, block=block) for block, values in gains.items()]
     if {own, longest} <= set(gains):
         less = (gains[own] - gains[longest]).dropna()
-        rows.append(contrast_row(less, f"Muon after {own}, beyond Muon after {longest},") | dict(block=LESS))
-    return family_statistics(pd.DataFrame(rows)) if len(rows) > 1 else pd.DataFrame()
+        if len(less) > 1:
+            rows.append(contrast_row(less, f"Muon after {own} beyond Muon after {longest}") | dict(told, block=LESS))
+    return family_statistics(pd.DataFrame(rows)) if rows else pd.DataFrame()
 
 # %% ../../nbs/phases/18_ladder.ipynb #850bd24e
-UNTRAINED = "No other budget was trained yet."
+UNTRAINED = "The rung or its longest budget is not trained yet."
 HELD = "The sealed forecasts held: nine of ten 95% intervals contained the effect, and nine of ten signs were right."
 
 

@@ -548,8 +548,8 @@ def _provenance(records, *keys):
         value = record.provenance
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if value not in (None, ""):
-            values.append(str(value))
+        if value is not None:
+            values.append(str(value) or "none")
     return sorted(set(values), key=lambda v: -values.count(v))
 
 
@@ -589,7 +589,7 @@ def environment_table(
     return TableBlock(
         "The environment of the runs, as the records state it.",
         ["What", "Value"],
-        [row for row in rows if row[1]],
+        [row for row in rows if row[1] not in ("", "none")],
         id="environment",
         note=note if dirty else "",
     )

@@ -146,8 +146,11 @@ def read_timings(
 def _machine():
     import torch
 
+    from kimi_nb.train import told_variables
+
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else os.cpu_count()
-    return [platform.node(), platform.processor() or platform.machine(), chip, torch.__version__]
+    told = [told_variables()] if told_variables() else []
+    return [platform.node(), platform.processor() or platform.machine(), chip, torch.__version__, *told]
 
 
 def shape_key(

@@ -294,7 +294,7 @@ PROVENANCE = dict(  # what is read by name -> its type
     stacked=int,  # seeds that were trained as one model, this one among them; nothing where it was trained by itself
     started=str,  # when, UTC, ISO 8601
     threads=int,  # of the CPU
-    variables=str,  # of the environment, that choose kernels or how memory is kept: NAME=VALUE NAME=VALUE
+    variables=str,  # of the environment, as `told_variables`: they choose kernels, or how memory is kept
     versions=dict,  # of Python and the packages that compute
 )
 

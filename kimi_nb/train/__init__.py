@@ -18,8 +18,8 @@ __getattr__, __dir__, __all__ = lazily(
         param_groups rows_of set_lr
     """,
     hardware="""
-        DiskError PeakMemory TrainError deterministic_asked deterministically environment free_cores
-        memory_now pick_compile pick_device pick_precision pick_threads
+        DiskError PeakMemory TELLING TrainError deterministic_asked deterministically environment
+        free_cores memory_now pick_compile pick_device pick_precision pick_threads told_variables
     """,
     evaluate="""
         DTYPES autocast eval_batch held_out_scores ids_on score_windows
