@@ -239,8 +239,8 @@ def test_a_record_says_which_variables_choose_its_kernels(monkeypatch):
         monkeypatch.delenv(name)
     assert environment(pick_device("cpu"))["variables"] == ""
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    monkeypatch.setenv("LD_PRELOAD", "/home/someone/first.so:/opt/second.so")
-    monkeypatch.setenv("MALLOC_CONF", "narenas:1,prof_prefix:/home/someone/heap")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/local/lib/first.so:/opt/second.so")
+    monkeypatch.setenv("MALLOC_CONF", "narenas:1,prof_prefix:/srv/someone/heap")
     monkeypatch.setenv("SOMEONES_KEY", "secret")
     told = "LD_PRELOAD=first.so:second.so MALLOC_CONF=narenas:1,prof_prefix:heap MKL_CBWR=COMPATIBLE"
     assert environment(pick_device("cpu"))["variables"] == told
