@@ -617,7 +617,8 @@ def _step_apart(variables):
     "(seconds, peak in MB, loss) of a step of the standard profile's base in a process with these variables."
     plain = {name: value for name, value in os.environ.items() if name not in KEPT}
     told = plain | {name: str(value) for name, value in variables.items()}
-    child = subprocess.run([sys.executable, "-c", _STEP_APART], env=told, capture_output=True, text=True)
+    command = [sys.executable, "-c", _STEP_APART]
+    child = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
     if child.returncode:
         raise KimiError(f"a step in a process of its own failed: {(child.stderr.splitlines() or ['no word'])[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
@@ -638,8 +639,9 @@ def bench_kept_memory(rounds: int = 3):
     yield ratio_row("training step: freed memory given back over kept", r, "at least", None, note)
     more = statistics.median(other[1] / one[1] for one, other in zip(given, kept))
     megabytes = f"{middle(kept, 1):,.0f} against {middle(given, 1):,.0f} MiB"
-    yield row("peak memory of a training step: freed memory kept over given back", more, "×", "at most", None, megabytes)
-
+    yield row(
+        "peak memory of a training step: freed memory kept over given back", more, "×", "at most", None, megabytes
+    )
 
 # %% ../../nbs/bench/04_suite.ipynb #3c8c1356
 _PLAIN = {"model.attention.kind": "mha", "train.optimizer.name": "adamw"}  # what a utilisation is counted for
