@@ -388,7 +388,8 @@ def measure(
     e = environment(pick_device(device))
     machine = {name: e[name] for name in ("device", "device_name", "cores")}
     machine |= dict(threads=threads, torch=e["versions"]["torch"], python=e["versions"]["python"])
-    machine |= dict(variables=e["variables"]) if e["variables"] else {}
+    told = " ".join(said for said in e["variables"].split() if "_NUM_THREADS=" not in said)  # threads have a key
+    machine |= dict(variables=told) if told else {}
     identity = dict(
         format=1,
         machine=machine,

@@ -149,7 +149,7 @@ def _machine():
     from kimi_nb.train import told_variables
 
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else os.cpu_count()
-    told = [told_variables()] if told_variables() else []
+    told = [said for said in told_variables().split() if "_NUM_THREADS=" not in said]  # threads are chosen apart
     return [platform.node(), platform.processor() or platform.machine(), chip, torch.__version__, *told]
 
 
