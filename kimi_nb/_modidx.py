@@ -3678,6 +3678,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast.share_of_cores': ( 'runner/forecast.html#share_of_cores',
                                                                                      'kimi_nb/runner/forecast.py'),
+                                         'kimi_nb.runner.forecast.steering_variables': ( 'runner/forecast.html#steering_variables',
+                                                                                         'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast.step_flops': ( 'runner/forecast.html#step_flops',
                                                                                  'kimi_nb/runner/forecast.py'),
                                          'kimi_nb.runner.forecast.time_step': ( 'runner/forecast.html#time_step',

@@ -380,7 +380,7 @@ def measure(
 
     Raises: SpeedError for nothing to measure, or when the measuring process ends badly.
     """
-    from kimi_nb.runner import default_workers, share_of_cores
+    from kimi_nb.runner import default_workers, share_of_cores, steering_variables
     from kimi_nb.train import environment, pick_device
 
     _refuse_measurement(runs, steps, warmup, what)
@@ -388,8 +388,8 @@ def measure(
     e = environment(pick_device(device))
     machine = {name: e[name] for name in ("device", "device_name", "cores")}
     machine |= dict(threads=threads, torch=e["versions"]["torch"], python=e["versions"]["python"])
-    told = " ".join(said for said in e["variables"].split() if "_NUM_THREADS=" not in said)  # threads have a key
-    machine |= dict(variables=told) if told else {}
+    if told := steering_variables():
+        machine["variables"] = told
     identity = dict(
         format=1,
         machine=machine,

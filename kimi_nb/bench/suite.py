@@ -628,9 +628,7 @@ def bench_kept_memory(rounds: int = 3):
     "A step of training with freed memory given back to the system, as is usual, and kept; on a CPU, where glibc is."
     if pick_device().type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
-    given = kept = ()
-    for _ in range(rounds):
-        given, kept = (*given, _step_apart({})), (*kept, _step_apart(KEPT))
+    given, kept = zip(*((_step_apart({}), _step_apart(KEPT)) for _ in range(rounds)))
     middle = lambda turns, i: statistics.median(turn[i] for turn in turns)
     same = "equal losses" if {turn[2] for turn in given} == {turn[2] for turn in kept} else "losses differ"
     r = dict(ours=middle(given, 0), theirs=middle(kept, 0))

@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     forecast="""
         H100 SHARING StepTimer default_workers expect_h100 measure_sharing pick_sharing pick_workers
-        predict_seconds read_sharing read_timings shape_key share_of_cores step_flops time_step
-        visible_gpus weight
+        predict_seconds read_sharing read_timings shape_key share_of_cores steering_variables
+        step_flops time_step visible_gpus weight
     """,
     pool="""
         EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock run_studies

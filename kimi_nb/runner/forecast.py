@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['H100', 'SHARING', 'share_of_cores', 'default_workers', 'weight', 'step_flops', 'StepTimer', 'time_step',
-           'read_timings', 'shape_key', 'predict_seconds', 'expect_h100', 'visible_gpus', 'measure_sharing',
-           'read_sharing', 'pick_sharing', 'pick_workers']
+           'read_timings', 'steering_variables', 'shape_key', 'predict_seconds', 'expect_h100', 'visible_gpus',
+           'measure_sharing', 'read_sharing', 'pick_sharing', 'pick_workers']
 
 # %% ../../nbs/runner/03_forecast.ipynb #b2ca31dc
 import contextlib
@@ -143,13 +143,18 @@ def read_timings(
     return {key: value for key, value in _kept(path).items() if isinstance(value, float) and 0 < value < math.inf}
 
 
+def steering_variables() -> str:  # as `told_variables`
+    "What the environment says of kernels and memory, without counts of threads: those are chosen apart."
+    from kimi_nb.train import told_variables
+
+    return " ".join(said for said in told_variables().split() if "_NUM_THREADS=" not in said)
+
+
 def _machine():
     import torch
 
-    from kimi_nb.train import told_variables
-
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else os.cpu_count()
-    told = [said for said in told_variables().split() if "_NUM_THREADS=" not in said]  # threads are chosen apart
+    told = steering_variables().split()
     return [platform.node(), platform.processor() or platform.machine(), chip, torch.__version__, *told]
 
 
