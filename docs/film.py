@@ -1,7 +1,7 @@
 """The workbench as a film: `python docs/film.py` opens it over the published run and writes figures/workbench.gif.
 
 JupyterLab and Chromium are those of the browser tests (tests/test_workbench.py). After each step a picture is taken, a
-line below says what was done, and the pictures become a small GIF; the last one is also kept as figures/workbench.png.
+line below says what was done, and the pictures become a small GIF; the third one is also kept as figures/workbench.png.
 """
 
 import sys

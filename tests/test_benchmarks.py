@@ -34,6 +34,7 @@ from kimi_nb.evals import (
     write_tasks,
 )
 from kimi_nb.model import KimiModel
+from kimi_nb.study import RunFolder
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data"
 real_rows = pytest.mark.skipif(
@@ -483,6 +484,12 @@ def test_a_transformers_folder_is_loaded(tmp_path):
     )
     PreTrainedTokenizerFast(tokenizer_object=words.inner, eos_token="<|endoftext|>").save_pretrained(tmp_path / "m")
     model, tokenizer = load_any(tmp_path / "m")
+    assert main(["eval", "--checkpoint", str(tmp_path / "m"), "--tasks", "arithmetic", "--limit", "3"]) == 0
+    assert not (tmp_path / "m" / "scores").exists()  # it is nobody's run
     assert run_benchmarks(model, tokenizer, "arithmetic", limit=3)["arithmetic"]["n"] == 3
     with pytest.raises(ValueError, match=r"no folder|no checkpoint"):
         load_any(tmp_path / "nothing")
+    begun = RunFolder(tmp_path / "begun")
+    begun.write_config(RunConfig())
+    with pytest.raises(ValueError, match="a run without a checkpoint so far"):
+        load_any(begun.path)

@@ -183,6 +183,7 @@ def test_a_diverged_run_is_not_forgotten(tmp_path):
     """The arm looks better in the runs that are left; they may not say so."""
     (finding,) = of_text(tmp_path, GOOD + "base,3,1.11\nmoe,3,nan\n").findings
     assert finding.word == "undecided" and any("diverged" in caveat for caveat in finding.caveats)
+    assert finding.direction == "unclear" and finding.size in ("unclear", "")  # so no page calls it better
     assert of_text(tmp_path, GOOD).findings[0].word == "supported"
 
 

@@ -231,6 +231,32 @@ def test_a_rung_below_the_counts_says_nothing_of_the_network(tiny, monkeypatch):
     assert [answer.answer for answer in answers] == ["not tested", "not tested", "yes"] and reason in answers[0].because
 
 
+def test_a_diverged_run_decides_nothing_for_its_side(tiny):
+    """Runs that diverged are told beside the effect of what is left, which is called unclear."""
+    climbed = ladder.rungs(tiny[0])
+    store = Made(climbed, [dict(attention=0.0, routing=0.0, optimizer=-0.2)])
+    frame = store.frames[f"ladder-{climbed[0].name}"]
+    lost = frame.iloc[:1].assign(arm="optimizer", seed=7, status="diverged", test_bpb=np.nan, run_id="lost")
+    store.frames[f"ladder-{climbed[0].name}"] = pd.concat([frame, lost], ignore_index=True)
+    effects = ladder.ladder_effects(store, climbed)
+    said = ladder.judge(effects, ladder.Scores(pd.DataFrame(), pd.DataFrame()), climbed)
+    (muon,) = [finding for finding in said if finding.id == "ladder optimizer"]
+    assert muon.word == "undecided" and muon.direction == "unclear" and muon.diff < -0.19
+    assert any("diverged" in caveat for caveat in muon.caveats)
+
+
+@pytest.mark.parametrize(
+    ("before", "seeds", "word"), [(True, 3, "supported"), (True, 4, "supported"), (False, 4, "not testable here")]
+)
+def test_only_a_forecast_that_was_one_counts(before, seeds, word):
+    """One that was made too late is told and not counted; fewer seeds than foretold are said."""
+    parts = pd.DataFrame(dict(rung=["1M"] * 3, inside95=[True] * 3, inside80=[True] * 3, sign=[True] * 3))
+    rungs = pd.DataFrame([dict(rung="1M", before=before, seeds=seeds, of=4, decisions=1.0, best=True)])
+    found = ladder.judge_forecasts(ladder.Scores(parts, rungs))
+    assert found.word == word
+    assert any("scored on 3" in caveat for caveat in found.caveats) == (seeds == 3)
+
+
 class Made:
     """A store of made-up rung records: each part's effect is known, the seeds differ a little."""
 
@@ -279,6 +305,11 @@ def test_the_decision_guide_answers_by_size_and_says_where_it_extrapolates(tiny)
     far = answers_at(climbed[1].size * 40, effects, climbed)
     assert all(answer.extrapolated and answer.because.startswith("Extrapolated, 40.0 times above") for answer in far)
     assert {answer.extrapolated for answer in beyond} == {climbed[2].size > 1.5 * climbed[1].size}
+    between = answers_at((climbed[0].size * climbed[1].size) ** 0.5, effects, climbed)  # twice as far as a rung reaches
+    assert {answer.extrapolated for answer in between} == {climbed[1].size > 1.5**2 * climbed[0].size}
+    held = effects.assign(held=["too little" if name == climbed[1].name else "" for name in effects["name"]])
+    beyond = answers_at(climbed[1].size * 40, held, climbed)
+    assert all(f"from {climbed[0].label}." in answer.because for answer in beyond)
     partly = Made(climbed, [truth])
     partly.frames["ladder-" + climbed[0].name] = partly.frames["ladder-" + climbed[0].name].query("seed == 0")
     words, shown = ladder_advice(partly, climbed)

@@ -46,6 +46,16 @@ def executed(out):
     return re.findall(r"^phase (\w+): ", out, re.M)
 
 
+def test_a_plan_that_only_looks_trains_nothing(place, capsys):
+    """Neither the plan nor its notebooks; commands that train refuse to."""
+    looks = ("--profile", "tiny", "--quiet", "--executor", "none")
+    assert "phase norm: " in call(capsys, "plan", *looks, "--only", "norm")[1]
+    assert not list((place.results / "experiments").glob("*"))
+    for words in (("run", "norm", *looks), ("plan", *looks, "--sequential")):
+        code, _, err = call(capsys, *words)
+        assert code == 2 and "executor none" in err and err.count("\n") == 1
+
+
 def test_a_smaller_profile_replaces_nothing_of_a_larger_one(place, capsys):
     """Neither the outcome nor the executed notebook; its own stand beside them, and are up to date the next time."""
     assert call(capsys, *PLAN, "--only", "norm")[0] == 0

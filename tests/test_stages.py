@@ -45,6 +45,18 @@ def test_a_stage_is_asked_once_and_a_file_is_gone_on_with(tmp_path, capsys):
     assert again[0]["ms"] != 1
 
 
+def test_what_an_unfinished_stage_answered_stays_until_it_is_asked_anew(tmp_path):
+    out = tmp_path / "stages.jsonl"
+    out.write_text('{"stage": "steps", "arm": "base", "ms": 1}\n{"stage": "steps", "ended": "no more time"}\n')
+    before = read_stages(out)
+    assert run_stages(["steps"], budget=0, out=out, device="cpu") == 0
+    assert read_stages(out) == before
+
+
+def test_a_curve_without_a_reference_does_not_agree_with_itself():
+    assert stages.furthest([1.0, 2.0], [1.0, 2.5]) == 0.5 and stages.furthest([1.0], None) is None
+
+
 def test_a_budget_ends(tmp_path):
     out = tmp_path / "stages.jsonl"
     assert run_stages(["smoke", "steps"], budget=0.5, out=out, device="cpu") == 0

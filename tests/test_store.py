@@ -256,6 +256,18 @@ def test_seeds_of_plans_add_up_and_another_size_is_kept_apart(tmp_path):
     )
 
 
+def test_a_study_that_alternates_between_two_definitions_loses_no_seed(tmp_path):
+    """Another profile's plan takes the name for a while; what is known of the first is there when it comes back."""
+    store, other = Store(tmp_path / "a"), study((0,), base=BASE.override({"train.steps": 60}))
+    for one in (study((0, 5, 6)), other, study((0,)), other):
+        store.record_study(one)
+    fill(Store(tmp_path / "b"), seeds=(9,))
+    Store(tmp_path / "b").export(tmp_path / "b.gz")
+    store.import_records(tmp_path / "b.gz")  # its study comes beside the one that has the name
+    store.record_study(study((0,)))
+    assert set(store.manifest("norm")[0].seeds) == {0, 5, 6, 9} and len(store.manifest("norm")[1]) == 8
+
+
 def test_frame(tmp_path):
     store = Store(tmp_path)
     records = fill(store, seeds=(0, 1), arms=(*ARMS, Arm("eps", {"model.norm.eps": 1e-5}, label="ε")))
@@ -750,6 +762,18 @@ def test_thinned_curves_keep_every_metric(tmp_path):
     assert (
         store.import_records(tmp_path / "thin.gz")["equal"] == 1 and store.get(record.run_id) == record
     )  # the fuller one stays
+
+
+def test_a_record_does_not_come_in_where_its_run_is_being_trained(tmp_path):
+    """The trainer would replace it when it ends: the run here stands, and its record follows."""
+    a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
+    a.put(theirs := result(BASE, 9.0))
+    a.export(tmp_path / "x.gz")
+    b.begin(BASE, "begun")
+    with b.lock(BASE.run_id, wait=False):
+        assert b.import_records(tmp_path / "x.gz") == dict(records=1, added=0, equal=0, kept=1, studies=0)
+        assert b.get(theirs.run_id) is None
+    assert b.import_records(tmp_path / "x.gz")["added"] == 1 and b.get(theirs.run_id) == theirs
 
 
 def test_import_keeps_what_is_here(tmp_path):

@@ -23,8 +23,8 @@ __getattr__, __dir__, __all__ = lazily(
         ratio_row row run_bench shakespeare side_by_side
     """,
     stages="""
-        ARMS Place STAGES Stage attention_and_maxima causal_blocks kernel_maxima_ of_each place_at
-        read_stages run_stages
+        ARMS Place STAGES Stage attention_and_maxima causal_blocks furthest kernel_maxima_ of_each
+        place_at read_stages run_stages
     """,
     __main__="""
         add_bench_options bench_command

@@ -541,7 +541,6 @@ def over_context(
                     alpha=0.15,
                     lw=0,
                 )
-        at = sorted(frame["context"].unique())
         ax.set_xscale("log")
         ax.set_xticks(at := sorted(frame["context"].unique()), [f"{c}" for c in at])
         values = frame[metric].dropna().astype(float)

@@ -68,7 +68,7 @@ def utilisation(
     warmup: int = 3,  # before them
     device: torch.device | None = None,  # none picks one
 ) -> Utilisation:
-    """Train some steps of a run on made batches and time them: forward, backward, clipping, optimizer and all.
+    """Train some steps of a run on its own text and time them: forward, backward, clipping, optimizer and all.
 
     Raises: KimiError for fewer than one step, and what `Trainer` raises.
     """

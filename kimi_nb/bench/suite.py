@@ -756,12 +756,13 @@ def _line(r: dict) -> str:
 class _Measured:
     "Rows as they come: on the screen, in a list, and in the file."
 
-    def __init__(self, out, here: dict, kept: dict, only):
+    def __init__(self, out, here: dict, kept: dict):
         self.out, self.here, self.complete, self.broken, self.rows = out, here, list(kept), [], []
-        self.rest = [r for name in kept if only and name not in only for r in kept[name]]  # not asked for now
+        self.rest = [r for found in kept.values() for r in found]  # of an earlier call, until its measurement's turn
 
     def take(self, name: str, found):
         "All rows of a measurement; one that cannot be made, or breaks, is said."
+        self.rest = [r for r in self.rest if r["bench"] != name]
         try:
             for r in found():
                 self.rows.append(dict(r, bench=name))
@@ -801,7 +802,7 @@ def run_bench(
     machine = f"{e['device_name']}, {e['cores']} cores, {e['threads']} threads"
     print(f"{machine}, torch {e['versions']['torch']}, python {e['versions']['python']}", flush=True)
     kept = _measured_before(out, e) if resume else {}
-    measured = _Measured(out, e, kept, only)
+    measured = _Measured(out, e, kept)
     for name, measure in BENCHES.items():
         if not only or name in only:
             measured.take(name, functools.partial(list, kept[name]) if kept.get(name) else measure)

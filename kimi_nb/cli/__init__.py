@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     machine="""
         OTHERS add_bench add_env add_lab cmd_bench cmd_env cmd_lab done_so_far installed lab_command
-        next_steps where_it_stands
+        next_steps runs_so_far where_it_stands
     """,
     entry="""
         FAMILIES STOPPED build_parser call ended_by_sigterm error_line main traceback_file

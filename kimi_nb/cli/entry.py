@@ -147,7 +147,7 @@ def with_streams():
 def main(
     argv: list[str] | None = None,  # words of the command line; none is sys.argv
 ) -> int:
-    "Entry point: 0 done, 1 something failed, 2 the request is impossible, 130 interrupted."
+    "Entry point: 0 done, 1 something failed, 2 impossible, 3 and 4 answers of `gate`, 130 interrupted."
     argv = sys.argv[1:] if argv is None else list(argv)
     with_streams()
     for stream in (sys.stdout, sys.stderr):

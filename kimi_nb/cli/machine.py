@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'add_env', 'installed', 'cmd_env', 'add_lab', 'lab_command', 'cmd_lab', 'add_bench', 'cmd_bench',
-           'done_so_far', 'next_steps', 'where_it_stands']
+           'runs_so_far', 'done_so_far', 'next_steps', 'where_it_stands']
 
 # %% ../../nbs/cli/05_machine.ipynb #c4bcdb38
 import json
@@ -120,14 +120,22 @@ def cmd_bench(args):
     return bench_command(args)
 
 # %% ../../nbs/cli/05_machine.ipynb #0426176b
+def runs_so_far(
+    store,
+) -> tuple[int, int]:  # finished, begun and not finished
+    "How many runs there are; what was moved aside is history."
+    folders = list(store.run_folders())
+    done = sum(run.finished for run in folders)
+    return done, sum(run.config_file.exists() and not run.finished for run in folders)
+
+
 def done_so_far(
     store,
     outcomes: list,  # of the phases
+    done: int,  # finished runs
+    begun: int,  # begun and not finished
 ) -> list[str]:
     "Runs, phases and verdicts, a line each."
-    folders = list(store.run_folders(aside=True))
-    done = sum(run.finished for run in folders)
-    begun = sum(run.config_file.exists() and not run.finished for run in folders)
     head = f"{store.path}: {done} finished runs"
     if begun:
         head += f", {begun} begun"
@@ -169,10 +177,8 @@ def where_it_stands(
 
     store = Store(results_folder(results))
     outcomes = list(outcomes_of(store).values())
-    folders = list(store.run_folders(aside=True))
-    done = any(run.finished for run in folders)
-    begun = any(run.config_file.exists() and not run.finished for run in folders)
-    steps = next_steps(done, begun, bool(outcomes))
+    done, begun = runs_so_far(store)
+    steps = next_steps(done > 0, begun > 0, bool(outcomes))
     width = max(len(command) for command, _ in steps)
     told = [f"  {command:{width}}  {why}" for command, why in steps]
-    return "\n".join([*done_so_far(store, outcomes), "", "Next:", *told])
+    return "\n".join([*done_so_far(store, outcomes, done, begun), "", "Next:", *told])

@@ -303,7 +303,7 @@ def keep_scores(
     from kimi_nb.study import RunFolder, write_sealed
 
     place = Path(args.checkpoint).resolve()
-    run = next((RunFolder(p) for p in (place, *place.parents[:2]) if RunFolder(p).config_file.exists()), None)
+    run = next((RunFolder(p) for p in (place, *place.parents[:2]) if RunFolder(p).code_file.exists()), None)
     if run is None:
         return None
     whose = "final" if place == run.path else place.name

@@ -256,6 +256,10 @@ def plan_of(
         return dry_run(args, profile, store)
     if args.json:
         raise KimiError("--json belongs to --dry-run: a plan that runs prints its verdicts")
+    if args.sequential and args.executor == "none":
+        raise KimiError(
+            "executor none trains nothing, and --sequential decides what to train next: leave one of them out"
+        )
     if args.sequential:
         with mirrored(store, tracking, profile.name):
             return sequential_plan(args, profile, store)
@@ -314,13 +318,14 @@ def run_declared(
     from kimi_nb.use import mirrored
 
     tracking = tracking_asked(args)
+    if args.executor == "none":
+        raise KimiError("executor none is for plan, which shows what is there: run trains a study")
     known = declared(profile)
     if args.study not in known:
         raise KimiError(f"study {args.study!r} is unknown: {near(args.study, known)}")
     how = runner_options(args, profile) | dict(max_epochs=profile.max_epochs)
-    if args.executor != "none":
-        asked = declared(tuned(profile, store, run=False), args.seeds)[args.study]
-        _tell_cost([asked], args, profile, store)
+    asked = declared(tuned(profile, store, run=False), args.seeds)[args.study]
+    _tell_cost([asked], args, profile, store)
     with mirrored(store, tracking, profile.name):
         study = declared(tuned(profile, store, **how), args.seeds)[args.study]
         run_study(study, store, **how)
@@ -331,7 +336,7 @@ def run_declared(
     if frame["arm"].nunique() == 1:
         print(f"\none arm, {study.baseline}: there is nothing to compare it with inside a block")
         return
-    compared = compare(frame, study.metric, study.baseline)
+    compared = compare(frame, study.metric, study.baseline, alpha=study.alpha, margin=study.margin)
     print("\n" + table_text(compared[["block", "arm", "n", "diff", "ci_low", "ci_high", "p_adj", "verdict"]], width))
 
 # %% ../../nbs/cli/03_studies.ipynb #aedcd716

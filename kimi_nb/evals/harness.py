@@ -395,11 +395,14 @@ def load_any(
         return load_model(folder, device)[:2]
     if not local:
         _refuse_place(place)
-    if RunFolder(folder).finished:
+    run = RunFolder(folder)
+    if run.finished:
         raise BenchmarkError(
             f"{folder} has a record and no weights, as published records have none: "
             "delete this folder and train its run again"
         )
+    if run.begun_by():
+        raise BenchmarkError(f"{folder} is a run without a checkpoint so far: run the command that began it again")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

@@ -287,7 +287,11 @@ def _timed_runs(run, frame):
     "The rows that tell how long a step took, those of the same kind where there are enough; None without any."
     if frame is None or not len(frame) or not set(_NEEDED) <= set(frame):
         return None
+    from kimi_nb.train import pick_device
+
     timed = frame[frame["step_seconds"].gt(0) & frame["flops_per_token"].gt(0) & frame["status"].eq("done")]
+    if "device" in timed:  # records that were imported may come from elsewhere
+        timed = timed[timed["device"].eq(pick_device().type)]
     same_optimizer = timed["train.optimizer.name"].eq(run.train.optimizer.name)
     same_kind = timed["model.ffn.kind"].eq(run.model.ffn.kind)
     same = timed[same_optimizer & same_kind]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'MLA', 'PARTS', 'active_size', 'equal_size_rank', 'delta', 'control_study', 'one_rate_study',
-           'size_study', 'router_study', 'budget_study', 'studies', 'seed_contrast', 'contrast_row',
+           'size_study', 'router_study', 'budget_study', 'studies', 'seed_contrast', 'contrast_row', 'arms_contrast',
            'crossover_weights', 'gain_weights', 'rate_contrasts', 'judge_rates', 'judge_size', 'judge_router',
            'budget_share', 'budget_shares', 'judge_budget']
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..config import Profile
 from .moe import router_delta
-from ..stats import claim, decide, family_statistics, over_seeds, percent, t_interval, t_pvalue
+from ..stats import claim, decide, family_statistics, lost_by_arms, over_seeds, percent, t_interval, t_pvalue
 from ..study import Arm, FigureAbout, Finding, PhaseAbout, Study
 
 # %% ../../nbs/phases/13_contest.ipynb #d7eb8c61
@@ -220,8 +220,19 @@ def contrast_row(
     row = over_seeds(values)
     numbers = row["diff"], row["se"], row["df"]
     p, (low, high) = t_pvalue(*numbers), t_interval(*numbers)
-    names = dict(metric=metric, arm="contrast", baseline="none", phrase=phrase)
+    names = dict(metric=metric, arm="the side that is added", baseline="the side that is subtracted", phrase=phrase)
     return names | row | dict(ci_low=low, ci_high=high, p=p, p_adj=p, alpha=0.05)
+
+
+def arms_contrast(
+    frame: pd.DataFrame,  # of the store, one row per run
+    weights: dict[str, float],  # arm -> weight
+    phrase: str,  # what is compared, in words
+    every: pd.DataFrame | None = None,  # where `frame` is a part: all runs, those that were lost among them
+) -> dict:  # of `contrast_row`, with what each side lost
+    "The weighted sum of arms over seeds."
+    lost = lost_by_arms(frame if every is None else every, weights)
+    return contrast_row(seed_contrast(frame, weights), phrase) | lost
 
 # %% ../../nbs/phases/13_contest.ipynb #c6d3a29b
 def crossover_weights(
@@ -246,9 +257,9 @@ def rate_contrasts(
     "Muon's gain and the crossover, with one rate and with two, and what changes between them."
     rows = []
     for rates in ("one rate", "two rates"):
-        rows.append(contrast_row(seed_contrast(frame, gain_weights(rates)), f"Muon instead of AdamW, {rates}"))
-        crossover = seed_contrast(frame, crossover_weights(rates))
-        rows.append(contrast_row(crossover, f"MLA under Muon minus MLA under AdamW, {rates}"))
+        rows.append(arms_contrast(frame, gain_weights(rates), f"Muon instead of AdamW, {rates}"))
+        crossover = f"MLA under Muon minus MLA under AdamW, {rates}"
+        rows.append(arms_contrast(frame, crossover_weights(rates), crossover))
     for what, weights in (("gain", gain_weights), ("crossover", crossover_weights)):
         one, two = (seed_contrast(frame, weights(rates)) for rates in ("one rate", "two rates"))
         rows.append(contrast_row((one - two).dropna(), f"the {what} with one rate minus that with two"))
@@ -314,7 +325,7 @@ def judge_router(
 ) -> list[Finding]:
     "C4: each part against the same router without it, seed by seed; all parts are one family."
     rows = [
-        contrast_row(seed_contrast(frame, {arm: 1, without: -1}), f"{arm} instead of {without}")
+        arms_contrast(frame, {arm: 1, without: -1}, f"{arm} instead of {without}")
         for arm, (_, without) in PARTS.items()
     ]
     rows = family_statistics(pd.DataFrame(rows)).to_dict("records")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'SHAPE', 'PARTS', 'LABELS', 'HEADS', 'SINGLE', 'TIMES', 'BUDGETS', 'NETWORK', 'BELOW', 'CONTRASTS',
-           'LESS', 'UNTRAINED', 'HELD', 'Rung', 'size_word', 'carried', 'rungs', 'part_settings', 'cell_arm',
-           'rung_study', 'rates_study', 'budget_words', 'budget_study', 'studies', 'compute_of', 'finished_runs',
-           'rung_states', 'gates', 'held_back', 'weights_of', 'rung_effects', 'ladder_effects', 'LateForecast',
-           'forecast_file', 'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung', 'was_before',
-           'arm_means', 'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'judge', 'judge_longer',
-           'judge_forecasts']
+           'SCORED_FROM', 'LESS', 'UNTRAINED', 'HELD', 'Rung', 'size_word', 'carried', 'rungs', 'part_settings',
+           'cell_arm', 'rung_study', 'rates_study', 'budget_words', 'budget_study', 'studies', 'compute_of', 'all_runs',
+           'finished_runs', 'rung_states', 'gates', 'held_back', 'weights_of', 'rung_effects', 'ladder_effects',
+           'LateForecast', 'forecast_file', 'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung',
+           'was_before', 'arm_means', 'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'judge',
+           'judge_longer', 'judge_forecasts']
 
 # %% ../../nbs/phases/18_ladder.ipynb #ad8e7075
 import itertools
@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..config import KimiError, Profile, write_file
 from ..evals import below_floor, floor_of
-from .contest import active_size, contrast_row, equal_size_rank, seed_contrast
+from .contest import active_size, arms_contrast, contrast_row, equal_size_rank, seed_contrast
 from ..runner import step_flops
 from kimi_nb.stats import (
     StatsError,
@@ -303,13 +303,21 @@ def compute_of(
     return step_flops(base) * base.train.steps
 
 
+def all_runs(
+    store,
+    rung: Rung,
+) -> pd.DataFrame:  # one row a run, as `Store.frame`; empty where there is none
+    "The runs of a rung, however they ended."
+    name = f"ladder-{rung.name}"
+    return store.frame(name, stale=True) if name in store.studies() else pd.DataFrame()
+
+
 def finished_runs(
     store,
     rung: Rung,
 ) -> pd.DataFrame:  # one row a run, as `Store.frame`; empty where there is none
     "The runs of a rung in seeds whose eight cells are all done."
-    name = f"ladder-{rung.name}"
-    frame = store.frame(name, stale=True) if name in store.studies() else pd.DataFrame()
+    frame = all_runs(store, rung)
     if not len(frame):
         return frame
     done = frame[frame["status"] == "done"]
@@ -394,14 +402,15 @@ def rung_effects(
     frame: pd.DataFrame,  # of `finished_runs`
     rung: Rung,
     held: str = "",  # of `held_back`
+    every: pd.DataFrame | None = None,  # of `all_runs`, which says what was lost; none is `frame`
 ) -> pd.DataFrame:  # one row a contrast: part, rung, compute, effect, se, df, seeds, interval, word, held
     "What the parts do on a rung."
     if not len(frame) or frame["seed"].nunique() < 2:
         return pd.DataFrame()
     rows = []
     for part, words in CONTRASTS.items():
-        if set(arms := weights_of(part)) <= set(frame["arm"]) and len(values := seed_contrast(frame, arms)) > 1:
-            rows.append(contrast_row(values, words) | dict(part=part, margin=0.02))
+        if set(arms := weights_of(part)) <= set(frame["arm"]) and len(seed_contrast(frame, arms)) > 1:
+            rows.append(arms_contrast(frame, arms, words, every) | dict(part=part, margin=0.02))
     table = family_statistics(pd.DataFrame(rows))
     told = [claim(f"ladder {row['part']}", _claim(row["part"], rung), table.iloc[[i]]) for i, row in table.iterrows()]
     here = dict(rung=rung.label, name=rung.name, compute=compute_of(rung), effect=table["diff"], seeds=table["n"])
@@ -419,7 +428,10 @@ def ladder_effects(
     climbed: list[Rung],
 ) -> pd.DataFrame:  # of `rung_effects`, rung after rung; without rows where no rung is there
     "What the parts do as far as the ladder was climbed."
-    found = [rung_effects(finished_runs(store, rung), rung, held_back(store, rung)) for rung in climbed]
+    found = [
+        rung_effects(finished_runs(store, rung), rung, held_back(store, rung), all_runs(store, rung))
+        for rung in climbed
+    ]
     found = [table for table in found if len(table)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["part", "rung", "name", "effect"])
 
@@ -512,6 +524,9 @@ def next_rung(
     return ahead[0] if ahead and len(ladder_effects(store, there)) else None
 
 # %% ../../nbs/phases/18_ladder.ipynb #38745402
+SCORED_FROM = 3  # seeds of a rung from which on its forecast is scored, though it was made for more
+
+
 def was_before(
     said: dict,  # a sealed forecast
     store,
@@ -534,26 +549,28 @@ class Scores(NamedTuple):
     "How good the sealed forecasts were."
 
     parts: pd.DataFrame  # of `score_forecast`, with the rung; without rows where none can be scored yet
-    rungs: pd.DataFrame  # rung, before, decisions: as the rung below had them, best: whether the best arm was named
+    rungs: pd.DataFrame  # rung, before, seeds, of (seeds foretold), decisions: as the rung below had them, best
 
 
 def scored(
     store,
     climbed: list[Rung],
 ) -> Scores:
-    "Every sealed forecast against what was measured since."
+    "Every sealed forecast against what was measured since, where enough seeds are there."
     parts, summary = [], []
     for below, rung in itertools.pairwise(climbed):
         frame, file = finished_runs(store, rung), forecast_file(store, rung)
-        seen = rung_effects(frame, rung)
-        if not len(seen) or not file.is_file():
+        seen, n = rung_effects(frame, rung), frame["seed"].nunique() if len(frame) else 0
+        if not len(seen) or n < min(SCORED_FROM, rung.seeds) or not file.is_file():
             continue
         said = read_sealed(file)
         parts.append(score_forecast(pd.DataFrame(said["parts"]), seen).assign(rung=rung.label))
         means = arm_means(frame)
         kept = decision_accuracy(arm_means(finished_runs(store, below)), means)
-        best = said["best"] == min(means, key=means.get)
-        summary.append(dict(rung=rung.label, before=was_before(said, store, rung), decisions=kept, best=best))
+        told = dict(before=was_before(said, store, rung), seeds=n, of=rung.seeds)
+        summary.append(
+            dict(rung=rung.label) | told | dict(decisions=kept, best=said["best"] == min(means, key=means.get))
+        )
     return Scores(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(), pd.DataFrame(summary))
 
 # %% ../../nbs/phases/18_ladder.ipynb #f7710cde
@@ -570,6 +587,7 @@ def worth(
     if sizes < 2:
         return pd.DataFrame()
     law = fit_power_law(base, "test_bpb", "flops", hold_out=False, offset=sizes > 2)
+    effects = effects[effects["held"] == ""]  # a rung that was held back says nothing of its parts
     factors = [compute_equivalent(law, row.compute, row.effect) for row in effects.itertuples()]
     return effects[["part", "rung", "effect"]].assign(compute_factor=factors)
 
@@ -668,14 +686,21 @@ def judge_forecasts(
     "Were the forecasts any good?"
     if not len(scores.parts):
         return not_testable("ladder forecast", HELD, "No sealed forecast was followed by its rung yet.")
-    inside, signs = scores.parts["inside95"], scores.parts["sign"]
-    word = "supported" if min(inside.mean(), signs.mean()) >= 0.9 else "contradicted"
+    rungs = scores.rungs[scores.rungs["before"].astype(bool)]
+    parts = scores.parts[scores.parts["rung"].isin(rungs["rung"])]
     late = scores.rungs.loc[~scores.rungs["before"].astype(bool), "rung"].tolist()
-    rungs_told = counted(scores.parts["rung"].nunique(), "rung")
+    caveats = [f"The forecast of {rung} was not made before its rung began, so it does not count." for rung in late]
+    if not len(parts):
+        return not_testable("ladder forecast", HELD, " ".join(caveats))
+    inside, signs = parts["inside95"], parts["sign"]
+    word = "supported" if min(inside.mean(), signs.mean()) >= 0.9 else "contradicted"
     reason = (
-        f"Of {len(inside)} effects on {rungs_told}, {int(inside.sum())} lay inside their 95% interval, "
-        f"{int(scores.parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were right; "
-        f"{percent(scores.rungs['decisions'].mean())} of the pairs of arms kept their order from rung to rung."
+        f"Of {len(inside)} effects on {counted(parts['rung'].nunique(), 'rung')}, {int(inside.sum())} lay inside their "
+        f"95% interval, {int(parts['inside80'].sum())} inside their 80% interval, and {int(signs.sum())} signs were "
+        f"right; {percent(rungs['decisions'].mean())} of the pairs of arms kept their order from rung to rung."
     )
-    caveats = [f"The forecast of {rung} was not made before its rung began." for rung in late]
+    for row in rungs[rungs["seeds"] < rungs["of"]].itertuples():
+        caveats.append(
+            f"The forecast of {row.rung} was made for {counted(row.of, 'seed')} and is scored on {row.seeds}."
+        )
     return Finding(id="ladder forecast", claim=HELD, word=word, reason=reason, caveats=tuple(caveats))

@@ -85,7 +85,7 @@ def changed_profile(
     parser[new] = {**parser[name], **changes}
     text = io.StringIO()
     parser.write(text)
-    beside = path.with_name(f".{new}.ini")
+    beside = path.with_name(f".{new}-{os.getpid()}.ini")  # another plan may ask for the same
     before = os.environ.get("KIMI_NB_SETTINGS")
     try:
         write_file(beside, text.getvalue(), sync=False)

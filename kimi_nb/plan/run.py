@@ -29,7 +29,7 @@ from types import ModuleType
 from filelock import FileLock
 
 from ..config import KimiError, Profile, near, place, settings_path, working_folder, write_file, writing
-from ..runner import distinct, first_tuning, pending, run_studies, share_of_cores, tuned
+from ..runner import distinct, first_tuning, only_looking, pending, run_studies, share_of_cores, tuned
 from ..stats import say as words_of_finding
 from kimi_nb.study import (
     Outcome,
@@ -646,7 +646,7 @@ def _execute_phases(report, studies, notebooks, store, profile, say, **given):
         # before there are threads: Python 3.11 fails where two of them make a syntax tree at once
         rows = given.get("data_dir")
         keys = {phase: phase_key(notebooks[phase], studies[phase], store, profile, rows) for phase in group}
-        with _threads(at_once), ThreadPoolExecutor(at_once) as pool, _no_kernel_left():
+        with only_looking(), _threads(at_once), ThreadPoolExecutor(at_once) as pool, _no_kernel_left():
             jobs = [pool.submit(one, phase, key) for phase, key in keys.items()]
             try:
                 for job in as_completed(jobs):

@@ -75,8 +75,9 @@ __getattr__, __dir__, __all__ = lazily(
         reference_link share_of_steps
     """,
     by_size="""
-        NEAR SizeAnswer answers_at answers_by_size forecast_answer ladder_advice later_findings
-        later_parts_line later_parts_table measured_rungs rungs_in_words tokens_a_parameter
+        NEAR SizeAnswer answers_at answers_by_size apart forecast_answer ladder_advice
+        later_findings later_parts_line later_parts_table measured_rungs rungs_in_words
+        tokens_a_parameter
     """,
     judgement="""
         HEAD by_metric finding_row fitted forest_marks judged_forest judged_heading judged_html

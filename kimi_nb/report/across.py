@@ -225,7 +225,9 @@ def what_ran(
         parts.append(f"{span('train.steps', '{:,.0f}'.format)} steps on {span('tokens')} tokens of {corpora}")
     counts = [int(n) for frame in frames for n in frame.groupby(["block", "arm"])["seed"].nunique()]
     seeds = span_of(counts, "{:.0f}".format)
-    return Marked(", ".join([*parts, f"{seeds} seed{'s' * (max(counts) != 1)} an arm", f"on {as_text(e.hardware)}"]))
+    return Marked(
+        ", ".join([*parts, f"{seeds} seed{'s' * (max(counts) != 1)} an arm", f"on {as_text(e.hardware_of(*names))}"])
+    )
 
 
 def settings_apart(
@@ -534,7 +536,7 @@ def _settings_table(apart, names):
 def _sizes_drawn(sizes, names, drawn):
     if not drawn:
         return None
-    where = "; ".join(f"{name}: {e.hardware}" for name, e in zip(names, sizes) if e.factorial is not None)
+    where = "; ".join(f"{name}: {e.hardware_of(e.main)}" for name, e in zip(names, sizes) if e.factorial is not None)
     caption = f"Main effects of the factorial at {listed(names)}; bars: 95% intervals. {where}."
     return Figure([drawn], caption, id="sizes-effects", alt="Main effects of the factorial at each size")
 

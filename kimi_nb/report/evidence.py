@@ -136,12 +136,11 @@ class Ran:
         "'a' or 'a to b': from the least value to the largest; '—' where there is none."
         return span_of(self.values(name, study), show)
 
-    def seeds(self, study: str) -> str:
-        "'3 seeds'."
-        frame = self.frame(study)
-        counts = [len(self.studies[study].seeds)]
-        if frame is not None:
-            counts = frame.groupby(["block", "arm"])["seed"].nunique()
+    def seeds(self, *studies: str) -> str:
+        "'3 seeds', '3 to 5 seeds'; of an arm that has runs in any of the studies."
+        frames = [frame for frame in map(self.frame, studies) if frame is not None]
+        counts = [n for frame in frames for n in frame.groupby(["block", "arm"])["seed"].nunique()]
+        counts = counts or [len(self.studies[study].seeds) for study in studies]
         seeds = span_of(counts, "{:.0f}".format)
         return f"{seeds} seed{'s' * (max(counts) != 1)}"
 
@@ -160,15 +159,28 @@ class OnMachines(Ran):
     "The same, with where it ran."
 
     @functools.cached_property
+    def _machine_of(self):
+        return {record.run_id: machine_name(record.provenance) for record in self.store.records()}
+
+    @functools.cached_property
     def machines(self) -> list[str]:
         "Devices that the runs used, those of most runs first."
-        names = Counter(machine_name(record.provenance) for record in self.store.records())
-        return [name for name, _ in names.most_common()]
+        return [name for name, _ in Counter(self._machine_of.values()).most_common()]
 
     @property
     def hardware(self) -> str:
         "All of them, in words."
         return listed(self.machines)
+
+    def hardware_of(
+        self,
+        *studies: str,  # their names
+    ) -> str:
+        "The devices that the runs of some studies used, in words; of all runs where these studies have none."
+        frames = [frame for frame in map(self.frame, studies) if frame is not None]
+        ids = dict.fromkeys(run_id for frame in frames for run_id in frame["run_id"])
+        names = Counter(self._machine_of[run_id] for run_id in ids if run_id in self._machine_of)
+        return listed(name for name, _ in names.most_common()) or self.hardware
 
     @property
     def on_gpu(self) -> bool:

@@ -427,7 +427,7 @@ def reproducibility(
     same = e.answer("reproducibility")
     profile = e.profile if re.fullmatch(r"[\w-]+", e.profile) else "quick"
     values = dict(environment=environment_table(e), profile=profile.ljust(10), same=same.word if same else "")
-    values["hardware"] = e.hardware
+    values["hardware"] = e.hardware_of("baseline-repeats")
     return written("reproducibility.md.j2", **values)
 
 # %% ../../nbs/report/07_paper.ipynb #0e79d887
@@ -555,7 +555,7 @@ def _parts_drawn(e, drawn):
         return None
     caption = (
         "Effect of each part on test bits per byte inside each optimizer, and of the optimizer itself on an axis of "
-        f"its own; bars: 95% intervals. {e.seeds('combined')} an arm; {e.hardware}."
+        f"its own; bars: 95% intervals. {e.seeds('combined')} an arm; {e.hardware_of('combined')}."
     )
     return Figure([drawn], caption, id="parts-inside", alt="Effects of the parts inside each optimizer")
 
@@ -565,7 +565,8 @@ def _rates_drawn(e, rates):
         return None
     caption = (
         "Attention and optimizer with one learning rate for all parameters, and with one for the matrices and one for "
-        f"the embedding; bars: 95% intervals, seeds taken out. {e.seeds('contest-rates')} an arm; {e.hardware}."
+        f"the embedding; bars: 95% intervals, seeds taken out. {e.seeds('contest-rates')} an arm; "
+        f"{e.hardware_of('contest-rates')}."
     )
     return Figure([rates], caption, id="contest-rates", alt="Attention by optimizer with one rate and with two")
 

@@ -211,7 +211,8 @@ def effect_in_numbers(
     "A difference with its interval."
     if finding is None or finding.diff is None:
         return "—"
-    return f"{finding.diff:+.3f} ({finding.ci_low:+.3f} to {finding.ci_high:+.3f})"
+    interval = "no interval" if finding.ci_low is None else f"{finding.ci_low:+.3f} to {finding.ci_high:+.3f}"
+    return f"{finding.diff:+.3f} ({interval})"
 
 
 def parts_rows(

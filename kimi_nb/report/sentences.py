@@ -216,16 +216,18 @@ def pairs_words(
     how = [turned(e.factorial[0], row["term"], row["metric"]) or _COMPANY[row["verdict"]] for row in sure]
     if len(pairs) == 1 and sure:
         return [f"{capital(effect_words(sure[0], 'the interaction of the two parts'))}, so {how[0]}."]
+    small = any(row["p_adj"] < row["alpha"] for row in pairs)  # and yet not shown to be more than the margin
+    none = "shown to be more than the margin" if small else "significant after correction"
     if len(pairs) == 1:
-        return ["The interaction of the two parts is not significant."]
+        return [f"The interaction of the two parts is not {none}."]
     if not sure:
-        return [f"None of the {counted(len(pairs), 'interaction')} of two parts is significant after correction."]
+        return [f"None of the {counted(len(pairs), 'interaction')} of two parts is {none}."]
     told = []
     for row, so in zip(sure, how):
         told.append(f"{effect_words(row, 'that of ' + ' and '.join(row['term'].split(':')))}, so {so}")
     verb = "is" if len(sure) == 1 else "are"
     many = f"Of {counted(len(pairs), 'interaction')} of two parts, {counted(len(sure))} {verb}"
-    return [f"{many} significant after correction: {'; '.join(told)}."]
+    return [f"{many} significant after correction and more than the margin: {'; '.join(told)}."]
 
 # %% ../../nbs/report/05_sentences.ipynb #a5b30866
 def _with_pooled_error(e):

@@ -88,7 +88,8 @@ def build_short(
 ) -> Manuscript:
     "The paper in four pages."
     sizes, drawn = [e, *also], drawings.get("parts")
-    caption = f"Effect of each part on test bits per byte, inside each optimizer; bars: 95% intervals. {e.hardware}."
+    ran = e.hardware_of("combined")
+    caption = f"Effect of each part on test bits per byte, inside each optimizer; bars: 95% intervals. {ran}."
     answered = answers_over(sizes)
     told = {finding.id for answer in short_answers(sizes) for finding in answer.findings}
     corpora = e.values("data.corpus", e.main)

@@ -199,6 +199,7 @@ PARTS_TABLE = TableBlock(
 _SURE = {
     "supported": "The two help each other",
     "contradicted": "The two hinder each other",
+    "no difference": "The two add up, within the margin",
     "undecided": "Whether the two help or hinder each other is not decided",
 }
 

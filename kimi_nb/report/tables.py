@@ -387,8 +387,8 @@ def figure(
     if not files:
         return None
     own = [name for name, study in e.studies.items() if study.phase == phase]
-    over = about.over or (f"{e.seeds(own[0])} an arm" if own else "")
-    machine = "" if about.over in COMPUTED else e.hardware
+    over = about.over or (f"{e.seeds(*own)} an arm" if own else "")
+    machine = "" if about.over in COMPUTED else e.hardware_of(*own)
     caption = f"{about.caption.rstrip('.')}. {capital('; '.join(filter(None, (over, machine))))}."
     return Figure(files, caption, id or files[0].stem, min(about.beside, len(files)), about.caption)
 

@@ -20,8 +20,8 @@ __getattr__, __dir__, __all__ = lazily(
         step_flops time_step visible_gpus weight
     """,
     pool="""
-        EXECUTORS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock run_studies
-        run_study
+        EXECUTORS ONLY_LOOKS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock
+        only_looking run_studies run_study
     """,
     tuning="""
         BESIDE Choice MOST_GROWN TUNING_SEEDS Tuning descend first_tuning fixed grown line_search

@@ -133,6 +133,7 @@ class _Wishes:
         self.pause_file = Path(config).with_suffix(".pause")
         self.stop_file = Path(config).with_suffix(".stop")
         self.looked = 0.0
+        self.pausing = False  # whether it was a pause that ended the training
 
     @property
     def pause(self) -> bool:
@@ -145,6 +146,7 @@ class _Wishes:
             return
         self.looked = now
         if self.pause_file.exists():
+            self.pausing = True
             os.kill(os.getpid(), signal.SIGTERM)  # `fit` ends the step and saves
 
     def wait(self) -> bool:
@@ -165,10 +167,11 @@ def train_apart(
 
     run, store, wishes = RunConfig.load(config), Store(results), _Wishes(config)
     while True:
+        wishes.pausing = False
         try:
             record = run_one(run, store, name, threads=threads or None, on_step=wishes.on_step)
         except Interrupted as e:
-            if wishes.pause:
+            if wishes.pausing:  # the pause may be over already: then it goes on at once
                 print("paused", flush=True)
                 if wishes.wait():
                     print("resumed", flush=True)

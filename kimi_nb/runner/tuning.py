@@ -8,11 +8,12 @@ __all__ = ['TUNING_SEEDS', 'BESIDE', 'MOST_GROWN', 'Choice', 'vertex', 'grown', 
 
 # %% ../../nbs/runner/05_tuning.ipynb #4bcec094
 import math
+import os
 from typing import NamedTuple
 
 from ..config import KimiError, Profile
 from .attempt import distinct, pending
-from .pool import run_studies
+from .pool import ONLY_LOOKS, run_studies
 from ..study import Arm, Store, Study
 
 # %% ../../nbs/runner/05_tuning.ipynb #454ef55e
@@ -49,6 +50,8 @@ def grown(
     best: int,  # which of them is the best
 ) -> list[float] | None:  # None where nothing is missing
     "The values and one more on the side where the best has fewer than `BESIDE` neighbours, at the same ratio."
+    if len(values) == 1:  # a fixed value
+        return None
     if best < BESIDE:
         return [values[0] ** 2 / values[1], *values]
     if best >= len(values) - BESIDE:
@@ -77,8 +80,10 @@ def line_search(
             raise KimiError(f"no run finished at {told}: give smaller values")
         best = losses.index(min(losses))
         wider = grown(values, best)
-        if len(values) > most:
+        if wider and len(wider) > most:
             raise KimiError(f"the best of {told} is still at the edge: give another grid")
+    if len(values) == 1:
+        return values[0], 0.0, []
     three = slice(best - 1, best + 2)
     if not all(map(math.isfinite, losses[three])):
         return values[best], 0.0, []
@@ -196,6 +201,7 @@ def search(
     Raises: KimiError when an optimizer finished at none of its values, or its optimum lies outside every grid.
     """
     losses, studies = {name: {} for name in profile.tune}, []
+    run = run and not os.environ.get(ONLY_LOOKS)
     how["scorer"] = None  # what is chosen by its loss and compared with nothing is not scored
     while True:
         choices = {}

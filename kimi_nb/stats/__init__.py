@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazily(
         survivors word_for
     """,
     comparison="""
-        LOST Rule TESTS compare family_statistics paired with_words
+        LOST Rule TESTS compare family_statistics paired places_of with_words
     """,
     claims="""
         WHOLE analysed claim comparisons counted_whole to_target with_late with_targets
@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazily(
     design="""
         Estimates ScalingFit TwoLevel arms_of_cells by_seed cell_signs component_contrasts
         contrast_by_seed contrast_table correlations effects_by_seed estimates_of factorial
-        fit_power_law more_seeds over_seeds pairing_gain two_level weights_of_arms
+        fit_power_law lost_by_arms more_seeds over_seeds pairing_gain two_level weights_of_arms
     """,
     plots="""
         BANDS COLORS FAR HEADS LINES MARKERS OF_ITS_ROW P_COLUMNS STYLE Table Tables WORD_COLORS

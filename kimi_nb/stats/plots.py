@@ -422,7 +422,9 @@ def forest(
     need(comparison, "arm", "diff", "ci_low", "ci_high", "metric")
     if comparison.empty:
         raise StatsError("there is no comparison to draw: the table is empty")
-    rows = [row if _SHOWN["verdicts"] else row | {"verdict": ""} for row in comparison.to_dict("records")]
+    rows = [
+        row if _SHOWN["verdicts"] else row | {"verdict": "", "in_words": ""} for row in comparison.to_dict("records")
+    ]
     metric, k = metric_info(rows[0]["metric"]), len(rows)
     margin = margin if margin is not None else rows[0].get("margin")
     several = len({row.get("block", "") for row in rows}) > 1

@@ -363,15 +363,30 @@ class Ledger(Runs):
             keys = {(p.arm, p.block, p.seed) for p in (study.expand() if planned is None else planned)}
             if file.exists():
                 old, rows = self._manifest(file)
+                if same_comparison(old) != same_comparison(study):
+                    aside = self._older_form(old)
+                    self._save(aside, *self._with_rows_of(aside, old, rows))
+                    file_before, rows = self._older_form(study), {}
+                    if file_before.exists():  # this comparison was here before another took its name
+                        old, rows = self._manifest(file_before)
                 if same_comparison(old) == same_comparison(study):
                     keys |= set(rows)
                     study = with_more_seeds(old, study)
-                else:
-                    self._save(self._file(f"{study.name}@{same_comparison(old)}"), old, rows)
             # all ids of one file come from one machine: what a data set's name stands for may differ elsewhere
             ids = {(p.arm, p.block, p.seed): self.known_as(p.run_id) for p in study.expand()}
             self._save(file, study, {key: run_id for key, run_id in ids.items() if key in keys})
             return file
+
+    def _older_form(self, study):
+        "Where a study is kept whose name another comparison has."
+        return self._file(f"{study.name}@{same_comparison(study)}")
+
+    def _with_rows_of(self, file, study, rows):
+        "The study and its rows, in order, with those that the file of the same comparison has; these stand."
+        if file.exists():
+            old, own = self._manifest(file)
+            study, rows = with_more_seeds(old, study), {**rows, **own}
+        return study, in_order(study, rows)
 
     def _manifest_text(self, study, rows):
         return seal(dict(format=1, study=study.to_dict(), rows=[[*key, run_id] for key, run_id in rows.items()]))

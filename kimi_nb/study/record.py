@@ -135,14 +135,16 @@ class EqualCode(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _pairs_shown(file, stamp):
-    "Code hash -> the hashes it was shown equal to, each with its comparison."
+def _pairs_shown(file, stamp, later=False):
+    "Code hash -> the hashes it was shown equal to, or those of later code alone, each with its comparison."
     found = defaultdict(dict)
     try:
         for one in unseal(file.read_text(encoding="utf-8"), str(file))["shown"]:
             about = EqualCode(one["runs"], one["steps"], tuple(one["commits"]), one["where"])
             for old, new in one["pairs"]:
-                found[old][new] = found[new][old] = about
+                found[old][new] = about
+                if not later:
+                    found[new][old] = about
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, RecordError):
             raise
@@ -181,9 +183,9 @@ def shown_since(
     hashes: Iterable[str],  # of code
     file=None,  # as in `shown_equal`
 ) -> list[EqualCode]:  # in the order in which they were made
-    "The comparisons that lead from these states of the code to others."
+    "The comparisons that lead from these states of the code to later ones."
     file = Path(file) if file else equal_code_file()
-    known = _pairs_shown(file, file.stat().st_mtime_ns) if file.is_file() else {}
+    known = _pairs_shown(file, file.stat().st_mtime_ns, later=True) if file.is_file() else {}
     reached, waiting, found = set(hashes), list(hashes), {}
     while waiting:
         for there, about in known.get(waiting.pop(), {}).items():

@@ -36,7 +36,7 @@ from kimi_nb.study.folder import (
     readable_name,
     tidy_folder,
 )
-from .ledger import Ledger, gives_way, in_order, read_manifest, same_comparison, why_aside, with_more_seeds
+from .ledger import Ledger, gives_way, read_manifest, same_comparison, why_aside
 from .outcome import outcomes_of, vouched
 from .record import Record, canonical, digest_of, unseal
 
@@ -624,7 +624,8 @@ class _In(_Out):
     ) -> dict[str, int]:  # records; of these added, equal to what was there, kept (the store's own stands); studies
         """Take in a published file, whole or not at all.
 
-        A run that has another final record here keeps it: the numbers of two machines differ, and neither is replaced.
+        A run that has another final record here keeps it, and so does one that is being trained here: the numbers of
+        two machines differ, and neither is replaced.
         Raises: StoreError for a file that was altered, cut short, too large or no file.
         """
         manifests, records = _unpack(Path(path))
@@ -635,7 +636,7 @@ class _In(_Out):
                 old = chosen[record.run_id][1] if record.run_id in chosen else self.get(record.run_id)
                 if _same(old, record):
                     count["equal"] += 1
-                elif old is not None and not gives_way(old, record):
+                elif self._under_way(record.run_id) or (old is not None and not gives_way(old, record)):
                     count["kept"] += 1
                 else:
                     chosen[record.run_id] = name, record
@@ -648,16 +649,16 @@ class _In(_Out):
             incoming.move_in()
         return count
 
+    def _under_way(self, run_id):
+        folder = self.run_folder(run_id)
+        return folder.path.exists() and folder.busy()
+
     def _merged(self, study, rows):
         "(file, text) of a study that comes in; the store's own rows stand, another comparison gets a name of its own."
         file = self._file(study.name)
-        if file.exists():
-            old, own = self._manifest(file)
-            if same_comparison(old) == same_comparison(study):
-                study, rows = with_more_seeds(old, study), {**rows, **own}
-            else:
-                file = self._file(f"{study.name}@{same_comparison(study)}")
-        return file, self._manifest_text(study, in_order(study, rows))
+        if file.exists() and same_comparison(self._manifest(file)[0]) != same_comparison(study):
+            file = self._older_form(study)
+        return file, self._manifest_text(*self._with_rows_of(file, study, rows))
 
 # %% ../../nbs/study/10_store.ipynb #97b854b0
 MEASURED = ("speed", "benchmarks", "benchmarks-along", "forecasts")  # folders of sealed measurements
