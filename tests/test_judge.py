@@ -185,6 +185,9 @@ def test_a_diverged_run_is_not_forgotten(tmp_path):
     assert finding.word == "undecided" and any("diverged" in caveat for caveat in finding.caveats)
     assert finding.direction == "unclear" and finding.size in ("unclear", "")  # so no page calls it better
     assert of_text(tmp_path, GOOD).findings[0].word == "supported"
+    row = dict(metric="test_bpb", arm="a", baseline="b", diff=-0.018, se=0.003, df=9.0, n=10, p_adj=0.001, margin=0.02)
+    whole, left = (decide(row | dict(n_diverged=n, n_failed=n)) for n in (0, 1))  # smaller than the margin: undecided
+    assert whole.word == left.word == "undecided" and (whole.direction, left.direction) == ("better", "unclear")
 
 
 def test_duplicate_seeds_are_one_run_and_one_seed_is_no_spread(tmp_path):

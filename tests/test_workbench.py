@@ -531,9 +531,10 @@ time.sleep(60)"""
     wait_until(lambda: live.journal.exists() and live.journal.stat().st_size, 60, "the first step")
     assert live.status() in ACTIVE
     live.pause()
-    start_run(store, run, threads=1)  # at once: the run goes on, whether it had stopped by then or not
+    time.sleep(0.2)
+    live.start(threads=1)  # "go on" while it is pausing: it goes on, whether it had stopped by then or not
     steps = live.journal.read_text().count("train_loss")
-    wait_until(lambda: live.journal.read_text().count("train_loss") > steps + 20, 60, "more steps")
+    wait_until(lambda: live.journal.read_text().count("train_loss") > steps + 100, 60, "more steps")
     live.pause()
     live.stop()  # at once: the end of the step must not be taken for a pause that goes on
     assert live.wait(30) == "stopped"

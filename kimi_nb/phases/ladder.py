@@ -33,6 +33,7 @@ from kimi_nb.stats import (
     family_statistics,
     fit_power_law,
     forecast_rung,
+    lost_by_arms,
     percent,
     score_forecast,
 )
@@ -67,6 +68,7 @@ ABOUT = PhaseAbout(
             "Effect of each part on test bits per byte against training compute, with 95% intervals over seeds and the "
             "word of each rung; the band is the sealed forecast of the next rung (80% and 95%)",
             2,
+            "as many seeds as a rung has",
         ),
     ),
     main_figures=("ladder-effects",),
@@ -584,7 +586,7 @@ def worth(
     base = pd.concat(frames, ignore_index=True)
     base = base[base["arm"] == cell_name(())] if len(base) else base
     sizes = base["flops"].nunique() if len(base) else 0
-    if sizes < 2:
+    if sizes < 2 or not len(effects):
         return pd.DataFrame()
     law = fit_power_law(base, "test_bpb", "flops", hold_out=False, offset=sizes > 2)
     effects = effects[effects["held"] == ""]  # a rung that was held back says nothing of its parts
@@ -626,7 +628,8 @@ def budget_effects(
     rung: Rung,  # the first
 ) -> pd.DataFrame:  # block, and a row as of `contrast_row`
     "What Muon gives after each budget, the rung's own among them; last, by how much less after the longest."
-    study, gains = f"ladder-budget-{rung.name}", {}
+    study, gains, lost = f"ladder-budget-{rung.name}", {}, {}
+    muon = {"optimizer": 1.0, cell_name(()): -1.0}
     if study not in store.studies():
         return pd.DataFrame()
     frame = store.frame(study, stale=True)
@@ -634,14 +637,22 @@ def budget_effects(
     for share in sorted((*BUDGETS, 1.0)):
         block = budget_words(rung, share)
         part = finished_runs(store, rung) if block == own else frame[frame["block"] == block]
-        if len(part) and {cell_name(()), "optimizer"} <= set(part.loc[part["status"] == "done", "arm"]):
-            gains[block] = seed_contrast(part, {"optimizer": 1.0, cell_name(()): -1.0})
+        if len(part) and set(muon) <= set(part.loc[part["status"] == "done", "arm"]):
+            gains[block] = seed_contrast(part, muon)
+            lost[block] = lost_by_arms(part, muon, all_runs(store, rung) if block == own else None)
     told = dict(margin=0.02)
-    rows = [contrast_row(values, f"Muon after {block}") | dict(told, block=block) for block, values in gains.items()]
+    rows = [
+        contrast_row(values, f"Muon after {block}") | lost[block] | dict(told, block=block)
+        for block, values in gains.items()
+    ]
     if {own, longest} <= set(gains):
         less = (gains[own] - gains[longest]).dropna()
         if len(less) > 1:
-            rows.append(contrast_row(less, f"Muon after {own} beyond Muon after {longest}") | dict(told, block=LESS))
+            row = contrast_row(less, f"Muon after {own} beyond Muon after {longest}") | dict(told, block=LESS)
+            for what in ("n_diverged", "n_failed"):
+                row[what] = lost[own][what] + lost[longest][what + "_baseline"]
+                row[what + "_baseline"] = lost[own][what + "_baseline"] + lost[longest][what]
+            rows.append(row | dict(mixed=lost[own]["mixed"] or lost[longest]["mixed"]))
     return family_statistics(pd.DataFrame(rows)) if rows else pd.DataFrame()
 
 # %% ../../nbs/phases/18_ladder.ipynb #850bd24e

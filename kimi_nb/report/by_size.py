@@ -89,10 +89,11 @@ def apart(
 
 def _ahead(effects, known, part, size):
     "Answer and reason beyond the rungs: compute grows with the square of the size where tokens grow with it."
-    nearest = min(known, key=lambda rung: apart(size, rung))
     mine = effects[(effects["part"] == part) & (effects["held"] == "")]  # a rung that was held back says nothing
     if not len(mine):
         return "not tested", f"No rung says anything of it yet: {effects.loc[effects['part'] == part, 'held'].iloc[-1]}"
+    known = [rung for rung in known if rung.name in set(mine["name"])]
+    nearest = min(known, key=lambda rung: apart(size, rung))
     at = compute_of(nearest) * (size / nearest.size) ** 2
     (row,) = forecast_rung(mine, at, nearest.seeds).to_dict("records")
     low, high = row["low95"], row["high95"]

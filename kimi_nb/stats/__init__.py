@@ -17,11 +17,11 @@ __getattr__, __dir__, __all__ = lazily(
     verdict="""
         DECIDED DIRECTIONS FORMS Seen about_text beyond_margin check_claim claimed_sign decide
         declared_margin digits_of direction_seen family_size_of found_better in_two_words
-        joint_finding lost_runs metric_of not_in_table row_of said_whole say seen size_seen
-        survivors word_for
+        joint_finding left_by_divergence lost_runs metric_of not_in_table row_of said_whole say seen
+        size_seen survivors word_for
     """,
     comparison="""
-        LOST Rule TESTS compare family_statistics paired places_of with_words
+        LOST Rule TESTS compare family_statistics mixed_places paired places_of with_words
     """,
     claims="""
         WHOLE analysed claim comparisons counted_whole to_target with_late with_targets

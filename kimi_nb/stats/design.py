@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .comparison import Rule, compare, family_statistics, places_of, with_words
+from .comparison import Rule, compare, family_statistics, mixed_places, with_words
 from .inference import StatsError, adjust, seeds_needed, t_interval, t_pvalue, tost_pvalue
 
 # %% ../../nbs/stats/06_design.ipynb #259c9135
@@ -124,12 +124,13 @@ def _with_lost(row, every, side):
 def lost_by_arms(
     frame: pd.DataFrame,  # one row per run: arm, status, perhaps device, precision and stacked
     weights: dict[str, float],  # arm -> weight; the sides are those above and below zero
+    every: pd.DataFrame | None = None,  # where `frame` is a part: all runs, those that were lost among them
 ) -> dict:  # n_diverged, n_failed, the same of the other side with `_baseline`, and mixed
     "What each side of a weighted sum of arms lost, and whether its runs come from more than one kind of device."
-    side = frame["arm"].map(weights).fillna(0.0)
-    lost = frame["status"].astype(str).str.split(":").str[0]
-    places = sorted(set(places_of(frame[(side != 0) & (lost == "done")])))
-    return _with_lost(dict(mixed=", ".join(places) if places[1:] else ""), frame.assign(lost=lost), side)
+    every = frame if every is None else every
+    every = every.assign(lost=every["status"].astype(str).str.split(":").str[0])
+    counts = frame["arm"].map(weights).fillna(0.0).ne(0) & frame["status"].eq("done")
+    return _with_lost(dict(mixed=mixed_places(frame[counts])), every, every["arm"].map(weights).fillna(0.0))
 
 
 def _interval(row, rule):
@@ -326,10 +327,14 @@ def factorial(
     most = k if max_order is None else max(1, min(max_order, k))
     found = estimates_of(design, most, metric)
     sides = np.array(design.every["cell"].tolist()).reshape(-1, k)  # (runs, factors) of 1 and -1
-    remarks, rows = _remarks(design, found.order, most), []
+    remarks, mixed, rows = _remarks(design, found.order, most), mixed_places(design.runs), []
     cells, arms = list(itertools.product((-1, 1), repeat=k)), arms_of_cells(design)
     for number, term in enumerate(found.terms):
-        row = dict(metric=metric, order=len(term)) | _named(design, term) | _effect_row(design, found, number)
+        row = (
+            dict(metric=metric, order=len(term), mixed=mixed)
+            | _named(design, term)
+            | _effect_row(design, found, number)
+        )
         row["contrast"] = row["diff"] * 2 ** (len(term) - 1)
         weights = {cell: math.prod(cell[i] for i in term) / 2 ** (k - 1) for cell in cells}
         row["weights"] = weights_of_arms(arms, weights)
@@ -405,7 +410,9 @@ def contrast_table(
         fit = _fitted(numbered, "y ~ 0 + C(at)")
     rows = []
     for names, weights in asked:
-        row = dict(order=1, metric=metric) | names | _contrast_row(design, grid, fit, weights)
+        counts = design.runs["cell"].map(lambda cell, weights=weights: weights.get(cell, 0) != 0).astype(bool)
+        row = dict(order=1, metric=metric, mixed=mixed_places(design.runs[counts])) | names
+        row |= _contrast_row(design, grid, fit, weights)
         row["weights"] = weights_of_arms(arms, weights)
         side = design.every["cell"].map(lambda cell, weights=weights: weights.get(cell, 0))
         rows.append(_with_lost(_interval(row, rule), design.every, side))
