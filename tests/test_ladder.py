@@ -257,6 +257,34 @@ def test_only_a_forecast_that_was_one_counts(before, seeds, word):
     assert any("scored on 3" in caveat for caveat in found.caveats) == (seeds == 3)
 
 
+def test_a_rung_may_have_its_four_cells_without_the_router(tiny):
+    """They say what attention and the optimizer do there, with a caveat, and nothing of the router."""
+    from kimi_nb.report import answers_at
+
+    from kimi_nb.cli import arms_asked_for
+
+    climbed = ladder.rungs(tiny[0])
+    study = ladder.rung_study(climbed[1])
+    wanted = arms_asked_for(study, ["attention", "optimizer", "attention+optimizer"])  # of `kimi-nb run --arms`
+    assert {planned.arm for planned in filter(wanted, study.expand())} == set(ladder.cells_of(ladder.BARE))
+    store = Made(climbed, [dict(attention=0.06, routing=0.01, optimizer=-0.2)] * 2)
+    name = f"ladder-{climbed[1].name}"
+    frame = store.frames[name]
+    store.frames[name] = frame[frame["arm"].isin(ladder.cells_of(ladder.BARE))]
+    effects = ladder.ladder_effects(store, climbed)
+    mine = effects[effects["name"] == climbed[1].name].set_index("part")
+    assert set(mine.index) == {"attention", "optimizer", "crossover"} and mine["bare"].all()
+    assert mine["effect"].to_dict() == pytest.approx(dict(attention=0.06, optimizer=-0.2, crossover=0.0), abs=1e-3)
+    said = {f.id: f for f in ladder.judge(effects, ladder.Scores(pd.DataFrame(), pd.DataFrame()), climbed)}
+    assert ladder.WITHOUT_ROUTER in said["ladder attention"].caveats
+    assert climbed[0].label in said["ladder routing"].claim  # the highest rung that has it
+    assert ladder.rung_states(store, climbed)["state"].tolist()[1] == "2 of 2 seeds, without Kimi's router"
+    answers = {a.part: a.because for a in answers_at(climbed[1].size, effects, climbed)}
+    assert "with softmax routing alone" in answers["Muon"] and climbed[1].label not in answers["Kimi's router"]
+    store.frames[name] = pd.concat([store.frames[name], frame[frame["arm"] == "routing"]])
+    assert not ladder.ladder_effects(store, climbed).query("part == 'routing'")["name"].eq(climbed[1].name).any()
+
+
 class Made:
     """A store of made-up rung records: each part's effect is known, the seeds differ a little."""
 

@@ -56,6 +56,16 @@ def test_a_plan_that_only_looks_trains_nothing(place, capsys):
         assert code == 2 and "executor none" in err and err.count("\n") == 1
 
 
+def test_some_arms_of_a_study_are_trained_alone(place, capsys):
+    """With the baseline, so that they are compared; the others come later, and an unknown one is refused."""
+    words = ("run", "norm", "--profile", "tiny", "--quiet", "--executor", "inprocess", "--yes", "--arms")
+    store = Store(place.results)
+    code, _, err = call(capsys, *words, "rmsnrm")
+    assert code == 2 and "rmsnorm" in err
+    assert call(capsys, *words, "rmsnorm")[0] == 0
+    assert set(store.frame("norm")["arm"]) == {"layernorm", "rmsnorm"}
+
+
 def test_a_smaller_profile_replaces_nothing_of_a_larger_one(place, capsys):
     """Neither the outcome nor the executed notebook; its own stand beside them, and are up to date the next time."""
     assert call(capsys, *PLAN, "--only", "norm")[0] == 0

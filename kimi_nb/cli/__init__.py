@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazily(
         print_pieces print_task_scores score_number score_text tracker
     """,
     studies="""
-        add_new_phase add_plan add_profiles add_run add_study_options cmd_new_phase cmd_plan
-        cmd_profiles cmd_run declared dry_run plan_of print_card profile_facts profile_text
+        add_new_phase add_plan add_profiles add_run add_study_options arms_asked_for cmd_new_phase
+        cmd_plan cmd_profiles cmd_run declared dry_run plan_of print_card profile_facts profile_text
         run_declared runner_options seeds_asked_for sequential_plan setting_line
     """,
     records="""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seeds_asked_for', 'setting_line', 'add_study_options', 'runner_options', 'add_plan', 'dry_run', 'sequential_plan',
-           'print_card', 'cmd_plan', 'plan_of', 'add_run', 'declared', 'cmd_run', 'run_declared', 'add_profiles',
-           'profile_facts', 'profile_text', 'cmd_profiles', 'add_new_phase', 'cmd_new_phase']
+           'print_card', 'cmd_plan', 'plan_of', 'add_run', 'declared', 'arms_asked_for', 'cmd_run', 'run_declared',
+           'add_profiles', 'profile_facts', 'profile_text', 'cmd_profiles', 'add_new_phase', 'cmd_new_phase']
 
 # %% ../../nbs/cli/03_studies.ipynb #9643673e
 import argparse
@@ -204,11 +204,11 @@ def sequential_plan(
     return 0 if report.ok else 1
 
 
-def _tell_cost(studies, args, profile, store, more=""):
+def _tell_cost(studies, args, profile, store, more="", wanted=None):
     "How many runs would be trained and about how long, from their sizes alone, before they begin."
     from kimi_nb.runner import default_workers, distinct, pending, weight
 
-    todo = pending(distinct(studies), store)
+    todo = pending(distinct(studies, wanted), store)
     workers = (profile.workers if args.workers is None else args.workers) or default_workers()
     seconds = sum(weight(planned.run) for planned in todo) / workers
     hands = f"{workers} worker{'s' * (workers > 1)}"
@@ -285,6 +285,7 @@ def add_run(commands, with_settings: bool = True):
     "The parser of `kimi-nb run`."
     p = add_command(commands, "run", cmd_run, "run one study and compare its arms")
     p.add_argument("study", metavar="STUDY", help="its name, as kimi-nb profiles shows it")
+    p.add_argument("--arms", nargs="+", default=(), metavar="ARM", help="only these arms, and the baseline")
     add_study_options(p)
     add_yes(p)
 
@@ -297,6 +298,18 @@ def declared(
     from kimi_nb.plan import phase_studies
 
     return {study.name: study for mine in phase_studies(profile, seeds=seeds).values() for study in mine}
+
+
+def arms_asked_for(
+    study,  # Study
+    arms,  # names; none is all
+):  # of `run_studies`: function of a planned run, whether it is wanted; None for all
+    "Which runs of a study are trained.  Raises: KimiError for an arm that it does not have."
+    known = dict.fromkeys(arm.name for arm in study.arms)
+    for arm in arms:
+        if arm not in known:
+            raise KimiError(f"study {study.name} has no arm {arm!r}: {near(arm, known)}")
+    return (lambda planned: planned.arm in (study.baseline, *arms)) if arms else None
 
 
 def cmd_run(args):
@@ -325,10 +338,11 @@ def run_declared(
         raise KimiError(f"study {args.study!r} is unknown: {near(args.study, known)}")
     how = runner_options(args, profile) | dict(max_epochs=profile.max_epochs)
     asked = declared(tuned(profile, store, run=False), args.seeds)[args.study]
-    _tell_cost([asked], args, profile, store)
+    wanted = arms_asked_for(asked, args.arms)
+    _tell_cost([asked], args, profile, store, wanted=wanted)
     with mirrored(store, tracking, profile.name):
         study = declared(tuned(profile, store, **how), args.seeds)[args.study]
-        run_study(study, store, **how)
+        run_study(study, store, wanted=wanted, **how)
     frame = store.frame(study.name)
     metrics = [name for name in ("test_bpb", "val_loss", "score", "tokens_per_second") if name in frame]
     width = terminal_width()

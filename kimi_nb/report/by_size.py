@@ -65,7 +65,8 @@ def _seen(effects, rung, part):
         return "not tested", f"At {rung.label}: {finding.reason}."
     answer = ANSWERS.get(in_two_words(finding).partition(",")[0], "no reason seen")
     numbers = f"{effect_in_numbers(finding)} {finding.unit}, {p_words(finding.p_adj)}, {counted(finding.n, 'seed')}"
-    return answer, f"Measured at {rung.label}: {numbers}: {in_two_words(finding)}."
+    where = f"{rung.label}, with softmax routing alone" if row["bare"].any() else rung.label
+    return answer, f"Measured at {where}: {numbers}: {in_two_words(finding)}."
 
 
 def forecast_answer(
@@ -120,11 +121,15 @@ def answers_at(
     label = _told_size(size, tokens_a_parameter(climbed[0]))
     if not known:
         return [SizeAnswer(words, label, "waiting", "No rung is complete yet.", False) for words in LABELS.values()]
-    nearest = min(known, key=lambda rung: apart(size, rung))
-    inside = apart(size, nearest) <= NEAR
     found = []
     for part, words in LABELS.items():
-        answer, because = _seen(effects, nearest, part) if inside else _ahead(effects, known, part, size)
+        mine = measured_rungs(effects[effects["part"] == part], climbed)
+        if not mine:
+            found.append(SizeAnswer(words, label, "waiting", "No rung has it yet.", False))
+            continue
+        nearest = min(mine, key=lambda rung: apart(size, rung))
+        inside = apart(size, nearest) <= NEAR
+        answer, because = _seen(effects, nearest, part) if inside else _ahead(effects, mine, part, size)
         found.append(SizeAnswer(words, label, answer, because, not inside))
     return found
 
