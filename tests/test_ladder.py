@@ -259,9 +259,8 @@ def test_only_a_forecast_that_was_one_counts(before, seeds, word):
 
 def test_a_rung_may_have_its_four_cells_without_the_router(tiny):
     """They say what attention and the optimizer do there, with a caveat, and nothing of the router."""
-    from kimi_nb.report import answers_at
-
     from kimi_nb.cli import arms_asked_for
+    from kimi_nb.report import answers_at
 
     climbed = ladder.rungs(tiny[0])
     study = ladder.rung_study(climbed[1])
