@@ -230,5 +230,5 @@ def later_parts_line(
     sizes = frame.loc[frame["arm"] == "k2", "active_non_embedding_parameters"]
     n = next(iter(findings.values())).n
     told = "; ".join(f"{words}: {listed(parts)}" for words, parts in seen.items())
-    size = f"{sizes.iloc[0]:,.0f} active parameters without embeddings" if len(sizes) else "no size known"
+    size = f"{sizes.iloc[0]:,.0f} active without embeddings" if len(sizes) else "no size known"
     return f"Parts of Kimi Linear and K3 at `{name}` ({size}, {counted(n, 'seed')}): {told}."

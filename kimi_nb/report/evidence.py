@@ -180,7 +180,7 @@ class OnMachines(Ran):
         frames = [frame for frame in map(self.frame, studies) if frame is not None]
         ids = dict.fromkeys(run_id for frame in frames for run_id in frame["run_id"])
         names = Counter(self._machine_of[run_id] for run_id in ids if run_id in self._machine_of)
-        return listed(name for name, _ in names.most_common()) or self.hardware
+        return listed(name for name, _ in names.most_common()) if names else self.hardware
 
     @property
     def on_gpu(self) -> bool:
