@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazily(
         needs planned refuse_planned sleeping
     """,
     places="""
-        SHIPPED brought_along is_installed place settings_path working_folder
+        SHIPPED brought_along is_installed place settings_path variable_set working_folder
     """,
     profile="""
         LIKE Profile load_profile profile_names

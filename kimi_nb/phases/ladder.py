@@ -6,10 +6,10 @@
 __all__ = ['ABOUT', 'SHAPE', 'PARTS', 'LABELS', 'HEADS', 'SINGLE', 'TIMES', 'BUDGETS', 'BARE', 'NETWORK', 'BELOW',
            'CONTRASTS', 'SCORED_FROM', 'LESS', 'WITHOUT_ROUTER', 'UNTRAINED', 'HELD', 'Rung', 'size_word', 'carried',
            'rungs', 'part_settings', 'cell_arm', 'rung_study', 'rates_study', 'budget_words', 'budget_study', 'studies',
-           'compute_of', 'cells_of', 'all_runs', 'finished_runs', 'crossed_in', 'rung_states', 'gates', 'held_back',
-           'weights_of', 'rung_effects', 'ladder_effects', 'LateForecast', 'forecast_file', 'begun', 'arm_differences',
-           'make_forecast', 'seal_forecast', 'next_rung', 'was_before', 'arm_means', 'Scores', 'scored', 'worth',
-           'rates_off', 'budget_effects', 'judge', 'judge_longer', 'judge_forecasts']
+           'compute_of', 'cells_of', 'all_runs', 'finished_runs', 'in_whole_seeds', 'crossed_in', 'rung_states',
+           'gates', 'held_back', 'weights_of', 'rung_effects', 'ladder_effects', 'LateForecast', 'forecast_file',
+           'begun', 'arm_differences', 'make_forecast', 'seal_forecast', 'next_rung', 'was_before', 'arm_means',
+           'Scores', 'scored', 'worth', 'rates_off', 'budget_effects', 'judge', 'judge_longer', 'judge_forecasts']
 
 # %% ../../nbs/phases/18_ladder.ipynb #ad8e7075
 import itertools
@@ -321,15 +321,22 @@ def all_runs(
 ) -> pd.DataFrame:  # one row a run, as `Store.frame`; empty where there is none
     "The runs of a rung, however they ended."
     name = f"ladder-{rung.name}"
-    return store.frame(name, stale=True) if name in store.studies() else pd.DataFrame()
+    there = store is not None and name in store.studies()
+    return store.frame(name, stale=True) if there else pd.DataFrame()
 
 
 def finished_runs(
     store,
     rung: Rung,
-) -> pd.DataFrame:  # one row a run, as `Store.frame`; empty where there is none
-    "The runs of a rung in seeds whose eight cells are all done; where there are no two, whose four of `BARE` are."
-    frame = all_runs(store, rung)
+) -> pd.DataFrame:  # of `in_whole_seeds`
+    "What counts of a rung."
+    return in_whole_seeds(all_runs(store, rung))
+
+
+def in_whole_seeds(
+    frame: pd.DataFrame,  # of `all_runs`
+) -> pd.DataFrame:  # some of its rows
+    "The runs in seeds whose eight cells are all done; where there are no two, whose four of `BARE` are."
     if not len(frame):
         return frame
     done = frame[frame["status"] == "done"]
@@ -358,11 +365,11 @@ def rung_states(
     rows = []
     for rung in climbed:
         study = rung_study(rung)
-        here = store is not None and study.name in store.studies()
-        frame = store.frame(study.name, stale=True) if here else pd.DataFrame()
+        frame = all_runs(store, rung)
         done = int((frame["status"] == "done").sum()) if len(frame) else 0
-        whole = finished_runs(store, rung)["seed"].nunique() if done else 0
-        planned, bare = len(study.expand()), whole > 1 and crossed_in(finished_runs(store, rung)) == BARE
+        counted_in = in_whole_seeds(frame)
+        whole = counted_in["seed"].nunique() if done else 0
+        planned, bare = len(study.expand()), whole > 1 and crossed_in(counted_in) == BARE
         state = f"{whole} of {rung.seeds} seeds" if whole > 1 else "waiting"
         if bare:
             state += ", without Kimi's router"
@@ -460,10 +467,10 @@ def ladder_effects(
     climbed: list[Rung],
 ) -> pd.DataFrame:  # of `rung_effects`, rung after rung; without rows where no rung is there
     "What the parts do as far as the ladder was climbed."
-    found = [
-        rung_effects(finished_runs(store, rung), rung, held_back(store, rung), all_runs(store, rung))
-        for rung in climbed
-    ]
+    found = []
+    for rung in climbed:
+        every = all_runs(store, rung)
+        found.append(rung_effects(in_whole_seeds(every), rung, held_back(store, rung), every))
     found = [table for table in found if len(table)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["part", "rung", "name", "effect"])
 

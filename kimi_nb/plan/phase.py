@@ -28,6 +28,7 @@ from kimi_nb.config import (
     load_profile,
     profile_names,
     settings_path,
+    variable_set,
     write_file,
 )
 from .run import phase_notebooks, plan_table
@@ -86,7 +87,6 @@ def changed_profile(
     text = io.StringIO()
     parser.write(text)
     beside = path.with_name(f".{new}-{os.getpid()}.ini")  # another plan may ask for the same
-    before = os.environ.get("KIMI_NB_SETTINGS")
     try:
         write_file(beside, text.getvalue(), sync=False)
         try:
@@ -94,13 +94,10 @@ def changed_profile(
         except ConfigError as e:
             raise ConfigError("--set", str(e).replace(str(beside), path.name).replace(new, name)) from None
         write_file(Path(results) / "settings" / f"{new}.ini", text.getvalue(), parents=True, sync=False)
-        os.environ["KIMI_NB_SETTINGS"] = str(beside.resolve())
-        yield new
+        with variable_set("KIMI_NB_SETTINGS", str(beside.resolve())):
+            yield new
     finally:
         beside.unlink(missing_ok=True)
-        os.environ.pop("KIMI_NB_SETTINGS", None)
-        if before is not None:
-            os.environ["KIMI_NB_SETTINGS"] = before
 
 # %% ../../nbs/plan/02_phase.ipynb #f1417173
 class TemplateError(KimiError):

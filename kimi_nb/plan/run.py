@@ -28,7 +28,17 @@ from types import ModuleType
 
 from filelock import FileLock
 
-from ..config import KimiError, Profile, near, place, settings_path, working_folder, write_file, writing
+from kimi_nb.config import (
+    KimiError,
+    Profile,
+    near,
+    place,
+    settings_path,
+    variable_set,
+    working_folder,
+    write_file,
+    writing,
+)
 from ..runner import distinct, first_tuning, only_looking, pending, run_studies, share_of_cores, tuned
 from ..stats import say as words_of_finding
 from kimi_nb.study import (
@@ -380,11 +390,8 @@ def _threads(kernels):
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
-    os.environ["OMP_NUM_THREADS"] = str(share_of_cores(kernels))
-    try:
+    with variable_set("OMP_NUM_THREADS", str(share_of_cores(kernels))):
         yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
 
 
 @contextlib.contextmanager

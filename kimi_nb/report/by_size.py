@@ -98,13 +98,9 @@ def _ahead(effects, known, part, size):
     at = compute_of(nearest) * (size / nearest.size) ** 2
     (row,) = forecast_rung(mine, at, nearest.seeds).to_dict("records")
     low, high = row["low95"], row["high95"]
-    way = (
-        "above the largest"
-        if size > known[-1].size
-        else "below the smallest"
-        if size < known[0].size
-        else "away from any"
-    )
+    way = "away from any"
+    if not known[0].size <= size <= known[-1].size:
+        way = "above the largest" if size > known[-1].size else "below the smallest"
     numbers = f"{row['mean']:+.3f} ({low:+.3f} to {high:+.3f}) bits/byte"
     rests = listed(mine["rung"])
     told = f"Extrapolated, {apart(size, nearest):.1f} times {way} rung measured: {numbers}, from {rests}."

@@ -16,7 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..config import write_file, writing
+from ..config import variable_set, write_file, writing
 from kimi_nb.report.document import (
     TEMPLATES,
     DocumentError,
@@ -52,17 +52,13 @@ def pandoc(
         import pypandoc
     except ImportError:
         raise DocumentError("pandoc is not installed: pip install pypandoc_binary") from None
-    before = os.environ.get("SOURCE_DATE_EPOCH")
-    os.environ["SOURCE_DATE_EPOCH"] = before or _EPOCH
     arguments = ["--sandbox", "--wrap=none", *options]
     target = dict(outputfile=str(out)) if out else {}
     try:
-        return pypandoc.convert_text(text, to, format=_FORMS.get(to, _SAFE), extra_args=arguments, **target)
+        with variable_set("SOURCE_DATE_EPOCH", os.environ.get("SOURCE_DATE_EPOCH") or _EPOCH):
+            return pypandoc.convert_text(text, to, format=_FORMS.get(to, _SAFE), extra_args=arguments, **target)
     except (RuntimeError, OSError) as e:
         raise DocumentError(f"pandoc could not write {out or to}: {' '.join(str(e).split())[:200]}") from None
-    finally:
-        if before is None:
-            os.environ.pop("SOURCE_DATE_EPOCH", None)
 
 # %% ../../nbs/report/02_forms.ipynb #a4e30191
 _NUMBER = re.compile(r"([-+−–—±<>=≤≥\d.,e%×()/ ]|(?<=\d)[kMBT]| to | of )*")

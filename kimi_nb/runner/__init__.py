@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazily(
     """,
     pool="""
         EXECUTORS ONLY_LOOKS Progress RunnerOptions STACK STACKS_PAY Worker bars_with_own_lock
-        only_looking run_studies run_study
+        only_looking only_looks run_studies run_study
     """,
     tuning="""
         BESIDE Choice MOST_GROWN TUNING_SEEDS Tuning descend first_tuning fixed grown line_search

@@ -8,12 +8,11 @@ __all__ = ['TUNING_SEEDS', 'BESIDE', 'MOST_GROWN', 'Choice', 'vertex', 'grown', 
 
 # %% ../../nbs/runner/05_tuning.ipynb #4bcec094
 import math
-import os
 from typing import NamedTuple
 
 from ..config import KimiError, Profile
 from .attempt import distinct, pending
-from .pool import ONLY_LOOKS, run_studies
+from .pool import only_looks, run_studies
 from ..study import Arm, Store, Study
 
 # %% ../../nbs/runner/05_tuning.ipynb #454ef55e
@@ -201,7 +200,7 @@ def search(
     Raises: KimiError when an optimizer finished at none of its values, or its optimum lies outside every grid.
     """
     losses, studies = {name: {} for name in profile.tune}, []
-    looks = bool(os.environ.get(ONLY_LOOKS))  # what stands is all there will be, failed runs among it
+    looks = only_looks()  # what stands is all there will be, failed runs among it
     how["scorer"] = None  # what is chosen by its loss and compared with nothing is not scored
     while True:
         choices = {}
